@@ -1,0 +1,56 @@
+"""Every error autopar raises at its users.
+
+Each message says request, fact, remedy, with both numbers where two disagree.
+"""
+
+
+class AutoparError(Exception):
+    """Base class: `except autopar.AutoparError` catches everything we raise on purpose."""
+
+
+class MeshError(AutoparError, ValueError):
+    """A mesh that cannot be parsed, or that does not match the processes that exist."""
+
+
+class SpecError(AutoparError, ValueError):
+    """A placement that does not fit the tensor or the mesh."""
+
+
+class RuleError(AutoparError, ValueError):
+    """A sharding rule that cannot be parsed or does not fit the op it is given for."""
+
+
+class CaptureError(AutoparError, RuntimeError):
+    """The model could not be captured; names the user's source line and what to change."""
+
+
+class ConstraintError(AutoparError, ValueError):
+    """A user constraint that names nothing or cannot be met."""
+
+
+class InfeasibleError(AutoparError, RuntimeError):
+    """No plan fits the memory limit; says by how many bytes and of what kind."""
+
+
+class SolverError(AutoparError, RuntimeError):
+    """The solver ended without a usable answer."""
+
+
+class PlanError(AutoparError, ValueError):
+    """A plan that is damaged, of another schema, or made for another model or mesh."""
+
+
+class PassError(AutoparError, RuntimeError):
+    """A graph that breaks the invariant of its level after a pass."""
+
+
+class BatchError(AutoparError, ValueError):
+    """A batch the compiled module cannot take, or that differs between ranks."""
+
+
+class RankMismatchError(AutoparError, RuntimeError):
+    """The ranks disagree on the model, the plan or the mesh."""
+
+
+class RuntimeUseError(AutoparError, RuntimeError):
+    """A compiled module is used in a way it does not support."""

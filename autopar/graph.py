@@ -1,0 +1,160 @@
+"""The captured program: what capture hands to planner and passes, and how all of them read its graph.
+
+A `Program` holds one fx graph of ATen ops. With `training` it is the joint graph (forward and backward in one), else
+forward only. Every placeholder is a `Source`, every element of the output a `Sink`. The graph is flat and functional,
+every node has `meta["val"]` (a fake tensor, or a tuple of them, None where a result is absent) and
+
+* `meta["phase"]`: "fwd" or "bwd" (bwd: depends on a tangent, or serves the backward only);
+* `meta["module"]`: path of the user's module, "" for the root ("model.layers.3.mlp");
+* `meta["address"]`: unique and readable, "fwd:model.layers.3.mlp/mm#1" (the k-th op of that kind in that module and
+  phase). Plans are keyed by it.
+
+Operands: the tensor arguments of a node in order of args, then kwargs, lists flattened, None skipped, `getitem`
+resolved to (producer, output index). Rules, planner and passes all use this order.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+FORWARD, BACKWARD = "fwd", "bwd"
+
+
+class Value(NamedTuple):
+    """One tensor of the graph: result `index` of `node`."""
+
+    node: fx.Node
+    index: int
+
+    @property
+    def val(self) -> torch.Tensor:
+        """The fake tensor."""
+        out = self.node.meta["val"]
+        return out[self.index] if isinstance(out, (tuple, list)) else out
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.val.shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A placeholder. kind: param, buffer, input, tangent (gradient of output `name`), seed (int64 RNG key), constant."""
+
+    kind: str
+    name: str
+    node: str
+    trainable: bool = False
+    aliases: tuple[str, ...] = ()  # other names of a tied parameter
+
+
+@dataclass(frozen=True)
+class Sink:
+    """An element of the output. kind: output, buffer (its new value), grad (of parameter `name`). node None: the value is `constant`."""
+
+    kind: str
+    name: str
+    node: str | None
+    index: int = 0
+    constant: Any = None
+
+
+@dataclass
+class Program:
+    """A captured model for one set of input shapes.
+
+    Attributes:
+        gm: the graph; its output is one flat tuple, in the order of `sinks`.
+        training: whether the backward is in it.
+        pack: flat list of the user's outputs (order of the output sinks) -> what the model returns.
+        flatten: (args, kwargs) of a call -> the tensors for the input sources, in order.
+        fingerprint: hash of the model (parameter names, shapes, dtypes, ops), not of weights or device.
+        batch_dims: for each input name, the dim that is the batch, where there is one.
+    """
+
+    gm: fx.GraphModule
+    sources: tuple[Source, ...]
+    sinks: tuple[Sink, ...]
+    training: bool
+    fingerprint: str
+    pack: Callable[[list[Any]], Any]
+    flatten: Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]
+    batch_dims: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def node(self, name: str) -> fx.Node:
+        """Node by name (placeholders and results of `sources` and `sinks`)."""
+        return next(n for n in self.gm.graph.nodes if n.name == name)
+
+    def of_kind(self, kind: str) -> list[Source]:
+        """Sources of one kind, in order."""
+        return [s for s in self.sources if s.kind == kind]
+
+
+def is_op(node: fx.Node) -> bool:
+    """A call that computes (getitem only picks a result)."""
+    return node.op == "call_function" and node.target is not operator.getitem
+
+
+def resolve(node: fx.Node) -> Value:
+    """The tensor a node stands for, seen through getitem."""
+    index = 0
+    while node.op == "call_function" and node.target is operator.getitem:
+        node, index = node.args[0], node.args[1]  # type: ignore[assignment]
+    return Value(node, index)
+
+
+def operands(node: fx.Node) -> list[Value]:
+    """Tensor operands in rule order. Scalars (SymInt and the like) are not operands."""
+    found: list[Value] = []
+
+    def visit(arg: fx.Node) -> fx.Node:
+        value = resolve(arg)
+        if isinstance(value.val, torch.Tensor):
+            found.append(value)
+        return arg
+
+    fx.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def results(node: fx.Node) -> list[torch.Tensor | None]:
+    """Fake tensors of every result; None where absent."""
+    val = node.meta["val"]
+    vals = list(val) if isinstance(val, (tuple, list)) else [val]
+    return [v if isinstance(v, torch.Tensor) else None for v in vals]
+
+
+def op_name(node: fx.Node) -> str:
+    """Short printable name of the op: "aten.mm", "autopar.rand"."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}"
+        return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))
+
+
+_DIGITS = re.compile(r"(?<=[.])\d+(?=[./])")
+
+
+def pattern(address: str) -> str:
+    """The address with layer numbers starred: what repeated layers share."""
+    return _DIGITS.sub("*", address)
+
+
+def set_addresses(graph: fx.Graph) -> None:
+    """Give every op its address; call once the graph has its final form for planning."""
+    count: dict[str, int] = {}
+    for node in graph.nodes:
+        if is_op(node):
+            stem = f"{node.meta['phase']}:{node.meta.get('module', '')}/{op_name(node).removeprefix('aten.')}"
+            k = count.get(stem, 0)
+            count[stem] = k + 1
+            node.meta["address"] = f"{stem}#{k}"

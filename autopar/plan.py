@@ -1,0 +1,210 @@
+"""A Plan: plain data that says where everything lies. JSON, small, editable, round-trips; no torch object inside.
+
+The file is folded: a decision shared by all repeated layers is written once, with `*` for the layer number
+("fwd:model.layers.*.mlp.down_proj/mm#0"); an entry with the exact address wins over a starred one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import AutoparError, PlanError
+from autopar.graph import pattern
+from autopar.mesh import Mesh
+from autopar.rule import Choice
+from autopar.spec import Placement, R, S, Spec, format_spec, parse_spec
+
+SCHEMA = 1
+
+#: How a stored parameter is used. "once": gathered (if its users need more than is stored) in the forward and kept for
+#: the backward (ZeRO-1/2); "twice": gathered again for the backward (ZeRO-3).
+GATHER = ("once", "twice")
+#: How its gradient is brought to the stored placement. "reduce_scatter", or "all_reduce" then slice (ZeRO-1).
+REDUCE = ("reduce_scatter", "all_reduce")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a parameter, its gradient and its optimizer state lie, and how it travels."""
+
+    spec: Spec
+    gather: str = "once"
+    reduce: str = "reduce_scatter"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that passes and runtime need to know, for one program on one mesh.
+
+    Attributes:
+        mesh: the device mesh.
+        fingerprint: of the program it was made for.
+        choices: op address (exact or starred) -> one Choice per mesh axis. An op without entry is whole on every axis.
+        storage: parameter or buffer name -> Storage (buffers: replicated unless said).
+        inputs: input name -> Spec in which the runtime hands it to the graph.
+        outputs: output name -> Spec in which the graph hands it back.
+        predicted: seconds and bytes by kind, for the report (`step_s`, `compute_s`, `comm_s`, `memory` by kind ...).
+        solver: status, gap, seconds by phase.
+        target: how the CLI rebuilds the model (`autopar verify`), free-form; empty for plans made in Python.
+        notes: what the user should know (replicated ops, ignored settings).
+    """
+
+    mesh: Mesh
+    fingerprint: str
+    choices: Mapping[str, tuple[Choice, ...]]
+    storage: Mapping[str, Storage]
+    inputs: Mapping[str, Spec] = field(default_factory=dict)
+    outputs: Mapping[str, Spec] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    solver: Mapping[str, Any] = field(default_factory=dict)
+    target: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def choice(self, address: str) -> tuple[Choice, ...]:
+        """The choices of one op, by exact address, else by its starred pattern, else whole everywhere."""
+        found = self.choices.get(address)
+        if found is None:
+            found = self.choices.get(pattern(address))
+        return found if found is not None else (Choice(),) * len(self.mesh.sizes)
+
+    def stored(self, name: str) -> Storage:
+        """Storage of a parameter or buffer; replicated if the plan does not say."""
+        return self.storage.get(name) or Storage((R,) * len(self.mesh.sizes))
+
+    # ---- JSON ------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The editable text form."""
+        names = self.mesh.names
+
+        def spec(s: Spec) -> str:
+            ndim = 1 + max((p.dim for p in s if p.kind == "S"), default=-1)
+            return format_spec(s, ndim, names)
+
+        data = {
+            "autopar_plan": SCHEMA,
+            "mesh": str(self.mesh),
+            "fingerprint": self.fingerprint,
+            "storage": {k: [spec(v.spec), v.gather, v.reduce] for k, v in self.storage.items()},
+            "inputs": {k: spec(v) for k, v in self.inputs.items()},
+            "outputs": {k: spec(v) for k, v in self.outputs.items()},
+            "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
+            "predicted": dict(self.predicted),
+            "solver": dict(self.solver),
+            "target": dict(self.target),
+            "notes": list(self.notes),
+        }
+        lines = [f"  {json.dumps(k)}: {_block(v)}" for k, v in data.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: the text is not a plan, of another schema, or has an entry that cannot be read; says which.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{where} is not JSON: {error}; write it again with `autopar plan ... -o`") from None
+        if not isinstance(data, dict) or "autopar_plan" not in data:
+            raise PlanError(f"{where} is not an autopar plan (no 'autopar_plan' key)")
+        if data["autopar_plan"] != SCHEMA:
+            raise PlanError(
+                f"{where} has plan schema {data['autopar_plan']}, this autopar reads {SCHEMA}; make the plan again"
+            )
+        key = "mesh"
+        try:
+            mesh = Mesh.parse(data["mesh"])
+
+            def spec(s: str) -> Spec:
+                return parse_spec(s, mesh.names)[0]
+
+            def section(name: str) -> dict[str, Any]:
+                nonlocal key
+                key = name
+                if not isinstance(data[name], dict):
+                    raise PlanError("it must be an object")
+                return data[name]
+
+            storage = {}
+            for k, (s, gather, reduce) in section("storage").items():
+                key = f"storage of {k}"
+                if gather not in GATHER or reduce not in REDUCE:
+                    raise PlanError(f"{gather!r}, {reduce!r} are not one of {GATHER} and {REDUCE}")
+                storage[k] = Storage(spec(s), gather, reduce)
+            choices = {}
+            for k, v in section("choices").items():
+                key = f"choice of {k}"
+                row = tuple(Choice.parse(c) for c in v.split())
+                if len(row) != len(mesh.sizes):
+                    raise PlanError(f"{len(row)} choices for {len(mesh.sizes)} mesh axes")
+                choices[k] = row
+            return cls(
+                mesh=mesh,
+                fingerprint=str(data["fingerprint"]),
+                choices=choices,
+                storage=storage,
+                inputs={k: spec(v) for k, v in section("inputs").items()},
+                outputs={k: spec(v) for k, v in section("outputs").items()},
+                predicted=section("predicted"),
+                solver=section("solver"),
+                target=section("target"),
+                notes=tuple(data["notes"]),
+            )
+        except KeyError as error:
+            raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None
+        except (AutoparError, ValueError, TypeError, AttributeError) as error:
+            raise PlanError(f"{where} is damaged at {key}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read the JSON file.
+
+        Raises:
+            PlanError: as `from_json`, or the file cannot be read.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan {path}: {error}") from None
+        return cls.from_json(text, str(path))
+
+
+def fold(choices: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choice, ...]]:
+    """Write shared decisions once: starred where most layers agree, exact entries for those that differ."""
+    groups: dict[str, list[str]] = {}
+    for address in choices:
+        groups.setdefault(pattern(address), []).append(address)
+    out: dict[str, tuple[Choice, ...]] = {}
+    for star, members in groups.items():
+        counts: dict[tuple[Choice, ...], int] = {}
+        for m in members:
+            counts[choices[m]] = counts.get(choices[m], 0) + 1
+        common = max(counts, key=lambda c: counts[c])
+        out[star] = common
+        out.update({m: choices[m] for m in members if choices[m] != common})
+    return out
+
+
+def storage_shards(spec: Spec) -> bool:
+    """Whether a storage spec is one that a DTensor can say: replicated, or plain contiguous shards."""
+    return all(p.kind == "R" or (p.kind == "S" and p.outer == 1) for p in spec)
+
+
+def _block(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return "{\n" + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
+    return json.dumps(value)
+
+
+__all__: Sequence[str] = ["GATHER", "REDUCE", "SCHEMA", "Placement", "Plan", "S", "Storage", "fold", "storage_shards"]
