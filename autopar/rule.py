@@ -42,7 +42,7 @@ _FACTOR = re.compile(r"^([A-Za-z][A-Za-z0-9_]*)([+^*]?)$")
 
 
 class Choice(NamedTuple):
-    """What one mesh axis does at one op: `factor` split with strided outer `outer`, or linear group `through`, or nothing."""
+    """What one mesh axis does at one op: split `factor` (strided: `outer`), let linear group `through` pass, or nothing."""
 
     factor: str = ""
     outer: int = 1
@@ -195,7 +195,9 @@ class BoundRule:
         return None
 
 
-def bind(rule: Rule, in_shapes: Sequence[Sequence[int] | None], out_shapes: Sequence[Sequence[int] | None]) -> BoundRule:
+def bind(
+    rule: Rule, in_shapes: Sequence[Sequence[int] | None], out_shapes: Sequence[Sequence[int] | None]
+) -> BoundRule:
     """Fit a rule to the shapes of one call: expand `...`, solve for the factor sizes.
 
     Raises:
@@ -228,7 +230,8 @@ def bind(rule: Rule, in_shapes: Sequence[Sequence[int] | None], out_shapes: Sequ
             elif known != n:
                 raise RuleError(f"rule '{rule}': dim ({' '.join(dim) or '1'}) is {known} here and {n} there")
         if len(later) == len(pending):
-            raise RuleError(f"rule '{rule}': the sizes of {sorted({f for d, _ in later for f in d if f not in sizes})} are not known")
+            unknown = sorted({f for d, _ in later for f in d if f not in sizes})
+            raise RuleError(f"rule '{rule}': the sizes of {unknown} are not known")
         pending = later
     bound = rule if (ins, outs) == (rule.ins, rule.outs) else replace(rule, ins=ins, outs=outs)
     return BoundRule(bound, sizes)
@@ -245,7 +248,7 @@ def _expand(operand: Operand, shape: Sequence[int] | None, rule: Rule) -> Operan
         if extra < 0:
             raise RuleError(f"rule '{rule}' needs at least {len(operand) - 1} dims, got {len(shape)}")
         # Numbered from the right, so that operands of different rank broadcast like tensors do.
-        operand = operand[:at] + tuple((f"_{extra - i}".replace("_", "lead"),) for i in range(extra)) + operand[at + 1 :]
+        operand = operand[:at] + tuple((f"lead{extra - i}",) for i in range(extra)) + operand[at + 1 :]
     if len(operand) != len(shape):
         raise RuleError(f"rule '{rule}': {len(operand)} dims in the rule, {len(shape)} in the tensor {tuple(shape)}")
     return operand
