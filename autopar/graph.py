@@ -31,7 +31,7 @@ class Value(NamedTuple):
     """One tensor of the graph: result `index` of `node`."""
 
     node: fx.Node
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
     @property
     def val(self) -> torch.Tensor:
@@ -46,7 +46,10 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A placeholder. kind: param, buffer, input, tangent (gradient of output `name`), seed (int64 RNG key), constant."""
+    """A placeholder.
+
+    kind: param, buffer, input, tangent (gradient of output `name`), seed (int64 RNG key), constant.
+    """
 
     kind: str
     name: str
@@ -57,7 +60,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Sink:
-    """An element of the output. kind: output, buffer (its new value), grad (of parameter `name`). node None: the value is `constant`."""
+    """An element of the output. kind: output, buffer (its new value), grad (of parameter `name`).
+
+    With node None the value is `constant`.
+    """
 
     kind: str
     name: str
@@ -88,10 +94,13 @@ class Program:
     flatten: Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]
     batch_dims: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    _by_name: dict[str, fx.Node] = field(default_factory=dict, repr=False, compare=False)
 
     def node(self, name: str) -> fx.Node:
         """Node by name (placeholders and results of `sources` and `sinks`)."""
-        return next(n for n in self.gm.graph.nodes if n.name == name)
+        if name not in self._by_name:
+            self._by_name.update((n.name, n) for n in self.gm.graph.nodes)
+        return self._by_name[name]
 
     def of_kind(self, kind: str) -> list[Source]:
         """Sources of one kind, in order."""

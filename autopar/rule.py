@@ -42,7 +42,10 @@ _FACTOR = re.compile(r"^([A-Za-z][A-Za-z0-9_]*)([+^*]?)$")
 
 
 class Choice(NamedTuple):
-    """What one mesh axis does at one op: split `factor` (strided: `outer`), let linear group `through` pass, or nothing."""
+    """What one mesh axis does at one op.
+
+    Split `factor` (strided: `outer`), let linear group `through` pass, or nothing.
+    """
 
     factor: str = ""
     outer: int = 1
@@ -311,7 +314,8 @@ def _parse(text: str) -> Rule:
     ins = tuple(operand(p) for p in left.split(",")) if left.strip() else ()
     outs = tuple(operand(p) for p in right.split(","))
     linear: tuple[tuple[int, ...], ...] = ()
-    reduce, sizes = "sum", ()
+    reduce = "sum"
+    sizes: tuple[tuple[str, int], ...] = ()
     for clause in clauses:
         word, _, rest = clause.partition(" ")
         if word == "linear":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -159,7 +159,7 @@ def unshard(pieces: Sequence[torch.Tensor], shape: Sequence[int], spec: Spec, si
     for axis in reversed(range(len(sizes))):
         place = spec[axis]
         if place.kind == "P":
-            reduce = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}[place.reduce]
+            reduce: Any = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}[place.reduce]
             stack = reduce(stack, dim=axis, keepdim=True)
         elif place.kind == "R":
             stack = stack.narrow(axis, 0, 1)

@@ -1,0 +1,64 @@
+"""Graph rewriting: from a program and its plan to the two graphs that one rank runs.
+
+    lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC
+    cut      joint local graph -> forward and backward                                           partition
+    finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import fx
+
+from autopar.graph import Program
+from autopar.mesh import Mesh
+from autopar.passes.bind import bind
+from autopar.passes.bucket import bucket
+from autopar.passes.cancel import cancel
+from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
+from autopar.passes.overlap import overlap
+from autopar.passes.partition import Parts, partition
+from autopar.passes.runner import Pass, Report, run
+from autopar.plan import Plan
+
+#: Passes over the symbolic local graph, in order.
+SYMBOLIC: tuple[Pass, ...] = (
+    cancel,  # first: what need not travel is not worth merging
+    bucket,  # few large collectives; before the cut, so that forward and backward share what they gather
+)
+
+
+def lower(program: Program, plan: Plan, rule_of: RuleOf) -> tuple[LocalProgram, Report]:
+    """The local graph of `program` under `plan`, and what each pass did.
+
+    Raises:
+        PlanError: the plan is not legal for the program.
+        PassError: a pass broke an invariant (a defect of ours); names the pass and the node.
+    """
+    local = insert_collectives(program, plan, rule_of)
+    gm, report = run(local.gm, SYMBOLIC, mesh=plan.mesh, title="local")
+    return replace(local, gm=gm), report
+
+
+def cut(local: LocalProgram) -> Parts:
+    """Forward and backward halves of a local program; the backward of a forward-only program is empty."""
+    return partition(local.gm, local.program.sources, local.program.sinks)
+
+
+def finish(
+    gm: fx.GraphModule, mesh: Mesh, coordinates: Sequence[int], groups: Mapping[str, str], title: str
+) -> tuple[fx.GraphModule, Report]:
+    """The graph that the rank at `coordinates` runs. `groups`: axis name -> process group name.
+
+    Raises:
+        PassError: as `lower`.
+    """
+    # Overlap is last: it orders what all others have made.
+    steps = (partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups), overlap)
+    return run(gm, steps, mesh=mesh, title=title)
+
+
+__all__ = ["LocalProgram", "Parts", "Report", "cut", "finish", "lower"]

@@ -1,0 +1,55 @@
+# Needs Python 3.11 or later, git and make; everything else lands in .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check wheel clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := $(CURDIR)/.venv/bin
+STAMP := .venv/.installed
+# The pins in constraints.txt name the CPU build. It is looked for in the indexes that pip knows, then in PyTorch's own.
+TORCH := torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+SITE := build/site
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv with every extra and the `autopar` command in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "autopar needs Python 3.11 or later; $(PYTHON) is older. Say which: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
+	"$(BIN)/python" -m pip install --quiet "$(TORCH)" \
+	  || "$(BIN)/python" -m pip install --quiet --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+	"$(BIN)/python" -m pip install --quiet "setuptools>=77" wheel
+	"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[hf,dev]'
+	@touch $(STAMP)
+
+demo: setup ## plan and train a small Llama on 4 local processes, beside one process
+	"$(BIN)/python" examples/train_llama.py
+
+test: setup ## every test that is not marked slow
+	"$(BIN)/python" -m pytest -m "not slow"
+
+test-all: setup ## every test, the long sweeps too
+	"$(BIN)/python" -m pytest
+
+check: setup wheel ## ruff, mypy on the installed wheel, house rules, the smallest tests; under a minute
+	"$(BIN)/ruff" check .
+	cd $(SITE) && MYPYPATH="$(CURDIR)/$(SITE)" "$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p autopar
+	"$(BIN)/python" -m pytest -m "not slow" tests/test_house.py
+	"$(BIN)/python" -m pytest -m tiny --ignore=tests/test_house.py
+
+# mypy is blind to the mapped folders of an editable install, so it reads the wheel as a user would install it.
+wheel: setup
+	@rm -rf build
+	"$(BIN)/python" -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	"$(BIN)/python" -m pip install --quiet --no-deps --target $(SITE) build/wheel/autopar-*.whl
+
+clean: ## remove build outputs and caches (.venv stays)
+	rm -rf build dist out .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

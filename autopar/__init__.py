@@ -1,0 +1,101 @@
+"""autopar: plans and runs unmodified PyTorch models on many devices.
+
+    pm = autopar.compile(model, "dp=2,tp=2", example=dict(input_ids=ids, labels=ids))
+    optimizer = torch.optim.AdamW(pm.parameters())
+    pm(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+`compile` gives a module that runs on this process's part of the mesh; `plan` only decides, and needs neither processes
+nor devices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autopar.errors import (
+    AutoparError,
+    BatchError,
+    CaptureError,
+    ConstraintError,
+    InfeasibleError,
+    MeshError,
+    PassError,
+    PlanError,
+    RankMismatchError,
+    RuleError,
+    RuntimeUseError,
+    SolverError,
+    SpecError,
+)
+from autopar.mesh import Mesh
+from autopar.plan import Plan, Storage
+from autopar.rule import Choice, Rule
+from autopar.spec import P, Placement, R, S
+
+if TYPE_CHECKING:
+    from autopar.runtime.module import ParallelModule
+
+__version__ = "0.1.0"
+
+
+def compile(model: Any, mesh: Any, **options: Any) -> ParallelModule:
+    """Plan `model` on `mesh` and return it as a module that runs on this process's part; see `autopar.driver.compile`.
+
+    Every process of the mesh calls it with the same arguments. Options: example, loss, device, memory_limit,
+    constraints, plan, batch, outputs, backend, check, timeout, init.
+    """
+    from autopar import driver
+
+    return driver.compile(model, mesh, **options)
+
+
+def plan_model(model: Any, mesh: Any, **options: Any) -> Plan:
+    """Only decide: needs no process group, no device and no weights; see `autopar.driver.plan_model`.
+
+    Options: example, loss, device, memory_limit, constraints, outputs, batch.
+    """
+    from autopar import driver
+
+    return driver.plan_model(model, mesh, **options)
+
+
+#: `autopar.plan(model, mesh, ...)`. It hides the submodule of that name, from which one imports by `from autopar.plan import ...`.
+plan = plan_model
+
+
+def register_rule(op: Any, rule: Any) -> None:
+    """Give the op `op` (a `torch.ops` overload) a sharding rule; see `autopar.costmodel.rules.register`."""
+    from autopar import driver
+
+    driver.register_rule(op, rule)
+
+
+__all__ = [
+    "AutoparError",
+    "BatchError",
+    "CaptureError",
+    "Choice",
+    "ConstraintError",
+    "InfeasibleError",
+    "Mesh",
+    "MeshError",
+    "P",
+    "PassError",
+    "Placement",
+    "Plan",
+    "PlanError",
+    "R",
+    "RankMismatchError",
+    "Rule",
+    "RuleError",
+    "RuntimeUseError",
+    "S",
+    "SolverError",
+    "SpecError",
+    "Storage",
+    "compile",
+    "plan",
+    "plan_model",
+    "register_rule",
+]

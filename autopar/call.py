@@ -1,0 +1,231 @@
+"""One call of a model: its arguments as named tensors, its outputs as a flat tuple, and both back again."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar import tree
+from autopar.errors import BatchError, CaptureError
+
+#: Keyword under which the target of `loss=` is passed.
+TARGET = "target"
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None), tuple, list, dict)
+
+
+def input_key(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, loss: Any = None
+) -> tuple[tuple[str, Any], ...]:
+    """What a captured program depends on in its arguments: (path, (shape, dtype)) of tensors, (path, value) of others.
+
+    Equal keys can share a program; where keys differ, the first differing path names the argument.
+    """
+    leaves = Call(model, args, kwargs, loss).leaves
+    return tuple(
+        (path, (tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else repr(value))
+        for path, value in leaves
+    )
+
+
+class Call:
+    """The arguments of a call, bound to the parameters of `forward`.
+
+    Attributes:
+        leaves: every argument, nested ones flattened, with its path.
+        names, tensors: those that are tensors.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[..., Any] | None
+    ) -> None:
+        self.signature = inspect.signature(model.forward)
+        self.model_name = type(model).__name__
+        self.with_target = loss is not None
+        self.leaves, self._rebuild = self._flatten(args, kwargs)
+        for leaf in self.leaves:
+            _check_argument(leaf)
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf.value, torch.Tensor)]
+        self.names = [leaf.path for leaf in tensors]
+        self.tensors: list[torch.Tensor] = [leaf.value for leaf in tensors]
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tree.Leaf], tree.Rebuild]:
+        kwargs = dict(kwargs)
+        target = {}
+        if self.with_target:
+            if TARGET not in kwargs:
+                raise BatchError(f"argument {TARGET!r} is missing: with loss=, call model(..., {TARGET}=...)")
+            target = {TARGET: kwargs.pop(TARGET)}
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise BatchError(f"the call does not fit {self.model_name}.forward: {error}") from None
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                named.update(value)
+            else:
+                named[name] = value
+        leaves: list[tree.Leaf] = []
+        parts: list[tuple[bool, str, int, tree.Rebuild]] = []
+        for is_target, holder in enumerate((named, target)):
+            for name, value in holder.items():
+                found, rebuild = tree.flatten(value, name)
+                parts.append((bool(is_target), name, len(found), rebuild))
+                leaves += found
+
+        def rebuild_all(values: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            out: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+            start = 0
+            for is_target, name, length, rebuild in parts:
+                out[is_target][name] = rebuild(values[start : start + length])
+                start += length
+            return out
+
+        return leaves, rebuild_all
+
+    def arguments(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """(args, kwargs, target) of the call, with `tensors` in the place of its own."""
+        fresh = iter(tensors)
+        values = [next(fresh) if isinstance(v, torch.Tensor) else v for _, v in self.leaves]
+        named, target = self._rebuild(values)
+        arguments: OrderedDict[str, Any] = OrderedDict()
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments[name] = named  # what no other parameter took
+            elif name in named:
+                arguments[name] = named.pop(name)
+        bound = inspect.BoundArguments(self.signature, arguments)
+        return bound.args, bound.kwargs, target.get(TARGET)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors of another call of the same form, in the same order.
+
+        Raises:
+            BatchError: names the argument that is missing, new, of another kind, or has another non-tensor value.
+        """
+        given = dict(self._flatten(args, kwargs)[0])
+        expected = dict(self.leaves)
+        for path in expected:
+            if path not in given:
+                raise BatchError(f"argument {path!r} is missing; the model was captured with it")
+        for path, value in given.items():
+            if path not in expected:
+                raise BatchError(f"argument {path!r} is new; the model was captured without it")
+            known = expected[path]
+            is_tensor, was_tensor = isinstance(value, torch.Tensor), isinstance(known, torch.Tensor)
+            if is_tensor != was_tensor:
+                raise BatchError(f"argument {path!r} is a {_kind(value)}; the model was captured with a {_kind(known)}")
+            if was_tensor and known.dtype != value.dtype:
+                raise BatchError(f"argument {path!r} has {value.dtype}; the model was captured with {known.dtype}")
+            if not was_tensor and not _equal(known, value):
+                raise BatchError(
+                    f"argument {path!r} is {value!r}; the model was captured with {known!r}, which is fixed in the graph"
+                )
+        return [given[name] for name in self.names]
+
+
+def _kind(value: Any) -> str:
+    return "tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def _is_cache(value: Any) -> bool:
+    """A Hugging Face key/value or state cache."""
+    return any(c.__name__.endswith("Cache") for c in type(value).__mro__)
+
+
+def _check_argument(leaf: tree.Leaf) -> None:
+    path, value = leaf
+    if _is_cache(value):
+        raise CaptureError(
+            f"argument {path!r} is a {type(value).__name__}: caches serve generation, which is not supported; leave it "
+            f"out, and pass use_cache=False"
+        )
+    if type(value).__module__ == "numpy" and hasattr(value, "__array__"):
+        raise CaptureError(f"argument {path!r} is a numpy array; pass torch.from_numpy(...) of it")
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise CaptureError(
+            f"argument {path!r} requires a gradient, but only parameters get one: pass it detached, or make it an "
+            f"nn.Parameter of the model"
+        )
+
+
+class Returned:
+    """What a forward of `Wrapper` returned.
+
+    An object of its own, because torch.export puts back every attribute that a module's forward assigns.
+
+    Attributes:
+        leaves: every output with its path; the value is None for tensors.
+        is_tensor: which of them are tensors.
+        pack: list of values of `leaves` -> what the model returns.
+        notes: what was dropped.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[tree.Leaf] = []
+        self.is_tensor: list[bool] = []
+        self.pack: tree.Rebuild = list
+        self.notes: list[str] = []
+
+
+class Wrapper(nn.Module):
+    """Calls the model with flat tensors and returns flat tensors, so that a trace sees no container types."""
+
+    def __init__(self, model: nn.Module, call: Call, loss: Callable[[Any, Any], Any] | None, training: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.call, self.loss, self.with_grad = call, loss, training
+        self.returned = Returned()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs, target = self.call.arguments(list(tensors))
+        out = self.model(*args, **kwargs)
+        if self.loss is not None:
+            out = self.loss(out, target)
+        returned = self.returned
+        leaves, returned.pack = tree.flatten(out)
+        returned.notes.clear()
+        leaves = [self._keep(leaf) for leaf in leaves]
+        loss_path = find_loss(out, leaves)
+        returned.is_tensor = [isinstance(value, torch.Tensor) for _, value in leaves]
+        returned.leaves = [tree.Leaf(p, None if t else v) for (p, v), t in zip(leaves, returned.is_tensor)]
+        kept = []
+        for path, value in leaves:
+            if isinstance(value, torch.Tensor):
+                cut = self.with_grad and loss_path is not None and path != loss_path
+                # a copy of its own, so that no output is a view of another, of an input or of a parameter
+                kept.append((value.detach() if cut else value).clone())
+        return tuple(kept)
+
+    def _keep(self, leaf: tree.Leaf) -> tree.Leaf:
+        path, value = leaf
+        if _is_cache(value):
+            self.returned.notes.append(f"output {path!r} ({type(value).__name__}) is None: it serves generation only")
+            return tree.Leaf(path, None)
+        if not isinstance(value, torch.Tensor) and not isinstance(value, _PLAIN):
+            raise CaptureError(
+                f"output {path!r} is a {type(value).__module__}.{type(value).__name__}, which a graph cannot return; "
+                f"return tensors in tuples, lists, dicts, dataclasses or ModelOutputs"
+            )
+        return leaf
+
+
+def find_loss(out: Any, leaves: list[tree.Leaf]) -> str | None:
+    """Path of the scalar loss in an output: named `loss`, the first of a tuple, or the output itself; else None."""
+    named = [leaf for leaf in leaves if leaf.path == "loss"]
+    first = leaves[:1] if isinstance(out, (tuple, list, torch.Tensor)) else []
+    for path, value in named + first:
+        if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+            return path
+    return None

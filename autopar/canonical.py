@@ -1,0 +1,316 @@
+"""One form per idea: clean-up of a captured graph, before rules, planner and passes see it.
+
+`canonicalise` rebuilds the graph in one sweep (linear in its size), forward ops first, then backward ops:
+
+* asserts, `detach`, `alias`, `lift_fresh`, and copies, casts, views and slices that change nothing disappear;
+* `t`, `transpose`, `permute` become one `permute`; `_unsafe_view`, `reshape` become `view`; a view that undoes another
+  disappears;
+* `aten.rand` and `aten.randn` become `autopar::uniform` and `normal` of the graph's seed, numbered in graph order;
+* equal pure ops of one phase are computed once; dead code is removed;
+* every node gets its value, phase, module path and address.
+
+A `view` asks for contiguous operands: whoever runs the graph makes every result contiguous (see `run`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+import autopar.ops  # noqa: F401  (registers autopar::uniform and normal)
+from autopar.errors import CaptureError
+from autopar.graph import BACKWARD, FORWARD, op_name, set_addresses
+
+aten = torch.ops.aten
+
+_DROP = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_async.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
+_IDENTITY = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+}
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_copy.default}
+_RANDOM = {
+    aten.rand.default: torch.ops.autopar.uniform.default,
+    aten.randn.default: torch.ops.autopar.normal.default,
+}
+
+
+def canonicalise(graph: fx.Graph, forward: Iterable[fx.Node], seed: str = "seed") -> tuple[fx.Graph, dict[str, str], bool]:
+    """Clean `graph`, whose output is a flat tuple of nodes and constants.
+
+    Args:
+        graph: placeholders first; `meta["val"]` on every node; not changed.
+        forward: the nodes of outputs and new buffer values: what they need is the forward.
+        seed: name for the placeholder of the seed.
+
+    Returns:
+        The new graph (same placeholders in the same order, the seed's last if there is one), the new name of every old
+        node that survives or was merged into another, and whether the graph is random.
+
+    Raises:
+        CaptureError: the graph has a random op without a counter-based form, or a size that depends on values.
+    """
+    builder = _Builder(graph, _ancestors(forward))
+    builder.sweep(seed)
+    _finish(builder.new, [builder.env[n] for n in forward])
+    names = {old.name: new.name for old, new in builder.env.items()}
+    return builder.new, names, builder.random
+
+
+def run(gm: fx.GraphModule, args: Iterable[Any]) -> list[Any]:
+    """Run a canonical graph on real tensors, in order of its placeholders; every result is made contiguous.
+
+    The plain interpreter would hand strided results of `permute` and the like to `view`.
+    """
+    return list(_Contiguous(gm).run(*args))
+
+
+class _Contiguous(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if isinstance(out, torch.Tensor):
+            return out.contiguous()
+        if n.op == "call_function" and isinstance(out, (tuple, list)):
+            return type(out)(o.contiguous() if isinstance(o, torch.Tensor) else o for o in out)
+        return out
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """`nodes` and all they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+class _Builder:
+    """The new graph while it is being made. `env` maps old nodes to new ones."""
+
+    def __init__(self, graph: fx.Graph, needed: set[fx.Node]) -> None:
+        self.old = graph
+        self.needed = needed
+        self.new = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.known: dict[Any, fx.Node] = {}
+        self.random = False
+        self.streams = 0
+        self.seed: fx.Node | None = None
+
+    def sweep(self, seed: str) -> None:
+        alive = _ancestors([self.old.output_node()])
+        nodes = [n for n in self.old.nodes if n in alive or n.op == "placeholder"]
+        self.random = any(n.target in _RANDOM for n in nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.env[node] = copy = self.new.placeholder(node.name)
+                copy.meta = {k: node.meta[k] for k in ("val", "desc") if k in node.meta}
+                copy.meta["phase"], copy.meta["module"] = FORWARD, ""
+        if self.random:
+            self.seed = self.new.placeholder(seed)
+            fake_mode = next(n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)).fake_mode
+            with fake_mode:
+                self.seed.meta = {"val": torch.empty((), dtype=torch.int64), "phase": FORWARD, "module": ""}
+        for phase in (FORWARD, BACKWARD):
+            for node in nodes:
+                if node.op in ("get_attr", "call_function") and (node in self.needed) == (phase == FORWARD):
+                    made = self.visit(node, phase)
+                    if made is not None:
+                        self.env[node] = made
+        self.new.output(fx.map_arg(self.old.output_node().args[0], self.env.__getitem__))
+
+    # ---- one node ----------------------------------------------------------------------------------------------
+
+    def visit(self, node: fx.Node, phase: str) -> fx.Node | None:
+        if node.op == "get_attr":
+            return self.emit(node, phase, "get_attr", node.target, (), {}, pure=True)
+        target: Any = node.target
+        if target in _DROP:
+            return None
+        args = fx.map_arg(node.args, self.env.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.env.__getitem__)
+        if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat)):
+            raise CaptureError(
+                f"{where(node)}: {op_name(node)} gives a number that depends on the values of a tensor, so sizes are "
+                f"not known before running; keep it a tensor (torch.where, masks) instead of .item() or int()"
+            )
+        if target in _RANDOM:
+            stream, self.streams = self.streams, self.streams + 1
+            return self.emit(
+                node, phase, "call_function", _RANDOM[target], (self.seed, stream, list(args[0])), {}, pure=False
+            )
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            raise CaptureError(
+                f"{where(node)}: the random op {op_name(node)} has no form that is independent of how tensors are "
+                f"split; build it from torch.rand or torch.randn"
+            )
+        simple = self.simplify(node, target, args, kwargs)
+        if isinstance(simple, fx.Node):
+            return simple
+        target, args, kwargs = simple
+        return self.emit(node, phase, "call_function", target, args, kwargs, pure=True)
+
+    def simplify(
+        self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node | tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The node that `node` equals, or the canonical form of its call."""
+        val = node.meta.get("val")
+        if target in _IDENTITY:
+            return args[0]
+        if target in _CAST and _same(val, args[0]):
+            return args[0]
+        if target in _VIEWS:
+            source = args[0]
+            if source.op == "call_function" and source.target is aten.view.default:
+                if tuple(source.args[0].meta["val"].shape) == tuple(val.shape):
+                    return source.args[0]
+            if _same_shape(val, source):
+                return source
+            return aten.view.default, (source, list(val.shape)), {}
+        if target in _PERMUTE:
+            source = args[0]
+            order = _PERMUTE[target](source.meta["val"].dim(), *args[1:])
+            if source.op == "call_function" and source.target is aten.permute.default:
+                order = [source.args[1][d] for d in order]
+                source = source.args[0]
+            if order == list(range(len(order))):
+                return source
+            return aten.permute.default, (source, order), {}
+        if target in _SHAPE_ONLY and _same_shape(val, args[0]):
+            return args[0]
+        if target is aten.expand.default:
+            return target, (args[0], list(val.shape)), {}
+        return target, args, kwargs
+
+    def emit(
+        self, node: fx.Node, phase: str, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+        pure: bool,
+    ) -> fx.Node:  # fmt: skip
+        key = (FORWARD if op == "get_attr" else phase, target, _freeze(args), _freeze(kwargs)) if pure else None
+        if key in self.known:
+            return self.known[key]
+        made = self.new.create_node(op, target, args, dict(kwargs), name=node.name if op == "get_attr" else None)
+        made.meta = {k: node.meta[k] for k in ("val", "stack_trace", "seq_nr") if k in node.meta}
+        made.meta["phase"] = phase
+        made.meta["module"] = _module(node, made)
+        if key is not None:
+            self.known[key] = made
+        return made
+
+
+def _same_shape(val: Any, source: fx.Node) -> bool:
+    return tuple(val.shape) == tuple(source.meta["val"].shape)
+
+
+def _same(val: Any, source: fx.Node) -> bool:
+    """A cast that changes neither type nor device nor shape."""
+    old = source.meta["val"]
+    return val.dtype == old.dtype and val.device == old.device and val.shape == old.shape
+
+
+_CAST = {aten._to_copy.default, aten.to.dtype}
+_SHAPE_ONLY = {
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.slice_backward.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
+
+
+def _swapped(n: int, a: int = 0, b: int = 1) -> list[int]:
+    order = list(range(n))
+    if n:
+        order[a], order[b] = order[b], order[a]
+    return order
+
+
+_PERMUTE: dict[Any, Callable[..., list[int]]] = {
+    aten.t.default: lambda n: _swapped(n) if n == 2 else list(range(n)),
+    aten.transpose.int: _swapped,
+    aten.permute.default: lambda n, dims: [d % n for d in dims],
+}
+
+
+def _freeze(arg: Any) -> Any:
+    """A hashable twin; the type tells 1 from True and from 1.0."""
+    if isinstance(arg, (list, tuple)):
+        return tuple(_freeze(a) for a in arg)
+    if isinstance(arg, dict):
+        return tuple((k, _freeze(v)) for k, v in sorted(arg.items()))
+    if isinstance(arg, (bool, int, float, complex)):
+        return type(arg), repr(arg)
+    return arg
+
+
+# ---- after the sweep -----------------------------------------------------------------------------------------------
+
+
+def _finish(graph: fx.Graph, forward: list[fx.Node]) -> None:
+    """Dead code, then phases and addresses; backward ops after forward ops."""
+    alive = _ancestors([graph.output_node()])
+    for node in reversed(list(graph.nodes)):
+        if node not in alive and node.op in ("call_function", "get_attr"):
+            graph.erase_node(node)
+    needed = _ancestors(forward)
+    output = graph.output_node()
+    late: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op in ("call_function", "get_attr"):
+            node.meta["phase"] = FORWARD if node in needed else BACKWARD
+            if node not in needed:
+                late.append(node)
+    for node in late:  # moving them all to the end keeps their order
+        output.prepend(node)
+    set_addresses(graph)
+    graph.lint()
+
+
+_CALL_INDEX = re.compile(r"@\d+")
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Path of the module the node was traced in, in terms of the traced module, or None if it carries none."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return None
+    path = str(list(stack.values())[-1][0])
+    return _CALL_INDEX.sub("", path)
+
+
+def _module(node: fx.Node, made: fx.Node) -> str:
+    path = node.meta.get("module")
+    if path is None:  # a sum of gradients: it belongs where its first operand comes from
+        inputs = [n for n in made.all_input_nodes if n.op == "call_function"] or made.all_input_nodes
+        path = inputs[0].meta.get("module", "") if inputs else ""
+    return path
+
+
+def where(node: fx.Node) -> str:
+    """The user's line of a node, else its module, for messages."""
+    trace = str(node.meta.get("stack_trace") or "")
+    lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    if lines:
+        return f"{lines[-1][0]}:{lines[-1][1]}"
+    return f"module {node.meta.get('module') or '(root)'}"
+
+

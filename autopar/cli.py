@@ -1,0 +1,226 @@
+"""The command `autopar`: plan a model, read a plan, prove a plan.
+
+Exit codes: 0 done; 1 the plan is not equal to one device, or no plan fits; 2 bad usage or an error of ours (on stderr).
+With `--json` stdout carries JSON only; tables, progress and errors never mix with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from autopar import driver, report, targets, verify
+from autopar.errors import AutoparError, ConstraintError, InfeasibleError, PlanError
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+
+EXAMPLES = """\
+examples:
+  autopar plan hf:llama --set num_hidden_layers=4 --mesh dp=2,tp=4 --device h100 --batch 16 --seq 2048 -o plan.json
+  autopar plan hf:path/to/config.json --mesh dp=8 --memory 40GB --constraint dp=zero3 -o plan.json
+  autopar plan train.py:build --mesh tp=4 --batch 32
+  autopar show plan.json
+  autopar verify plan.json
+"""
+_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
+
+
+def parse_bytes(text: str) -> float:
+    """`80GB` -> 8e10; units B, kB, MB, GB, TB (powers of 1000), KiB, MiB, GiB.
+
+    Raises:
+        argparse.ArgumentTypeError: not a positive number with such a unit.
+    """
+    number = text.rstrip("kKMGTiB")
+    unit = text[len(number) :].upper()
+    try:
+        value = float(number) * _UNITS[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"cannot read {text!r} as a number of bytes; write e.g. 80GB")
+    return value
+
+
+def parse_constraints(pairs: Sequence[str]) -> dict[str, str]:
+    """`["tp=tp", "*.weight=shard(0, dp)"]` -> a dict; the first `=` parts key and value.
+
+    Raises:
+        ConstraintError: an entry has no `=`.
+    """
+    out = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key or not value:
+            raise ConstraintError(
+                f"cannot read constraint {pair!r}; write AXIS=STRATEGY (dp=zero3) or 'PATTERN=shard(0, tp)'"
+            )
+        out[key.strip()] = value.strip()
+    return out
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="autopar",
+        description="Plans unmodified PyTorch models on many devices, and proves that a plan equals one device.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = commands.add_parser(
+        "plan",
+        help="choose where everything lies, and write it to a plan file",
+        description="Captures a model without allocating its weights, chooses where everything lies on the mesh,\n"
+        "predicts time and memory, and writes a plan: a small JSON file that can be read, edited and run.",
+        epilog="TARGET is one of\n"
+        "  hf:CONFIG.json    a Hugging Face configuration (or a folder that holds one)\n"
+        "  hf:TYPE           a Hugging Face model type, e.g. hf:llama, changed with --set\n"
+        "  file.py:function  a function that returns (model, example) or (model, example, loss);\n"
+        "                    it is given batch= and seq= if it has such parameters\n\n" + EXAMPLES,
+        formatter_class=raw,
+    )
+    plan.add_argument("target", metavar="TARGET", help="what to plan, see below")
+    plan.add_argument("--mesh", required=True, metavar="AXES", help="named axes with sizes, e.g. dp=2,tp=4, or a number")
+    plan.add_argument("--device", default="cpu", metavar="NAME", help="device preset, e.g. h100, a100 (default: cpu)")
+    plan.add_argument("--batch", type=_positive, default=8, metavar="N", help="global batch size (default: 8)")
+    plan.add_argument("--seq", type=_positive, default=512, metavar="N", help="sequence length in tokens (default: 512)")
+    plan.add_argument("--dtype", choices=list(targets.DTYPES), default="fp32", help="of the weights (default: fp32)")
+    plan.add_argument("--memory", type=parse_bytes, metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="change an entry of the Hugging Face configuration; may be repeated",
+    )  # fmt: skip
+    plan.add_argument(
+        "--constraint", action="append", default=[], metavar="KEY=VALUE", dest="constraints",
+        help="pin an axis to a strategy (dp=zero3, tp=tp) or a parameter to a placement ('*.down_proj.weight=shard(0, tp)'); "
+        "may be repeated",
+    )  # fmt: skip
+    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else on stdout")
+    plan.set_defaults(run=_plan)
+
+    show = commands.add_parser(
+        "show",
+        help="a plan by layer, in words",
+        description="Prints a plan by layer: what each axis splits, where parameters are stored, predicted time and memory.",
+        formatter_class=raw,
+    )
+    show.add_argument("plan", type=Path, metavar="PLAN.json", help="a file written by `autopar plan`")
+    show.add_argument("--json", action="store_true", help="print the same as JSON")
+    show.set_defaults(run=_show)
+
+    check = commands.add_parser(
+        "verify",
+        help="prove on local processes that a plan equals one device",
+        description="Builds a scaled-down model of the same kind, runs it under the same plan on local processes and on one\n"
+        "device, and compares loss, gradients, and parameters after three optimizer steps in float64.\n"
+        "Exit code 0 if they are equal, 1 if not.",
+        formatter_class=raw,
+    )
+    check.add_argument("plan", type=Path, metavar="PLAN.json", help="a file written by `autopar plan`")
+    check.add_argument(
+        "--procs", type=_positive, metavar="N", help="local processes at most (default: 4; 8 for a mesh of three axes)"
+    )
+    check.add_argument("--json", action="store_true", help="print the certificate as JSON")
+    check.set_defaults(run=_verify)
+    return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except InfeasibleError as error:
+        print(f"autopar: {error}", file=sys.stderr)
+        return 1
+    except AutoparError as error:
+        print(f"autopar: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("autopar: interrupted", file=sys.stderr)
+        return 130
+
+
+def _plan(args: argparse.Namespace) -> int:
+    mesh = Mesh.parse(int(args.mesh) if args.mesh.isdecimal() else args.mesh)
+    constraints = parse_constraints(args.constraints)
+    target = targets.Target(args.target, args.batch, args.seq, args.dtype, targets.parse_settings(args.settings))
+    if args.output is not None and not args.output.parent.is_dir():
+        raise PlanError(f"cannot write {args.output}: the folder {args.output.parent} does not exist")
+    status = Console(stderr=True)
+    with status.status(f"building {target.text} ...") as spinner:
+        built = targets.build(target)
+        spinner.update(f"capturing and planning {target.text} on {mesh} ...")
+        plan = driver.plan_model(
+            built.model,
+            mesh,
+            example=built.example,
+            loss=built.loss,
+            device=args.device,
+            memory_limit=args.memory,
+            constraints=constraints,
+            target=target.to_dict(),
+        )
+    if args.output is not None:
+        plan.save(args.output)
+    if args.json:
+        sys.stdout.write(plan.to_json())
+        return 0
+    _print(report.show(plan))
+    if args.output is not None:
+        print(f"written to {args.output}; read it with `autopar show`, prove it with `autopar verify`")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    plan = Plan.load(args.plan)
+    if args.json:
+        data: dict[str, Any] = {
+            "mesh": str(plan.mesh),
+            "target": dict(plan.target),
+            "layers": [asdict(layer) for layer in report.layers(plan)],
+            "predicted": dict(plan.predicted),
+            "solver": dict(plan.solver),
+            "notes": list(plan.notes),
+        }
+        print(json.dumps(data, indent=2))
+    else:
+        _print(report.show(plan))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    plan = Plan.load(args.plan)
+    with Console(stderr=True).status("comparing with one device ...") as spinner:
+        certificate = verify.verify(plan, procs=args.procs, progress=spinner.update)
+    if args.json:
+        print(json.dumps(asdict(certificate) | {"equal": certificate.equal}, indent=2))
+    else:
+        _print(verify.table(certificate))
+    return 0 if certificate.equal else 1
+
+
+def _print(parts: Sequence[Any]) -> None:
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if not console.is_terminal:
+        sys.stdout.write(report.text(parts, width=120))
+        return
+    for part in parts:
+        console.print(part)

@@ -1,0 +1,166 @@
+"""What a plan says about every tensor, and whether it may: the planner's checker, and the first thing a price needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from autopar.costmodel.items import Item, Items, items_of
+from autopar.errors import PlanError, RuleError
+from autopar.graph import Program, pattern
+from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
+from autopar.rule import BoundRule, Choice
+from autopar.spec import Placement, R, Shape, Spec, format_placements, is_valid, layout
+
+valid = lru_cache(maxsize=1 << 18)(is_valid)
+
+
+@dataclass(frozen=True)
+class Specs:
+    """Spec of every operand and result of every item, in item order."""
+
+    ins: list[tuple[Spec, ...]]
+    outs: list[tuple[Spec, ...]]
+
+
+@lru_cache(maxsize=1 << 16)
+def _placements(rule: BoundRule, choice: Choice) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
+    return rule.placements(choice)
+
+
+def op_specs(rule: BoundRule, row: Sequence[Choice]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
+    """Specs of operands and results of an op under one choice per mesh axis.
+
+    Raises:
+        RuleError: as `BoundRule.placements`.
+    """
+    per_axis = [rule.placements(c) for c in row]
+    ins = tuple(tuple(a[0][i] for a in per_axis) for i in range(len(rule.ins)))
+    outs = tuple(tuple(a[1][i] for a in per_axis) for i in range(len(rule.outs)))
+    return ins, outs
+
+
+def op_fits(item: Item, rule: BoundRule, row: Sequence[Choice], sizes: tuple[int, ...]) -> bool:
+    """Whether every operand and result divides evenly under `row`."""
+    ins, outs = op_specs(rule, row)
+    return all(valid(m.shape, s, sizes) for m, s in zip(item.in_meta, ins)) and all(
+        m is None or valid(m.shape, s, sizes) for m, s in zip(item.outs, outs)
+    )
+
+
+def storage_places(shape: Shape, size: int) -> tuple[Placement, ...]:
+    """What one axis of `size` may do to a stored parameter: whole, or a plain shard of a divisible dim."""
+    dims = [d for d, n in enumerate(shape) if size > 1 and n and n % size == 0]
+    return (R, *(Placement("S", d) for d in dims))
+
+
+def check_plan(program: Program, plan: Plan) -> None:
+    """Raise unless `plan` is legal for `program`; hand-edited plans come through here before they run.
+
+    Raises:
+        PlanError: it names an op, parameter, input or output that the program does not have, a factor the op does not
+            have or may not split, a split that does not divide, or a partial sum that nothing produces. Says which.
+    """
+    plan_specs(items_of(program), plan)
+
+
+def plan_specs(items: Items, plan: Plan) -> Specs:
+    """Spec of every operand and result under a plan. Raises PlanError as `check_plan`."""
+    sizes, num = plan.mesh.sizes, len(plan.mesh.sizes)
+    whole: Spec = (R,) * num
+    _check_names(items, plan)
+    ins: list[tuple[Spec, ...]] = []
+    outs: list[tuple[Spec, ...]] = []
+    for item in items.items:
+        if item.kind == "op":
+            row = plan.choice(item.name)
+            rule = items.rule(item)
+            if len(row) != num:
+                raise PlanError(f"{item.name}: the plan has {len(row)} choices for {num} mesh axes")
+            try:
+                found = op_specs(rule, row)
+            except RuleError as error:
+                allowed = ", ".join(rule.splittable()) or "none"
+                raise PlanError(f"{item.name}: {error}; its splittable factors are: {allowed}") from None
+        elif item.kind == "param":
+            found = ((), (_stored(plan, item),))
+        elif item.kind == "input":
+            found = ((), (tuple(plan.inputs.get(item.name, whole)),))
+        elif item.kind == "grad":
+            param = items.items[items.param[item.name]]
+            found = ((_stored(plan, param),), ())
+        elif item.kind == "output":
+            found = ((tuple(plan.outputs.get(item.name, whole)),), ())
+        else:
+            found = ((whole,) * len(item.ins), (whole,) * len(item.outs))
+        ins.append(found[0])
+        outs.append(found[1])
+        _check_item(item, found, outs, sizes, plan)
+    return Specs(ins, outs)
+
+
+def _stored(plan: Plan, item: Item) -> Spec:
+    assert item.source is not None
+    names = (item.name, *item.source.aliases)
+    for name in names:
+        if name in plan.storage:
+            return tuple(plan.storage[name].spec)
+    return (R,) * len(plan.mesh.sizes)
+
+
+def storage_of(plan: Plan, item: Item) -> Storage:
+    """Storage of a parameter item, under its name or a tied one."""
+    assert item.source is not None
+    for name in (item.name, *item.source.aliases):
+        if name in plan.storage:
+            return plan.storage[name]
+    return plan.stored(item.name)
+
+
+def _check_item(
+    item: Item, found: tuple[tuple[Spec, ...], tuple[Spec, ...]], outs: list[tuple[Spec, ...]], sizes: Sequence[int], plan: Plan
+) -> None:
+    metas = [*zip(item.in_meta, found[0]), *zip(item.outs, found[1])]
+    for meta, spec in metas:
+        if meta is not None and not valid(meta.shape, spec, tuple(sizes)):
+            try:
+                layout(meta.shape, spec, sizes)
+            except ValueError as error:
+                raise PlanError(
+                    f"{item.name}: {format_placements(spec)} does not fit shape {meta.shape} on mesh {plan.mesh}: {error}"
+                ) from None
+    for position, (tensor, spec) in enumerate(zip(item.ins, found[0])):
+        made = outs[tensor.item][tensor.index]
+        for axis, place in enumerate(spec):
+            if place.kind == "P" and made[axis] != place and sizes[axis] > 1:
+                raise PlanError(
+                    f"{item.name}: choice {plan.choice(item.name)[axis]} on axis {plan.mesh.names[axis]} lets a "
+                    f"{place} through operand {position}, but its producer gives {made[axis]}"
+                )
+
+
+def _check_names(items: Items, plan: Plan) -> None:
+    ops = {i.name for i in items.items if i.kind == "op"}
+    known = ops | {pattern(name) for name in ops}
+    for address in plan.choices:
+        if address not in known:
+            raise PlanError(f"the plan names the op {address!r}, which the program does not have; was it made for another model?")
+    names = {kind: {i.name for i in items.items if i.kind == kind} for kind in ("input", "output", "buffer")}
+    for what, given in (("input", plan.inputs), ("output", plan.outputs)):
+        for name, spec in given.items():
+            if name not in names[what] and what == "input":
+                raise PlanError(f"the plan names the input {name!r}; the program has {', '.join(sorted(names[what]))}")
+            if len(spec) != len(plan.mesh.sizes) or not storage_shards(tuple(spec)):
+                raise PlanError(f"{what} {name}: {format_placements(tuple(spec))} must be whole or a plain shard per axis")
+    for name, stored in plan.storage.items():
+        if name not in items.param and name not in names["buffer"]:
+            raise PlanError(f"the plan stores {name!r}, which is no parameter or buffer of the program")
+        if len(stored.spec) != len(plan.mesh.sizes) or not storage_shards(tuple(stored.spec)):
+            raise PlanError(
+                f"{name}: storage {format_placements(tuple(stored.spec))} must be whole or a plain shard per axis"
+            )
+        if name in names["buffer"] and any(p.kind != "R" for p in stored.spec):
+            raise PlanError(f"buffer {name} must be stored whole on every axis")
+        if stored.gather not in GATHER or stored.reduce not in REDUCE:
+            raise PlanError(f"{name}: {stored.gather!r}, {stored.reduce!r} are not one of {GATHER} and {REDUCE}")

@@ -1,0 +1,199 @@
+"""From program and state to the numbers of one axis's integer program, and back.
+
+The other axes are fixed as `state` says, so every price here is that of the full multi-axis specs: the objective is the
+price of the whole plan, not of one axis's share of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from autopar.costmodel.choices import Option, Space, State
+from autopar.costmodel.comm import Comm
+from autopar.costmodel.edges import GRAD, Edge
+from autopar.costmodel.ilp import INF, Consumer, Flow, Group, Keep, Problem
+from autopar.costmodel.items import Meta
+from autopar.costmodel.memory import Policy
+from autopar.costmodel.ops import Compute
+from autopar.errors import ConstraintError
+from autopar.graph import BACKWARD
+from autopar.rule import WHOLE
+from autopar.spec import R, Spec, local_shape
+
+
+@dataclass
+class Prices:
+    """All that costs are computed from."""
+
+    space: Space
+    edges: list[Edge]
+    compute: Compute
+    comm: Comm
+    policy: Policy
+    _seconds: dict[tuple[int, tuple[object, ...]], float] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.space.mesh.sizes
+
+    def op_seconds(self, cls: int, row: tuple) -> float:  # type: ignore[type-arg]
+        """Seconds of one member of an op class."""
+        key = (cls, row)
+        found = self._seconds.get(key)
+        if found is None:
+            found = self._seconds[key] = self.compute.seconds(self.space.fold.first(cls), row)
+        return found
+
+    def update_seconds(self, cls: int, spec: Spec) -> float:
+        """Seconds of the optimizer's update of one parameter."""
+        item = self.space.fold.first(cls)
+        return self.policy.update_bytes(item, spec, self.sizes) / self.compute.machine.device.traffic()
+
+
+def bring_seconds(comm: Comm, meta: Meta, src: Spec, dst: Spec, reduce: str = "") -> float:
+    """Seconds of one redistribution. For a gradient that is to be all-reduced first, `reduce` is "all_reduce"."""
+    if reduce == "all_reduce":
+        mid = tuple(R if p.kind == "P" else p for p in src)
+        return comm.seconds(meta.shape, meta.itemsize, src, mid) + comm.seconds(meta.shape, meta.itemsize, mid, dst)
+    return comm.seconds(meta.shape, meta.itemsize, src, dst)
+
+
+@dataclass
+class Axis:
+    """A Problem and what its numbers stand for."""
+
+    problem: Problem
+    classes: list[int]  # class of every group
+    options: list[list[Option]]  # of every group
+
+
+def lower(prices: Prices, state: State, axis: int, limit: float | None, tie: float) -> Axis:
+    """The integer program of `axis` with the other axes as in `state`.
+
+    limit: bytes per rank for what the program's linear proxy counts, None for no limit. tie: seconds of a tie-breaker.
+
+    Raises:
+        ConstraintError: the pins leave a class no option.
+    """
+    space, fold, sizes = prices.space, prices.space.fold, prices.sizes
+    classes: list[int] = []
+    options: list[list[Option]] = []
+    groups: list[Group] = []
+    group_of: dict[int, int] = {}
+    for cls in range(len(fold.members)):
+        item = fold.first(cls)
+        if item.kind == "grad":
+            continue
+        found = space.options(cls, axis, state)
+        if not found:
+            why = space.pins.why.get((cls, axis), "the plan's constraints")
+            raise ConstraintError(
+                f"{why} leave{'s' if why != 'the plan' else ''} {item.name} no way to run on axis "
+                f"{space.mesh.names[axis]} of size {sizes[axis]}"
+            )
+        group_of[cls] = len(groups)
+        classes.append(cls)
+        options.append(found)
+        groups.append(_group(prices, state, cls, axis, found, tie))
+    problem = Problem(groups, limit=limit)
+    for edge in prices.edges:
+        _edge(prices, state, edge, group_of, options, problem)
+    for item in fold.items.items:
+        if item.kind in ("buffer", "input"):
+            meta = item.outs[0]
+            if meta is not None:
+                spec = options[group_of[fold.of[item.index]]][0].outs[0]
+                problem.fixed += math.prod(local_shape(meta.shape, spec, sizes)) * meta.itemsize
+    return Axis(problem, classes, options)
+
+
+def lift(prices: Prices, axis: int, lowered: Axis, choice: Sequence[int], state: State) -> State:
+    """The state after a solution of `lowered`."""
+    out = state.copy()
+    for cls, options, picked in zip(lowered.classes, lowered.options, choice):
+        prices.space.decide(out, cls, axis, options[picked])
+    return out
+
+
+def current(lowered: Axis, axis: int, state: State) -> list[int]:
+    """The choice that leaves `state` as it is: a start for comparisons."""
+    out = []
+    for cls, options in zip(lowered.classes, lowered.options):
+        if cls in state.rows:
+            out.append(next(i for i, o in enumerate(options) if o.value == state.rows[cls][axis]))
+        elif cls in state.storage:
+            held = state.storage[cls]
+            out.append(next(i for i, o in enumerate(options) if o.outs[0] == held.spec and o.gather == held.gather))
+        elif cls in state.outputs:
+            out.append(next((i for i, o in enumerate(options) if o.ins[0] == state.outputs[cls]), 0))
+        else:
+            out.append(0)
+    return out
+
+
+def _group(prices: Prices, state: State, cls: int, axis: int, options: list[Option], tie: float) -> Group:
+    item, count = prices.space.fold.first(cls), len(prices.space.fold.members[cls])
+    cost, ties, memory = [0.0] * len(options), [0.0] * len(options), [0.0] * len(options)
+    for i, option in enumerate(options):
+        if item.kind == "op":
+            row = (*state.rows[cls][:axis], option.value, *state.rows[cls][axis + 1 :])
+            cost[i] = prices.op_seconds(cls, row) * count
+            # Prefer plain splits to strided ones, and nothing to something.
+            ties[i] = tie * count * ((2 if option.value.outer > 1 else 0) + (option.value != WHOLE))  # type: ignore[union-attr]
+        elif item.kind == "param":
+            cost[i] = prices.update_seconds(cls, option.outs[0]) * count
+            memory[i] = sum(prices.policy.stored(item, option.outs[0], prices.sizes).values()) * count
+            place = option.outs[0][axis]
+            ties[i] = tie * count * ((place.kind == "S") * (1 + 0.1 * place.dim) + 0.5 * (option.gather == "twice"))
+    return Group(cost, ties, memory)
+
+
+def _edge(
+    prices: Prices, state: State, edge: Edge, group_of: dict[int, int], options: list[list[Option]], problem: Problem
+) -> None:
+    fold, sizes = prices.space.fold, prices.sizes
+    producer = group_of[edge.cls]
+    stored = fold.first(edge.cls).kind == "param"
+    rows: dict[tuple[Spec, str], int] = {}
+    row = [rows.setdefault((o.outs[edge.index], o.gather), len(rows)) for o in options[producer]]
+    wants: dict[tuple[Spec, str], int] = {}
+    consumers, backward = [], []
+    for reader in edge.readers:
+        group = group_of[reader.cls]
+        reduce = state.storage[reader.cls].reduce if reader.operand == GRAD else ""
+        if reader.operand == GRAD:
+            specs = [o.outs[0] for o in options[group]]
+        else:
+            specs = [o.ins[reader.operand] for o in options[group]]
+        column = [wants.setdefault((s, reduce), len(wants)) for s in specs]
+        consumer = Consumer(group, column, int(reader.phase == BACKWARD))
+        consumers.append(consumer)
+        if reader.phase == BACKWARD:
+            backward.append(consumer)
+    cost = [[_seconds(prices, edge.meta, src, dst, reduce) for dst, reduce in wants] for src, _ in rows]
+    flow = Flow(producer, row, consumers, cost, float(edge.count))
+    if stored:
+        flow.apart = [gather == "twice" for _, gather in rows]
+        if problem.limit is not None:
+            flow.memory = [
+                [0.0 if gather == "twice" or dst == src else _bytes(edge.meta, dst, sizes) * edge.count for dst, _ in wants]
+                for src, gather in rows
+            ]
+    if any(c for line in cost for c in line):
+        problem.flows.append(flow)
+    if edge.saved and backward and problem.limit is not None:
+        share = edge.saved / edge.meta.itemsize * edge.count
+        problem.keeps.append(Keep([_bytes(edge.meta, dst, sizes) * share for dst, _ in wants], backward))
+
+
+def _seconds(prices: Prices, meta: Meta, src: Spec, dst: Spec, reduce: str) -> float:
+    for have, want, size in zip(src, dst, prices.sizes):
+        if want.kind == "P" and have != want and size > 1:
+            return INF
+    return bring_seconds(prices.comm, meta, src, dst, reduce)
+
+
+def _bytes(meta: Meta, spec: Spec, sizes: Sequence[int]) -> float:
+    return float(math.prod(local_shape(meta.shape, spec, sizes)) * meta.itemsize)

@@ -1,0 +1,188 @@
+"""Merge small collectives into few flat ones: latency is paid per call.
+
+Merged are collectives of one kind, axis, dtype, reduction and phase that cannot depend on each other:
+
+* gathers of parameters: the operand comes from placeholders through moves only (perhaps through other such gathers).
+  They are taken in the order of their first use, so that a bucket can be fetched just ahead of it;
+* reductions of results: the result reaches the output through moves only (perhaps through other such reductions). They
+  are taken in the order in which their operands are computed.
+
+Every piece is flattened and packed with `cat`, travels along dim 0, and is cut out and rearranged behind. The elements
+meet the same partners in the same order as before, so results are equal bit for bit. Written with plain ATen ops
+and the symbolic collectives, so nothing downstream needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from autopar.graph import is_op
+from autopar.passes import collectives as c
+from autopar.passes import edit
+
+aten = torch.ops.aten
+
+#: Bytes of a bucket: large enough that bandwidth, not latency, is what a call costs.
+BUCKET_BYTES = 25 << 20
+
+
+def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModule:
+    """Merge collectives of a symbolic local graph into buckets of at most `bucket_bytes`.
+
+    Bytes are the larger of sent and received, on one rank. A collective of that size or more stays alone.
+    `gm` may be changed; use what is returned.
+    """
+    gathers, reductions = _gathers(gm), _reductions(gm)
+    merged = False
+    for found, merge in ((gathers, _merge_gathers), (reductions, _merge_reductions)):
+        for group in _pack(found, bucket_bytes):
+            merge(gm.graph, group)
+            merged = True
+    if not merged:
+        return gm
+    # A bucket may stand behind a reader of one of its pieces: what is read early pulls it forward.
+    gm = edit.stable_sort(gm)
+    edit.remove_dead(gm)
+    gm.recompile()
+    return gm
+
+
+def _key(node: fx.Node, level: int) -> tuple[Any, ...]:
+    _, axis, parts, *how = edit.symbolic_args(node)
+    reduce = how[-1] if node.target in (c.all_reduce, c.reduce_scatter) else ""
+    marks = (bool(node.meta.get("regather")), bool(node.meta.get("keep")))
+    return (node.target, axis, parts, reduce, node.meta["val"].dtype, node.meta["phase"], marks, level)
+
+
+def _pack(found: Iterable[tuple[fx.Node, int]], limit: int) -> list[list[fx.Node]]:
+    """Groups of two and more, in order of appearance; neighbours of one key until the bucket is full."""
+    open_: dict[tuple[Any, ...], tuple[list[fx.Node], int]] = {}
+    groups: list[list[fx.Node]] = []
+    for node, level in found:
+        size = max(edit.nbytes(node), edit.nbytes(node.args[0]))  # type: ignore[arg-type]
+        if size >= limit or size == 0:
+            continue
+        key = _key(node, level)
+        members, filled = open_.get(key, ([], 0))
+        if filled + size > limit:
+            members, filled = [], 0
+        if not members:
+            groups.append(members)
+        members.append(node)
+        open_[key] = (members, filled + size)
+    return [g for g in groups if len(g) > 1]
+
+
+def _gathers(gm: fx.GraphModule) -> list[tuple[fx.Node, int]]:
+    """All-gathers of what placeholders hold, with the number of gathers before each, by first use."""
+    level: dict[fx.Node, int] = {}
+    found = []
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            level[node] = 0
+        elif is_op(node) and (node.target in edit.MOVES or node.target is c.all_gather):
+            inputs = node.all_input_nodes
+            if inputs and all(n in level for n in inputs):
+                before = max(level[n] for n in inputs)
+                level[node] = before + (node.target is c.all_gather)
+                if node.target is c.all_gather:
+                    found.append((node, before))
+    position = {n: i for i, n in enumerate(gm.graph.nodes)}
+    first: dict[fx.Node, int] = {}
+    for node in reversed(gm.graph.nodes):
+        if node in level:
+            uses = [first[u] if u in level else position[u] for u in node.users]
+            first[node] = min(uses, default=position[node])
+    return sorted(found, key=lambda item: (first[item[0]], position[item[0]]))
+
+
+def _reductions(gm: fx.GraphModule) -> list[tuple[fx.Node, int]]:
+    """Reductions only the output reads, with the number of such reductions behind each, in graph order."""
+    after: dict[fx.Node, int] = {}
+    found = []
+    for node in reversed(gm.graph.nodes):
+        if node.op == "output":
+            after[node] = 0
+            continue
+        reduces = node.target in (c.all_reduce, c.reduce_scatter)
+        if node.op != "call_function" or not (reduces or node.target in edit.MOVES):
+            continue
+        if node.users and all(u in after for u in node.users):
+            behind = max(after[u] for u in node.users)
+            after[node] = behind + reduces
+            if reduces:
+                found.append((node, behind))
+    return found[::-1]
+
+
+def _merge_gathers(graph: fx.Graph, group: list[fx.Node]) -> None:
+    rows = []
+    with graph.inserting_before(group[-1]):
+        pieces: list[fx.Node] = [n.args[0] for n in group]  # type: ignore[misc]
+        for x, node in zip(pieces, group):
+            rows.append(_flat(graph, x, node))
+        _, axis, parts, _ = edit.symbolic_args(group[0])
+        packed = edit.call(graph, aten.cat.default, rows, 0, like=group[0])
+        whole = edit.call(graph, c.all_gather, packed, axis, parts, 0, like=group[0])
+        whole = edit.view(graph, whole, (parts, edit.shape(packed)[0]))
+        start = 0
+        for x, row, node in zip(pieces, rows, group):
+            dim = edit.symbolic_args(node)[3]
+            end = start + edit.shape(row)[0]
+            cut = edit.call(graph, aten.slice.Tensor, whole, 1, start, end, like=node)
+            cut = edit.call(graph, aten.view.default, cut, [parts, *edit.shape(x)], like=node)
+            order = [*range(1, dim + 1), 0, *range(dim + 1, len(edit.shape(x)) + 1)]
+            if dim:
+                cut = edit.call(graph, aten.permute.default, cut, order, like=node)
+            out = edit.view(graph, edit.contiguous(graph, cut), edit.shape(node))
+            node.replace_all_uses_with(out)
+            start = end
+
+
+def _merge_reductions(graph: fx.Graph, group: list[fx.Node]) -> None:
+    scatter = group[0].target is c.reduce_scatter
+    rows = []
+    with graph.inserting_before(group[-1]):
+        for node in group:
+            x, _, parts, *how = edit.symbolic_args(node)
+            if scatter:
+                rows.append(_stacked(graph, x, parts, how[0], node))
+            else:
+                rows.append(_flat(graph, x, node))
+        _, axis, parts, *how = edit.symbolic_args(group[0])
+        packed = edit.call(graph, aten.cat.default, rows, 1 if scatter else 0, like=group[0])
+        if scatter:
+            whole = edit.call(graph, c.reduce_scatter, packed, axis, parts, 0, how[-1], like=group[0])
+            whole = edit.view(graph, whole, (edit.shape(packed)[1],))
+        else:
+            whole = edit.call(graph, c.all_reduce, packed, axis, parts, how[-1], like=group[0])
+        start = 0
+        for node in group:
+            end = start + node.meta["val"].numel()
+            cut = edit.call(graph, aten.slice.Tensor, whole, 0, start, end, like=node)
+            # Its own memory: results are handed out, and one must not keep the whole bucket alive.
+            out = edit.view(graph, edit.contiguous(graph, cut), edit.shape(node))
+            node.replace_all_uses_with(out)
+            start = end
+
+
+def _flat(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
+    """All elements in one dim. A producer may leave strides, so this is a reshape."""
+    return edit.call(graph, aten.reshape.default, x, [x.meta["val"].numel()], like=like)
+
+
+def _stacked(graph: fx.Graph, x: fx.Node, parts: int, dim: int, like: fx.Node) -> fx.Node:
+    """(a, parts*n, b) -> (parts, a*n*b): what goes to each coordinate, flat."""
+    shape = edit.shape(x)
+    split = [*shape[:dim], parts, shape[dim] // parts, *shape[dim + 1 :]]
+    x = edit.call(graph, aten.reshape.default, x, split, like=like)
+    order = [dim, *(d for d in range(len(split)) if d != dim)]
+    x = edit.call(graph, aten.permute.default, x, order, like=like)
+    return edit.call(graph, aten.reshape.default, x, [parts, x.meta["val"].numel() // parts], like=like)
+
+
+__all__ = ["BUCKET_BYTES", "bucket"]

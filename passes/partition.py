@@ -1,0 +1,232 @@
+"""Cut a joint local graph into a forward and a backward graph.
+
+Works on the symbolic level (one cut serves every rank; run it there, then bind each half) and on the bound one alike.
+
+What the backward needs of the forward is either saved or computed again:
+
+* a placeholder is handed over as it is;
+* numbers, views, constants, and what copies without computing (permutes, casts, local chunks) are computed again where
+  the tensors they start from are at hand anyway (placeholders, or saved for another reader), or are smaller than the
+  result: a bool mask is saved and its float copy made again;
+* anything else is saved, once. Of a view, it is the base that is saved: the view would keep it alive anyhow.
+
+Backward nodes that need no gradient (parameters gathered again, their transposes, zeros) stand in the backward graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.errors import PassError
+from autopar.graph import BACKWARD, Sink, Source
+from autopar.passes import edit
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The two halves.
+
+    Attributes:
+        forward: placeholders: the joint's that are not tangents, in order. Outputs: `num_outputs` forward outputs
+            (sinks that are not gradients, in order), then the tensors of `saved`.
+        backward: placeholders: those of `saved_inputs`, then `saved`, then the tangents, in order. Outputs: the
+            gradients (sinks of kind grad, in order).
+        num_outputs: number of forward outputs.
+        saved_inputs: positions among the forward's placeholders that the backward reads.
+        saved: names of the forward nodes handed over as further outputs.
+        saved_bytes: bytes of `saved` on one rank.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    num_outputs: int
+    saved_inputs: tuple[int, ...]
+    saved: tuple[str, ...]
+    saved_bytes: int
+
+
+def partition(gm: fx.GraphModule, sources: Sequence[Source], sinks: Sequence[Sink]) -> Parts:
+    """Cut `gm`, whose placeholders are those of `sources` and whose outputs those of `sinks`, in order.
+
+    `gm` is not changed. A graph without gradients gives an empty backward.
+
+    Raises:
+        PassError: placeholders or outputs do not fit `sources` and `sinks`, or a forward output depends on a tangent.
+    """
+    places, out = edit.placeholders(gm), edit.output_node(gm)
+    if len(places) != len(sources) or len(out.args[0]) != len(sinks):  # type: ignore[arg-type]
+        raise PassError(
+            f"the graph has {len(places)} placeholders and {len(out.args[0])} outputs; "  # type: ignore[arg-type]
+            f"the program has {len(sources)} sources and {len(sinks)} sinks"
+        )
+    tangents = [n for n, s in zip(places, sources) if s.kind == "tangent"]
+    inputs = [n for n, s in zip(places, sources) if s.kind != "tangent"]
+    values = list(out.args[0])  # type: ignore[arg-type]
+    results = [v for v, s in zip(values, sinks) if s.kind != "grad"]
+    grads = [v for v, s in zip(values, sinks) if s.kind == "grad"]
+    late = _backward_nodes(gm, tangents)
+    for value, sink in zip(values, sinks):
+        if sink.kind != "grad" and value in late:
+            raise PassError(
+                f"{sink.kind} {sink.name} is computed by backward node {value}; outputs belong to the forward"
+            )
+
+    needed = _needed(grads, late)
+    saved = _choose_saved(gm, needed)
+    again = _recomputed(needed, saved)
+
+    forward = _extract(gm, inputs, [*results, *saved], late)
+    given = [n for n in inputs if n in again]
+    inside = late | {n: None for n in again if n.op != "placeholder"}
+    backward = _extract(gm, [*given, *saved, *tangents], grads, {}, only=inside)
+    return Parts(
+        forward,
+        backward,
+        len(results),
+        tuple(i for i, n in enumerate(inputs) if n in again),
+        tuple(n.name for n in saved),
+        sum(edit.nbytes(n) for n in saved),
+    )
+
+
+def _backward_nodes(gm: fx.GraphModule, tangents: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    late: dict[fx.Node, None] = dict.fromkeys(tangents)
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output") or edit.is_index_arithmetic(node):
+            continue
+        from_late = next((n for n in node.all_input_nodes if n in late), None)
+        if node.meta.get("phase") == BACKWARD:
+            late[node] = None
+        elif from_late is not None:
+            raise PassError(f"forward node {node.name} reads backward node {from_late.name}")
+    # A result picked from a forward op belongs to the forward, whoever reads it.
+    for node in list(late):
+        if edit.is_pick(node) and node.args[0] not in late:
+            del late[node]
+    return late
+
+
+def _needed(grads: Sequence[object], late: dict[fx.Node, None]) -> list[fx.Node]:
+    """Forward nodes, in graph order of discovery, that the live backward reads directly."""
+    seen: dict[fx.Node, None] = {}
+    found: dict[fx.Node, None] = {}
+    stack = [g for g in grads if isinstance(g, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen[node] = None
+        if node not in late:
+            found[node] = None
+        elif node.op != "placeholder":
+            stack.extend(node.all_input_nodes)
+    return list(found)
+
+
+def _free(node: fx.Node) -> bool:
+    """Whether computing the node again costs no arithmetic."""
+    if node.op == "get_attr" or edit.is_index_arithmetic(node):
+        return True
+    if all(edit.is_index_arithmetic(n) for n in node.all_input_nodes):
+        return True  # a constant: full, zeros, arange
+    return node.target in edit.MOVES and not _picks_computed(node)
+
+
+def _picks_computed(node: fx.Node) -> bool:
+    """Whether the node is one result of an op that computes (a piece of a split is not)."""
+    return edit.is_pick(node) and node.args[0].target not in edit.VIEWS  # type: ignore[union-attr]
+
+
+def _is_alias(node: fx.Node) -> bool:
+    return node.target in edit.VIEWS and not _picks_computed(node)
+
+
+def _missing(node: fx.Node, saved: dict[fx.Node, None]) -> list[fx.Node]:
+    """What must be saved besides, to compute a free node again."""
+    out: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        top = stack.pop()
+        if top in seen or top in saved or top.op == "placeholder":
+            continue
+        seen.add(top)
+        if _free(top):
+            stack.extend(top.all_input_nodes)
+        else:
+            out[top] = None
+    return list(out)
+
+
+def _choose_saved(gm: fx.GraphModule, needed: Sequence[fx.Node]) -> list[fx.Node]:
+    """The tensors to save, in graph order."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    saved: dict[fx.Node, None] = {}
+    todo: dict[fx.Node, None] = {}
+    for node in sorted(needed, key=order.__getitem__):
+        # Saving a view would keep its base alive, so the base is what counts.
+        while _is_alias(node):
+            node = node.all_input_nodes[0]
+        if node.op == "placeholder":
+            continue
+        (todo if _free(node) else saved)[node] = None
+    for node in todo:
+        missing = _missing(node, saved)
+        if sum(edit.nbytes(n) for n in missing) < edit.nbytes(node):
+            saved.update(dict.fromkeys(missing))
+        elif missing:
+            saved[node] = None
+    return sorted(saved, key=order.__getitem__)
+
+
+def _recomputed(needed: Sequence[fx.Node], saved: Sequence[fx.Node]) -> dict[fx.Node, None]:
+    """Placeholders handed over and nodes computed again, from what is saved."""
+    kept = set(saved)
+    out: dict[fx.Node, None] = {}
+    stack = list(needed)
+    while stack:
+        node = stack.pop()
+        if node in kept or node in out:
+            continue
+        out[node] = None
+        stack.extend(node.all_input_nodes)
+    return out
+
+
+def _extract(
+    gm: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[object],
+    without: dict[fx.Node, None],
+    only: dict[fx.Node, None] | None = None,
+) -> fx.GraphModule:
+    """The graph that computes `outputs` from `inputs`; other nodes as they stand, dead ones left out."""
+    live: set[fx.Node] = set()
+    stack = [n for n in outputs if isinstance(n, fx.Node)]
+    given = set(inputs)
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            if node not in given:
+                stack.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta.update(node.meta)
+    for node in gm.graph.nodes:
+        if node in live and node not in given:
+            outside = node in without or (only is not None and node not in only and not edit.is_index_arithmetic(node))
+            if node.op in ("placeholder", "output") or outside:
+                raise PassError(f"{node.name} is on the wrong side of the cut between forward and backward")
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            if only is not None:
+                env[node].meta["phase"] = BACKWARD
+    graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in outputs))  # type: ignore[misc]
+    out = edit.module(gm, graph)
+    out.recompile()
+    return out

@@ -1,0 +1,171 @@
+"""This process's place in the mesh: its rank, its coordinates, and the process groups of every axis.
+
+A `Grid` is what the rest of the runtime and the binding of local graphs need to know about the machine. A mesh of one
+in a process without torch.distributed has no groups at all, and everything else treats it like any other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar.errors import MeshError
+from autopar.mesh import Mesh
+
+#: What `connect` takes for a mesh.
+MeshLike = Mesh | DeviceMesh | str | int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One process's view of the mesh.
+
+    Attributes:
+        mesh: the mesh as plain data.
+        rank: row-major index of this process in the mesh.
+        device: where its shards live.
+        group_names: mesh axis -> name of the process group along it, for functional collectives; empty without groups.
+        device_mesh: the DeviceMesh of the DTensors; None in a single process without torch.distributed.
+        control: gloo group of all ranks of the mesh, for small messages on the host; None without groups.
+        timeout: seconds after which a rank stops waiting for the others.
+    """
+
+    mesh: Mesh
+    rank: int
+    device: torch.device
+    group_names: dict[str, str] = field(default_factory=dict)
+    device_mesh: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+    timeout: float = 300.0
+
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """Mesh axis -> coordinate of this process."""
+        return dict(zip(self.mesh.names, self.mesh.coordinates(self.rank)))
+
+    @property
+    def size(self) -> int:
+        return self.mesh.num_devices
+
+
+_grids: dict[tuple[Any, ...], tuple[Any, Grid]] = {}
+
+
+def as_mesh(mesh: MeshLike) -> Mesh:
+    """The plain mesh of a text, an int, or a torch DeviceMesh (unnamed dims are called dim0, dim1, ...).
+
+    Raises:
+        MeshError: it cannot be read, or is something else.
+    """
+    if isinstance(mesh, DeviceMesh):
+        names = mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(mesh.ndim))
+        return Mesh(tuple(names), tuple(int(n) for n in mesh.mesh.shape))
+    if isinstance(mesh, bool) or not isinstance(mesh, (Mesh, str, int)):
+        raise MeshError(f"cannot read mesh {mesh!r}; pass \"dp=2,tp=4\", an int, an autopar.Mesh or a torch DeviceMesh")
+    return Mesh.parse(mesh)
+
+
+def connect(mesh: MeshLike, device: torch.device, timeout: float = 300.0) -> Grid:
+    """Find this process's place in `mesh`, initialising torch.distributed from torchrun's variables if need be.
+
+    The groups of one mesh are made once and shared by every module compiled for it.
+
+    Raises:
+        MeshError: the mesh does not match the processes that run; on every rank, without communication.
+    """
+    plain = as_mesh(mesh)
+    running = _running()
+    if not isinstance(mesh, DeviceMesh) and plain.num_devices != running:
+        are = "is" if running == 1 else "are"
+        raise MeshError(
+            f"mesh {plain} needs {plain.num_devices} process{'es' * (plain.num_devices > 1)}, {running} {are} running; "
+            f"start with torchrun --nproc-per-node {plain.num_devices}, or use a mesh of {running}"
+        )
+    if not dist.is_initialized():
+        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            return Grid(plain, 0, device, timeout=timeout)
+        _initialise(device, timeout)
+    key = (plain, device, timeout, id(mesh) if isinstance(mesh, DeviceMesh) else None)
+    world, grid = _grids.get(key, (None, None))
+    if grid is None or world is not dist.group.WORLD:
+        grid = _adopt(mesh, plain, device, timeout) if isinstance(mesh, DeviceMesh) else _make(plain, device, timeout)
+        _grids[key] = (dist.group.WORLD, grid)
+    return grid
+
+
+def default_device(mesh: MeshLike, model: torch.nn.Module) -> torch.device:
+    """Where the shards should live: the mesh's device type, else the process group's, else the model's own device."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    if isinstance(mesh, DeviceMesh):
+        kind = mesh.device_type
+    elif dist.is_initialized() and "nccl" in str(dist.get_backend()):
+        kind = "cuda"
+    elif kind == "meta":
+        kind = "cuda" if torch.cuda.is_available() and "RANK" in os.environ else "cpu"
+    if kind != "cuda":
+        return torch.device(kind)
+    if "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _running() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _initialise(device: torch.device, timeout: float) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    atexit.register(_finish)
+
+
+def _finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _make(plain: Mesh, device: torch.device, timeout: float) -> Grid:
+    rank, limit = dist.get_rank(), timedelta(seconds=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    own = []
+    for axis in range(len(plain.sizes)):
+        mine = None
+        for ranks in plain.groups(axis):  # every process makes every group, in the same order
+            group = dist.new_group(ranks, timeout=limit, backend=backend)
+            if rank in ranks:
+                mine = group
+        assert mine is not None
+        own.append(mine)
+    control = dist.new_group(list(range(plain.num_devices)), timeout=limit, backend="gloo")
+    ranks_of = torch.arange(math.prod(plain.sizes)).reshape(plain.sizes)
+    groups: Any = own[0] if len(own) == 1 else own
+    device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks_of, mesh_dim_names=plain.names)
+    names = {name: group.group_name for name, group in zip(plain.names, own)}
+    return Grid(plain, rank, device, names, device_mesh, control, timeout)
+
+
+def _adopt(device_mesh: DeviceMesh, plain: Mesh, device: torch.device, timeout: float) -> Grid:
+    coordinate = device_mesh.get_coordinate()
+    members = [int(r) for r in device_mesh.mesh.flatten()]
+    if coordinate is None:
+        raise MeshError(f"rank {dist.get_rank()} is not in the DeviceMesh {plain}, whose ranks are {members}")
+    rank = 0
+    for at, size in zip(coordinate, plain.sizes):
+        rank = rank * size + int(at)
+    control = dist.new_group(
+        members, timeout=timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
+    )
+    names = {name: device_mesh.get_group(axis).group_name for axis, name in enumerate(plain.names)}
+    return Grid(plain, rank, device, names, device_mesh, control, timeout)

@@ -1,0 +1,265 @@
+"""Ranks agree before they act: one small exchange a step, and none of them left waiting when one fails.
+
+A rank that raises alone would leave the others in a collective until it times out. So every piece of work that may
+raise and is followed by communication runs inside `Control.together`; and before each step all ranks exchange one row
+of integers (`Control.agree`): did anything raise, do the arguments have the same structure, do they hold the same
+values where they should, and which seed. Only if a row differs is a second, larger exchange made, to say what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autopar.errors import AutoparError, BatchError, RankMismatchError
+from autopar.runtime.groups import Grid
+
+WORDS = 1024  # columns of the matrix whose weighted row and column sums are the checksum
+
+
+def hash64(*parts: object) -> int:
+    """A hash of the printed parts that is the same in every process, as a signed 64-bit integer."""
+    digest = hashlib.blake2b("\x00".join(str(p) for p in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """64-bit checksum of the bytes of a tensor, on its own device: sees changed, moved and swapped elements."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0:
+        flat = flat.view(torch.int32)
+    whole = flat.numel() // WORDS * WORDS
+    grid, tail = flat[:whole].reshape(-1, WORDS), flat[whole:].to(torch.int64)
+    columns = grid.sum(dim=0, dtype=torch.int64)
+    rows = grid.sum(dim=1, dtype=torch.int64)
+    total = (columns * _weights(WORDS, 1, flat.device)).sum() + (rows * _weights(len(rows), 2, flat.device)).sum()
+    total = total + (tail * _weights(len(tail), 3, flat.device)).sum()
+    return int(total.item())
+
+
+def _weights(count: int, salt: int, device: torch.device) -> torch.Tensor:
+    """Odd pseudo-random multipliers (splitmix64's, without its last shift)."""
+    x = torch.arange(count, dtype=torch.int64, device=device) * 2 + (2 * salt + 1) * 0x9E3779B1
+    x = (x ^ (x >> 15)) * 0x1CE4E5B9BF58476D
+    return (x ^ (x >> 27)) | 1
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor or value of a call, as compared between ranks: `form` is dtype and shape, or the value itself."""
+
+    name: str
+    form: str
+    content: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one rank is about to run.
+
+    Attributes:
+        arguments: the flattened call.
+        mode: what else must agree, printed ("training with gradients").
+        part: which piece of the batch this rank was given; ranks with the same part must hold the same values.
+        seed: this rank's proposal; rank 0's is used by all.
+        parts: the part of every rank.
+    """
+
+    arguments: tuple[Argument, ...]
+    mode: str
+    seed: int = 0
+    part: int = 0
+    parts: tuple[int, ...] = field(default=())
+
+
+class Control:
+    """The conversation between the ranks of one grid; with one process, it answers at once."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def rows(self, row: Sequence[int]) -> list[list[int]]:
+        """Everybody's row of integers, by rank (all of the same length).
+
+        Raises:
+            RankMismatchError: a rank has died or did not come within the timeout.
+        """
+        if self.grid.control is None or self.grid.size == 1:
+            return [list(row)]
+        mine = torch.tensor(row, dtype=torch.int64)
+        out = torch.empty(self.grid.size * len(row), dtype=torch.int64)
+        with self._answered():
+            dist.all_gather_into_tensor(out, mine, group=self.grid.control)
+        return out.reshape(self.grid.size, len(row)).tolist()
+
+    def objects(self, value: Any) -> list[Any]:
+        """Everybody's picklable object, by rank. Raises as `rows`."""
+        if self.grid.control is None or self.grid.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.grid.size
+        with self._answered():
+            dist.all_gather_object(out, value, group=self.grid.control)
+        return out
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankMismatchError(
+                f"rank {self.grid.rank}: not every rank of mesh {self.grid.mesh} answered within "
+                f"{self.grid.timeout:g} s: one has stopped, or does not call the module as often as the others; "
+                f"see its own output ({str(error).splitlines()[0]})"
+            ) from error
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run the body on every rank, then compare notes: if it raised on any rank, every rank raises.
+
+        The body must not communicate. A rank whose body raised re-raises its own error; the others raise
+        RankMismatchError naming rank and message.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.status(what, failure)
+
+    def status(self, what: str, failure: Exception | None) -> None:
+        """Exchange whether `what` went well; see `together`."""
+        if any(row[0] for row in self.rows([int(failure is not None)])):
+            self._report(what, failure)
+
+    def _report(self, what: str, failure: Exception | None) -> None:
+        texts = self.objects(None if failure is None else _one_line(failure))
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+        raise RankMismatchError(f"{what} failed on {len(failed)} of {len(texts)} ranks: {'; '.join(failed)}")
+
+    def same(self, what: str, value: Any, remedy: str, describe: Callable[[Any, Any], str] | None = None) -> None:
+        """Require that `value` (printable, picklable) is equal on every rank.
+
+        Raises:
+            RankMismatchError: on every rank, naming the ranks that differ from rank 0.
+        """
+        if len({row[0] for row in self.rows([hash64(repr(value))])}) == 1:
+            return
+        values = self.objects(value)
+        other = [rank for rank, v in enumerate(values) if repr(v) != repr(values[0])]
+        detail = describe(values[0], values[other[0]]) if describe else f"{values[0]} and {values[other[0]]}"
+        raise RankMismatchError(
+            f"the ranks disagree on {what}: {ranks_text(other)} differ{'s' * (len(other) == 1)} from rank 0 "
+            f"({detail}); {remedy}"
+        )
+
+    def share(self, what: str, make: Callable[[], Any]) -> Any:
+        """Let rank 0 make a picklable object, and give it to every rank.
+
+        Raises:
+            RankMismatchError: rank 0 failed (rank 0 raises its own error).
+        """
+        failure, value = None, None
+        if self.grid.rank == 0:
+            try:
+                value = make()
+            except Exception as error:
+                failure = error
+        self.status(what, failure)
+        if self.grid.control is None or self.grid.size == 1:
+            return value
+        box = [value]
+        with self._answered():
+            dist.broadcast_object_list(box, group_src=0, group=self.grid.control)
+        return box[0]
+
+    def agree(self, call: Call | None, failure: Exception | None = None, *, check: bool = True) -> int:
+        """The exchange before a step; gives the seed of the step.
+
+        Raises:
+            BatchError: on every rank, naming the argument and the ranks that differ.
+            RankMismatchError: another rank's `failure` (its own is re-raised), or another mode.
+        """
+        if call is None:
+            assert failure is not None
+            row = [1, 0, 0, 0, 0]
+        else:
+            structure = hash64(*((a.name, a.form) for a in call.arguments)) if check else 0
+            content = hash64(*(a.content for a in call.arguments)) if check else 0
+            row = [int(failure is not None), hash64(call.mode), structure, content, call.seed]
+        rows = self.rows(row)
+        if any(r[0] for r in rows):
+            self._report("the step", failure)
+        assert call is not None
+        parts = call.parts or (0,) * len(rows)
+        first = {part: parts.index(part) for part in parts}
+        alike = all(r[1:3] == rows[0][1:3] for r in rows) and all(
+            r[3] == rows[first[part]][3] for r, part in zip(rows, parts)
+        )
+        if not alike:
+            raise _difference(self.objects(call), parts)
+        return rows[0][4]
+
+
+def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
+    """The error for calls that do not fit together; the same on every rank."""
+    modes = [c.mode for c in calls]
+    if len(set(modes)) > 1:
+        return RankMismatchError(
+            f"the ranks run different steps: {_by_value(modes)}; "
+            "call train(), eval() and no_grad() alike on every rank"
+        )
+    local = len(set(parts)) > 1
+    names = [[a.name for a in c.arguments] for c in calls]
+    if any(n != names[0] for n in names):
+        return BatchError(
+            f"the ranks pass different arguments: {_by_value([', '.join(n) for n in names])}; pass the same ones everywhere"
+        )
+    for i, name in enumerate(names[0]):
+        forms = [c.arguments[i].form for c in calls]
+        if len(set(forms)) > 1:
+            remedy = (
+                "local batches must have one shape on every rank (DistributedSampler with drop_last=True)" if local else
+                "pass the same global batch on every rank, or compile with batch=\"local\" and give each rank its own"
+            )
+            return BatchError(f"argument {name!r} differs between ranks: {_by_value(forms)}; {remedy}")
+    for i, name in enumerate(names[0]):
+        for part in dict.fromkeys(parts):
+            same = [rank for rank, p in enumerate(parts) if p == part]
+            other = [r for r in same if calls[r].arguments[i].content != calls[same[0]].arguments[i].content]
+            if other:
+                remedy = (
+                    "ranks that share a data coordinate must get the same local batch: use "
+                    "DistributedSampler(..., **pm.sampler_args)" if local else
+                    "pass the same global batch on every rank (seed shuffling alike), or compile with batch=\"local\" "
+                    "and give each rank its own"
+                )
+                return BatchError(
+                    f"argument {name!r} ({calls[0].arguments[i].form}) holds other values on {ranks_text(other)} than on "
+                    f"rank {same[0]}; {remedy}"
+                )
+    return RankMismatchError("the ranks announced different steps, yet describe them alike; please report this")
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 1, 3`."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _by_value(values: Sequence[str]) -> str:
+    where: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        where.setdefault(value, []).append(rank)
+    return "; ".join(f"{value} on {ranks_text(ranks)}" for value, ranks in where.items())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:600]}"

@@ -1,0 +1,375 @@
+"""ParallelModule: the compiled model as an ordinary nn.Module with the user's names and sharded parameters."""
+
+from __future__ import annotations
+
+import inspect
+import resource
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from autopar import tree
+from autopar.errors import BatchError, RuntimeUseError
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.runtime.groups import Grid
+from autopar.runtime.handshake import Argument, Call, Control, checksum
+from autopar.runtime.step import Lowered, Step, local_of
+from autopar.runtime.storage import Init, Loader, build_tree, fill_tree, placements
+
+#: Captures, plans and lowers one call, the same on every rank: (skeleton, args, kwargs, with backward, first plan).
+Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a module behaves; see `autopar.compile`.
+
+    Attributes:
+        check: compare the ranks before each step.
+        backend: "eager" or "inductor".
+        data_axes: mesh axes over which each rank brings its own piece of the batch; empty for global batches.
+        init: values for parameters without any.
+    """
+
+    check: bool = True
+    backend: str = "eager"
+    data_axes: tuple[str, ...] = ()
+    init: Init | None = None
+
+
+@dataclass
+class _State:
+    """What a ParallelModule holds besides parameters and buffers; apart, so that no name meets one of the user's."""
+
+    grid: Grid
+    control: Control
+    build: Build
+    options: Options
+    skeleton: nn.Module
+    shells: dict[int, nn.Module]
+    model: nn.Module | None  # the user's model, until its values are taken
+    names: list[str]
+    plan: Plan | None = None
+    steps: dict[Any, Step] = field(default_factory=dict)
+    forms: list[tuple[bool, tuple[Argument, ...]]] = field(default_factory=list)
+    missing: set[str] = field(default_factory=set)
+    last: Step | None = None
+
+
+class ParallelModule(nn.Module):
+    """A compiled model. Made by `autopar.compile`; used like the model it was made from.
+
+    Parameters are DTensors under the model's own names, buffers are whole on every rank. The first call (or
+    `example=`) fixes where the parameters lie; other input shapes are captured and planned when they first come,
+    with a warning, and keep that storage. The model itself is not changed and may be deleted.
+    """
+
+    def __init__(
+        self, model: nn.Module, skeleton: nn.Module, grid: Grid, control: Control, build: Build, options: Options
+    ) -> None:
+        super().__init__()
+        shells = build_tree(self, skeleton)
+        parameters = inspect.signature(skeleton.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.__dict__["_autopar"] = _State(grid, control, build, options, skeleton, shells, model, names)
+
+    # ---- what the user asks ------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first program: where the parameters lie.
+
+        Raises:
+            RuntimeUseError: nothing has been planned yet.
+        """
+        state = self._state
+        if state.plan is None:
+            raise RuntimeUseError(
+                "this module has no plan yet: it was compiled without example=; pass example= to autopar.compile, or call "
+                "the module once before asking for its parameters (so also before making the optimizer)"
+            )
+        return state.plan
+
+    @property
+    def predicted(self) -> Mapping[str, Any]:
+        """Seconds and bytes that the planner expects."""
+        return self.plan.predicted
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh it runs on."""
+        return self._state.grid.mesh
+
+    @property
+    def sampler_args(self) -> dict[str, int]:
+        """`num_replicas` and `rank` for `DistributedSampler(dataset, **pm.sampler_args)` with local batches.
+
+        With global batches every rank reads the same data: one replica.
+        """
+        state = self._state
+        part, count = _part(state.grid.mesh, state.grid.rank, state.options.data_axes)
+        return {"num_replicas": count, "rank": part}
+
+    def memory_per_rank(self) -> list[dict[str, int]]:
+        """Bytes held on every rank, by kind; a collective call.
+
+        `parameters`, `gradients` and `buffers` as they lie now; `activations` saved for backward by the last step;
+        `peak` of the process since its start (device memory on CUDA, resident memory on CPU).
+        """
+        state, last = self._state, self._state.last
+        tensors = [local_of(p) for p in self.parameters()]
+        grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]
+        if state.grid.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(state.grid.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        row = {
+            "parameters": sum(t.nbytes for t in tensors),
+            "gradients": sum(t.nbytes for t in grads),
+            "buffers": sum(t.nbytes for t in self.buffers()),
+            "activations": last.saved_bytes if last else 0,
+            "peak": peak,
+        }
+        return [dict(zip(row, values)) for values in state.control.rows(list(row.values()))]
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The state dict as plain whole tensors on the host, on every rank; a collective call, one tensor at a time."""
+        out = {}
+        for name, value in self.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            out[name] = whole.detach().cpu().clone()
+        return out
+
+    # ---- nn.Module ---------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns; see `autopar.compile` for batches and outputs.
+
+        Raises:
+            BatchError: the arguments cannot be taken, or differ between ranks.
+            RankMismatchError: another rank failed, or runs another step.
+            RuntimeUseError: parameters without values.
+        """
+        state = self._state
+        call: Call | None = None
+        failure: Exception | None = None
+        step: Step | None = None
+        try:
+            if state.missing:
+                raise RuntimeUseError(_missing_text(state.missing))
+            call, key = self._describe(args, kwargs)
+            step = state.steps.get(key)
+        except Exception as error:  # told to the other ranks before it is raised here
+            failure = error
+        check = state.options.check
+        if failure is not None and not check:
+            raise failure
+        seed = 0
+        if check or step is None or step.uses_seed:
+            if step is not None and step.uses_seed:
+                call = _with_seed(call)
+            seed = state.control.agree(call, failure, check=check)
+        assert call is not None
+        if step is None:
+            step = state.steps[key] = self._build(args, kwargs, call)
+            if step.uses_seed:
+                seed = state.control.agree(_with_seed(call), check=False)
+            if state.missing:
+                raise RuntimeUseError(_missing_text(state.missing))
+        state.last = step
+        inputs = [x.to(state.grid.device) for x in step.program.flatten(args, kwargs)]
+        params = dict(self.named_parameters(remove_duplicate=False))
+        buffers = dict(self.named_buffers(remove_duplicate=False))
+        return step.program.pack(step(params, buffers, inputs, seed))
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Capture, plan and shard for these arguments without running; `autopar.compile(example=...)` calls it."""
+        state = self._state
+        call: Call | None = None
+        failure: Exception | None = None
+        try:
+            call, key = self._describe(args, kwargs)
+        except Exception as error:  # told to the other ranks before it is raised here
+            failure = error
+        state.control.agree(call, failure)
+        assert call is not None
+        if key not in state.steps:
+            state.steps[key] = self._build(args, kwargs, call)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in nn.Module. Raises RuntimeUseError before the first plan."""
+        self.plan  # noqa: B018  (raises if there is none)
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in nn.Module. Raises RuntimeUseError before the first plan."""
+        self.plan  # noqa: B018
+        return super().named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Under the model's own names; parameters as DTensors. Raises RuntimeUseError before the first plan."""
+        self.plan  # noqa: B018
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load DTensors (of any placement) or whole plain tensors, for example a checkpoint of the plain model.
+
+        Raises:
+            RuntimeUseError: with assign=True, which would replace the sharded parameters.
+        """
+        if assign:
+            raise RuntimeUseError("assign=True would replace the sharded parameters; use load_state_dict(..., assign=False)")
+        own, state, ready = self.state_dict(), self._state, {}
+        for name, value in state_dict.items():
+            mine = own.get(name)
+            if isinstance(mine, DTensor) and isinstance(value, DTensor):
+                value = value.redistribute(mine.device_mesh, mine.placements)
+            elif isinstance(mine, DTensor) and isinstance(value, torch.Tensor) and value.shape == mine.shape:
+                value = _scatter(value.detach(), mine, state.grid)
+            ready[name] = value
+        result = super().load_state_dict(ready, strict=strict)
+        state.missing -= set(ready)
+        return result
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise RuntimeUseError(
+            "a compiled module cannot be moved or cast (its graphs are made for one device and dtype); "
+            "call .to(...) on the model before autopar.compile"
+        )
+
+    def extra_repr(self) -> str:
+        """Mesh and state, for print."""
+        return f"mesh={self.mesh}" + ("" if self._state.plan else ", not planned yet")
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    @property
+    def _state(self) -> _State:
+        return self.__dict__["_autopar"]
+
+    def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
+        """The call as the ranks compare it, and the key of its program."""
+        state = self._state
+        at: dict[str, Any] = {}
+        for i, value in enumerate(args):
+            at[state.names[i] if i < len(state.names) else f"args[{i}]"] = value
+        for name in kwargs:
+            if name in at:
+                raise BatchError(f"argument {name!r} is given twice, by position and by name")
+        at.update(kwargs)
+        leaves = tree.flatten(at)[0] if at else []
+        arguments = tuple(sorted((self._argument(leaf.path, leaf.value) for leaf in leaves), key=lambda a: a.name))
+        grads = torch.is_grad_enabled() and any(p.requires_grad for p in self._any_parameters())
+        flags = tuple(m.training for m in state.shells.values())
+        trainable = tuple(p.requires_grad for p in self._any_parameters())
+        mode = f"{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"
+        parts = tuple(_part(state.grid.mesh, r, state.options.data_axes)[0] for r in range(state.grid.size))
+        forms = tuple((a.name, a.form) for a in arguments)
+        key = (grads, forms, flags, trainable)
+        return Call(arguments, mode, part=parts[state.grid.rank], parts=parts), key
+
+    def _argument(self, name: str, value: Any) -> Argument:
+        if isinstance(value, DTensor):
+            raise BatchError(f"argument {name!r} is a DTensor; pass plain tensors")
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad and torch.is_grad_enabled():
+                raise BatchError(
+                    f"argument {name!r} requires a gradient; gradients of inputs are not computed: pass {name}.detach()"
+                )
+            form = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+            return Argument(name, form, checksum(value) if self._state.options.check and self._state.grid.size > 1 else 0)
+        plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+        return Argument(name, repr(value) if plain else type(value).__name__)
+
+    def _any_parameters(self) -> Iterator[nn.Parameter]:
+        """Ours, or the skeleton's before the first plan."""
+        return self.parameters() if self._state.plan is not None else self._state.skeleton.parameters()
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step:
+        state = self._state
+        self._warn_again(call)
+        for module, shell in zip(state.skeleton.modules(), state.shells.values()):
+            module.training = shell.training
+        if state.plan is not None:
+            for parameter, ours in zip(state.skeleton.parameters(), self.parameters()):
+                parameter.requires_grad_(ours.requires_grad)
+        grads = call.mode.endswith("with gradients")
+        lowered = state.build(state.skeleton, args, kwargs, grads, state.plan)
+        with state.control.together("lowering"):
+            step = Step(lowered, state.grid, state.options.backend)
+        if state.plan is None:
+            with state.control.together("reading the plan"):
+                for storage in lowered.plan.storage.values():
+                    placements(storage.spec)
+            loader = Loader(state.grid, state.control, state.options.init)
+            assert state.model is not None
+            fill_tree(state.shells, state.skeleton, state.model, lowered.plan, loader)
+            state.missing, state.model, state.plan = loader.missing, None, lowered.plan
+        state.forms.append((grads, call.arguments))
+        return step
+
+    def _warn_again(self, call: Call) -> None:
+        """Say which argument made a new program necessary; the first evaluation after training is no news."""
+        grads = call.mode.endswith("with gradients")
+        before = [arguments for g, arguments in self._state.forms if g == grads]
+        if not before:
+            return
+        changed = [
+            f"argument {new.name!r} has {new.form}, before {old.form}"
+            for new, old in zip(call.arguments, before[-1])
+            if (new.name, new.form) != (old.name, old.form)
+        ]
+        if len(call.arguments) != len(before[-1]):
+            changed = [f"the arguments are {', '.join(a.name for a in call.arguments)}"]
+        if changed:
+            warnings.warn(
+                f"autopar captures and plans again: {'; '.join(changed)}. Keep shapes fixed (pad, or drop the last batch) "
+                "to avoid the wait",
+                stacklevel=6,
+            )
+
+
+def _part(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> tuple[int, int]:
+    """Index of the piece of the batch that `rank` brings, and the number of pieces."""
+    part, count = 0, 1
+    for name, size, at in zip(mesh.names, mesh.sizes, mesh.coordinates(rank)):
+        if name in axes:
+            part, count = part * size + at, count * size
+    return part, count
+
+
+def _with_seed(call: Call | None) -> Call | None:
+    """The call with a seed from torch's default generator: `torch.manual_seed` decides, rank 0's is used."""
+    if call is None:
+        return None
+    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+    return Call(call.arguments, call.mode, seed, call.part, call.parts)
+
+
+def _scatter(full: torch.Tensor, like: DTensor, grid: Grid) -> DTensor:
+    """A whole tensor, equal on every rank, in the placements of `like`; no communication."""
+    local = full
+    for axis, placement in enumerate(like.placements):
+        if placement.is_shard():
+            dim: int = placement.dim  # type: ignore[attr-defined]
+            size = grid.mesh.sizes[axis]
+            local = local.chunk(size, dim)[grid.mesh.coordinates(grid.rank)[axis]]
+    return DTensor.from_local(
+        local.contiguous().to(grid.device), like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def _missing_text(missing: set[str]) -> str:
+    names = sorted(missing)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{len(names)} parameters or buffers have no values (the model was on the meta device): {', '.join(names[:3])}{more}; "
+        "call pm.load_state_dict(...) first, or pass init=function(name, shape, dtype) to autopar.compile"
+    )
