@@ -15,7 +15,8 @@ A `view` asks for contiguous operands: whoever runs the graph makes every result
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,26 +51,50 @@ _RANDOM = {
 }
 
 
-def canonicalise(graph: fx.Graph, forward: Iterable[fx.Node], seed: str = "seed") -> tuple[fx.Graph, dict[str, str], bool]:
-    """Clean `graph`, whose output is a flat tuple of nodes and constants.
+@dataclass(frozen=True)
+class Canonical:
+    """What `canonicalise` made. `placeholders` and `results` are the new nodes in the order of its arguments."""
+
+    graph: fx.Graph
+    placeholders: list[fx.Node]
+    results: list[fx.Node | None]
+    seed: fx.Node | None
+
+
+def canonicalise(
+    graph: fx.Graph,
+    placeholders: Sequence[tuple[fx.Node, str]],
+    results: Sequence[fx.Node | None],
+    num_forward: int,
+) -> Canonical:
+    """Clean `graph`; it is not changed itself.
 
     Args:
-        graph: placeholders first; `meta["val"]` on every node; not changed.
-        forward: the nodes of outputs and new buffer values: what they need is the forward.
-        seed: name for the placeholder of the seed.
-
-    Returns:
-        The new graph (same placeholders in the same order, the seed's last if there is one), the new name of every old
-        node that survives or was merged into another, and whether the graph is random.
+        graph: functional ATen ops; `meta["val"]` on every node, `meta["module"]` where known.
+        placeholders: those to keep, in their new order, each with its new name (made an identifier). The seed of a
+            random graph follows them.
+        results: what the new graph returns, as one flat tuple.
+        num_forward: so many of `results` belong to the forward; what they need is the forward, all else the backward.
 
     Raises:
         CaptureError: the graph has a random op without a counter-based form, or a size that depends on values.
     """
-    builder = _Builder(graph, _ancestors(forward))
-    builder.sweep(seed)
-    _finish(builder.new, [builder.env[n] for n in forward])
-    names = {old.name: new.name for old, new in builder.env.items()}
-    return builder.new, names, builder.random
+    forward = [n for n in results[:num_forward] if n is not None]
+    builder = _Builder(_ancestors(forward))
+    for node, name in placeholders:
+        builder.env[node] = _placeholder(builder.new, name, node.meta["val"])
+    alive = _ancestors([n for n in results if n is not None])
+    builder.sweep([n for n in graph.nodes if n in alive])
+    made = [None if n is None else builder.env[n] for n in results]
+    builder.new.output(tuple(made))
+    _finish(builder.new, [n for n in made[:num_forward] if n is not None])
+    return Canonical(builder.new, [builder.env[n] for n, _ in placeholders], made, builder.seed)
+
+
+def _placeholder(graph: fx.Graph, name: str, val: torch.Tensor) -> fx.Node:
+    node = graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
+    node.meta = {"val": val, "phase": FORWARD, "module": ""}
+    return node
 
 
 def run(gm: fx.GraphModule, args: Iterable[Any]) -> list[Any]:
@@ -105,37 +130,27 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 class _Builder:
     """The new graph while it is being made. `env` maps old nodes to new ones."""
 
-    def __init__(self, graph: fx.Graph, needed: set[fx.Node]) -> None:
-        self.old = graph
+    def __init__(self, needed: set[fx.Node]) -> None:
         self.needed = needed
         self.new = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.known: dict[Any, fx.Node] = {}
-        self.random = False
         self.streams = 0
         self.seed: fx.Node | None = None
 
-    def sweep(self, seed: str) -> None:
-        alive = _ancestors([self.old.output_node()])
-        nodes = [n for n in self.old.nodes if n in alive or n.op == "placeholder"]
-        self.random = any(n.target in _RANDOM for n in nodes)
-        for node in nodes:
-            if node.op == "placeholder":
-                self.env[node] = copy = self.new.placeholder(node.name)
-                copy.meta = {k: node.meta[k] for k in ("val", "desc") if k in node.meta}
-                copy.meta["phase"], copy.meta["module"] = FORWARD, ""
-        if self.random:
-            self.seed = self.new.placeholder(seed)
-            fake_mode = next(n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)).fake_mode
-            with fake_mode:
-                self.seed.meta = {"val": torch.empty((), dtype=torch.int64), "phase": FORWARD, "module": ""}
+    def sweep(self, nodes: list[fx.Node]) -> None:
+        """Rebuild `nodes`, those that the forward needs first."""
+        first_random = next((n for n in nodes if n.target in _RANDOM), None)
+        if first_random is not None:
+            with first_random.meta["val"].fake_mode:
+                val = torch.empty((), dtype=torch.int64, device=first_random.meta["val"].device)
+            self.seed = _placeholder(self.new, "seed", val)
         for phase in (FORWARD, BACKWARD):
             for node in nodes:
                 if node.op in ("get_attr", "call_function") and (node in self.needed) == (phase == FORWARD):
                     made = self.visit(node, phase)
                     if made is not None:
                         self.env[node] = made
-        self.new.output(fx.map_arg(self.old.output_node().args[0], self.env.__getitem__))
 
     # ---- one node ----------------------------------------------------------------------------------------------
 
@@ -157,7 +172,7 @@ class _Builder:
             return self.emit(
                 node, phase, "call_function", _RANDOM[target], (self.seed, stream, list(args[0])), {}, pure=False
             )
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        if _is_random(target, args, kwargs):
             raise CaptureError(
                 f"{where(node)}: the random op {op_name(node)} has no form that is independent of how tensors are "
                 f"split; build it from torch.rand or torch.randn"
@@ -194,6 +209,12 @@ class _Builder:
             if order == list(range(len(order))):
                 return source
             return aten.permute.default, (source, order), {}
+        if target is aten.cat.default:
+            # an empty 1-D operand stands for nothing, whatever the shape of the others (an old rule of cat)
+            parts = [p for p in args[0] if tuple(p.meta["val"].shape) != (0,)]
+            if len(parts) == 1 and _same(val, parts[0]):
+                return parts[0]
+            return target, (parts or args[0], *args[1:]), kwargs
         if target in _SHAPE_ONLY and _same_shape(val, args[0]):
             return args[0]
         if target is aten.expand.default:
@@ -214,6 +235,16 @@ class _Builder:
         if key is not None:
             self.known[key] = made
         return made
+
+
+def _is_random(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers inside. Attention ops do so only with dropout."""
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for i, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool(args[i] if i < len(args) else kwargs.get("dropout_p", argument.default_value))
+    return True
 
 
 def _same_shape(val: Any, source: fx.Node) -> bool:

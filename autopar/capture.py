@@ -11,10 +11,12 @@ ones, also those on the meta device (from which torch would export a graph witho
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from autopar.canonical import canonicalise, module_path
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
-from autopar.graph import Program, Sink, Source, is_op, op_name
+from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, results
 
 _PREFIX = "model."
 
@@ -86,18 +88,15 @@ def capture(
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """A fake twin of a real, fake or meta tensor. Meta tensors are taken to live on the CPU."""
-    if isinstance(tensor, FakeTensor) or tensor.is_meta:
-        device = tensor.fake_device if isinstance(tensor, FakeTensor) else torch.device("cpu")
-        with mode:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu" if device.type == "meta" else device
-            )
+    """A contiguous fake twin of a real, fake or meta tensor. Meta tensors are taken to live on the CPU."""
     if tensor.layout is not torch.strided:
         raise CaptureError(f"{what} is {tensor.layout}; only dense tensors are supported: use .to_dense()")
-    if type(tensor) not in (torch.Tensor, nn.Parameter) and not isinstance(tensor, nn.parameter.Buffer):
+    plain = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+    if type(tensor) not in plain:
         raise CaptureError(f"{what} is a {type(tensor).__name__}, a tensor subclass; only plain tensors are supported")
-    return mode.from_tensor(tensor.detach(), static_shapes=True)
+    device = "cpu" if tensor.is_meta else tensor.device
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 @contextlib.contextmanager
@@ -157,10 +156,20 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings from inside torch's tracing say nothing about the user's code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Warnings from inside torch's tracing say nothing about the user's code.
+
+    The garbage collector rests too: a trace makes millions of objects that live on, and walking them again and again
+    costs a third of the time for 80 layers.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 # ---- tracing -------------------------------------------------------------------------------------------------------
@@ -189,16 +198,237 @@ def _assemble(
     training: bool,
 ) -> Program:
     graph = gm.graph
+    _set_modules(graph)
+    attributes = {n.target: getattr(gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    places = _Places(graph, call.names, shared, constants, attributes)
+    params, buffers = _own(model, shared)
+    aliases = {name: tuple(n for n, first in shared.items() if first == name and n != name) for name in shared}
+
+    outputs, mutated, grads = _results(graph, shared)
+    if training:
+        _check_gradients(graph, params, places, grads, outputs)
+    sources: list[tuple[Source, fx.Node]] = []
+    for kind, names in (("param", params), ("buffer", buffers)):
+        for name, tensor in names.items():
+            node = places.tensors.get(name) or places.add(graph, tensor)
+            trainable = kind == "param" and training and tensor.requires_grad
+            sources.append((Source(kind, name, "", trainable, aliases[name]), node))
+    sources += [(Source("input", n, ""), places.inputs[i]) for i, n in enumerate(call.names)]
+
+    returned = wrapper.returned
+    paths = [_output_name(leaf.path) for leaf, is_tensor in zip(returned.leaves, returned.is_tensor) if is_tensor]
+    sources += [(Source("tangent", paths[i], ""), node) for i, node in places.tangents.items()]
+    sinks: list[tuple[Sink, fx.Node | None]] = []
+    remaining = iter(outputs)
+    for leaf, is_tensor in zip(returned.leaves, returned.is_tensor):
+        node = next(remaining) if is_tensor else None
+        sinks.append((Sink("output", _output_name(leaf.path), None, 0, leaf.value), node))
+    sinks += [(Sink("buffer", name, None), node) for name, node in mutated.items()]
+    num_forward = len(sinks)
+    sinks += [(Sink("grad", s.name, None), grads.get(s.name)) for s, _ in sources if s.trainable]
+
+    clean = canonicalise(
+        graph,
+        [(node, f"{source.kind}_{source.name}") for source, node in sources],
+        [node for _, node in sinks],
+        num_forward,
+    )
+    final_sources = [replace(s, node=n.name) for (s, _), n in zip(sources, clean.placeholders)]
+    if clean.seed is not None:
+        final_sources.append(Source("seed", "seed", clean.seed.name))
+    final_sinks = [
+        sink if node is None else replace(sink, node=resolve(node).node.name, index=resolve(node).index)
+        for (sink, _), node in zip(sinks, clean.results)
+    ]
+    used = {n.target for n in clean.graph.nodes if n.op == "get_attr"}
+    program = Program(
+        gm=fx.GraphModule({str(k): v for k, v in attributes.items() if k in used}, clean.graph),
+        sources=tuple(final_sources),
+        sinks=tuple(final_sinks),
+        training=training,
+        fingerprint="",
+        pack=returned.pack,
+        flatten=call.flatten,
+        batch_dims=_batch_dims(call),
+        notes=list(returned.notes),
+    )
+    program.fingerprint = _fingerprint(program)
+    return program
+
+
+def _set_modules(graph: fx.Graph) -> None:
+    """`meta["module"]`, as the user's path, on every op that carries one."""
     for node in graph.nodes:
-        if node.op == "call_function":
-            path = module_path(node)
-            if path is not None:
-                node.meta["module"] = path.removeprefix("model").removeprefix(".")
-    attributes = _constants(gm, constants)
-    found = _label(graph, call.names, wrapper)
-    outputs, mutated, grads = _results(graph, shared, wrapper)
-    raise NotImplementedError
+        path = module_path(node)
+        if path is not None:
+            node.meta["module"] = path.removeprefix("model").removeprefix(".")
 
 
-def _plain_name(target: str) -> str:
-    return target.removeprefix(_PREFIX)
+def _output_name(path: str) -> str:
+    """ "loss", "logits[0]"; of an output without names: "output", "output[0]"."""
+    return path if path and not path.startswith("[") else f"output{path}"
+
+
+def _own(model: nn.Module, shared: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters and buffers by name, each memory once."""
+    return (
+        {n: t for n, t in model.named_parameters(remove_duplicate=False) if shared[n] == n},
+        {n: t for n, t in model.named_buffers(remove_duplicate=False) if shared[n] == n},
+    )
+
+
+class _Places:
+    """The placeholders of the joint graph by what they stand for.
+
+    Attributes:
+        tensors: parameter or buffer name -> its placeholder; those of tied names have been merged.
+        inputs: position in the call -> placeholder.
+        tangents: position in the outputs -> placeholder.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, inputs: list[str], shared: dict[str, str], constants: dict[str, Any],
+        attributes: dict[Any, Any],
+    ) -> None:  # fmt: skip
+        self.tensors: dict[str, fx.Node] = {}
+        self.inputs: dict[int, fx.Node] = {}
+        self.tangents: dict[int, fx.Node] = {}
+        for node in [n for n in graph.nodes if n.op == "placeholder"]:
+            what = node.meta["desc"]
+            if isinstance(what, (desc.ParamAOTInput, desc.BufferAOTInput)):
+                name = what.target.removeprefix(_PREFIX)
+                if name not in shared:  # a tensor constant of the forward, which export made a buffer
+                    self._constant(graph, node, constants[what.target], attributes)
+                elif shared[name] in self.tensors:
+                    node.replace_all_uses_with(self.tensors[shared[name]])
+                else:
+                    self.tensors[shared[name]] = node
+            elif isinstance(what, desc.PlainAOTInput):
+                self.inputs[what.idx] = node
+            elif isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.PlainAOTOutput):
+                self.tangents[what.output.idx] = node
+            else:
+                raise CaptureError(_unexpected(what))
+
+    @staticmethod
+    def add(graph: fx.Graph, tensor: torch.Tensor) -> fx.Node:
+        """A placeholder for a tensor the graph does not use."""
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node = graph.placeholder("unused")
+        node.meta["val"] = tensor.detach()
+        return node
+
+    @staticmethod
+    def _constant(graph: fx.Graph, node: fx.Node, value: Any, attributes: dict[Any, Any]) -> None:
+        with graph.inserting_before(node):
+            attributes[f"_constant_{node.name}"] = value
+            constant = graph.get_attr(f"_constant_{node.name}")
+        constant.meta = {"val": node.meta["val"]}
+        node.replace_all_uses_with(constant)
+
+
+def _unexpected(what: Any) -> str:
+    if isinstance(what, desc.InputMutationAOTOutput):
+        inner = what.mutated_input
+        if isinstance(inner, desc.ParamAOTInput):
+            name = inner.target.removeprefix(_PREFIX)
+            return f"forward changes parameter {name!r} in place; make it a buffer, or write the new value after the step"
+        return "forward changes one of its arguments in place; work on a copy: x = x.clone()"
+    return f"the traced graph has a part of an unknown kind, {what.expr()}; report the model that gives it"
+
+
+def _results(
+    graph: fx.Graph, shared: dict[str, str]
+) -> tuple[list[fx.Node], dict[str, fx.Node], dict[str, fx.Node]]:
+    """Nodes of the outputs, of new buffer values by buffer, of gradients by parameter (those of tied names added)."""
+    output = graph.output_node()
+    outputs: dict[int, fx.Node] = {}
+    mutated: dict[str, fx.Node] = {}
+    grads: dict[str, fx.Node] = {}
+    for node, what in zip(output.args[0], output.meta["desc"]):  # type: ignore[arg-type]
+        if node is None:  # the gradient of something that has none
+            continue
+        if isinstance(what, desc.PlainAOTOutput):
+            outputs[what.idx] = node
+        elif isinstance(what, desc.InputMutationAOTOutput) and isinstance(what.mutated_input, desc.BufferAOTInput):
+            mutated[shared[what.mutated_input.target.removeprefix(_PREFIX)]] = node
+        elif isinstance(what, desc.GradAOTOutput):
+            if not isinstance(what.grad_of, desc.ParamAOTInput):
+                continue
+            name = shared[what.grad_of.target.removeprefix(_PREFIX)]
+            if name in grads:
+                with graph.inserting_before(output):
+                    total = graph.call_function(torch.ops.aten.add.Tensor, (grads[name], node))
+                total.meta["val"] = node.meta["val"]
+                grads[name] = total
+            else:
+                grads[name] = node
+        else:
+            raise CaptureError(_unexpected(what))
+    return [outputs[i] for i in sorted(outputs)], mutated, grads
+
+
+def _check_gradients(
+    graph: fx.Graph, params: dict[str, torch.Tensor], places: _Places, grads: dict[str, fx.Node], outputs: list[fx.Node]
+) -> None:
+    """Torch drops a backward without a word in some situations (the meta device): refuse rather than not train."""
+    if not places.tangents:
+        raise CaptureError(
+            "no output depends on a trainable parameter in a differentiable way, so there is nothing to train; return "
+            "a loss computed from the parameters, or capture under torch.no_grad()"
+        )
+    differentiable = [outputs[i] for i in places.tangents]
+    reached = _reach(differentiable)
+    lost = [
+        name
+        for name, tensor in params.items()
+        if tensor.requires_grad and name not in grads and places.tensors.get(name) in reached
+    ]
+    if lost:
+        raise CaptureError(
+            f"{len(lost)} of {len(params)} parameters are used but get no gradient, the first is {lost[0]!r}; if that is "
+            f"meant, set requires_grad=False on them"
+        )
+
+
+def _reach(nodes: list[fx.Node]) -> set[fx.Node]:
+    """All that `nodes` are differentiable functions of: walks back through floating-point values, not through detach."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and not val.is_floating_point() and not val.is_complex():
+            continue
+        if node.target is torch.ops.aten.detach.default:
+            continue
+        stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _batch_dims(call: Call) -> dict[str, int]:
+    """Dim 0 of every input that has the most common leading size."""
+    sizes = Counter(t.shape[0] for t in call.tensors if t.dim())
+    if not sizes:
+        return {}
+    batch = sizes.most_common(1)[0][0]
+    return {name: 0 for name, t in zip(call.names, call.tensors) if t.dim() and t.shape[0] == batch}
+
+
+def _fingerprint(program: Program) -> str:
+    """Names, shapes and dtypes of what goes in, and the ops in order; neither weights nor device."""
+    digest = hashlib.sha256()
+    vals = {n.name: n.meta["val"] for n in program.gm.graph.nodes if n.op == "placeholder"}
+    for source in program.sources:
+        val = vals[source.node]
+        digest.update(f"{source.kind} {source.name} {tuple(val.shape)} {val.dtype} {source.trainable}\n".encode())
+    for node in program.gm.graph.nodes:
+        if is_op(node):
+            digest.update(f"{op_name(node)} {[tuple(r.shape) for r in results(node) if r is not None]}\n".encode())
+    return digest.hexdigest()
+
+
+__all__ = ["capture", "input_key"]

@@ -29,24 +29,6 @@ examples:
   autopar show plan.json
   autopar verify plan.json
 """
-_UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
-
-
-def parse_bytes(text: str) -> float:
-    """`80GB` -> 8e10; units B, kB, MB, GB, TB (powers of 1000), KiB, MiB, GiB.
-
-    Raises:
-        argparse.ArgumentTypeError: not a positive number with such a unit.
-    """
-    number = text.rstrip("kKMGTiB")
-    unit = text[len(number) :].upper()
-    try:
-        value = float(number) * _UNITS[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"cannot read {text!r} as a number of bytes; write e.g. 80GB")
-    return value
 
 
 def parse_constraints(pairs: Sequence[str]) -> dict[str, str]:
@@ -90,20 +72,24 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     plan.add_argument("target", metavar="TARGET", help="what to plan, see below")
-    plan.add_argument("--mesh", required=True, metavar="AXES", help="named axes with sizes, e.g. dp=2,tp=4, or a number")
+    plan.add_argument(
+        "--mesh", required=True, metavar="AXES", help="named axes with sizes, e.g. dp=2,tp=4, or a number"
+    )
     plan.add_argument("--device", default="cpu", metavar="NAME", help="device preset, e.g. h100, a100 (default: cpu)")
     plan.add_argument("--batch", type=_positive, default=8, metavar="N", help="global batch size (default: 8)")
-    plan.add_argument("--seq", type=_positive, default=512, metavar="N", help="sequence length in tokens (default: 512)")
+    plan.add_argument(
+        "--seq", type=_positive, default=512, metavar="N", help="sequence length in tokens (default: 512)"
+    )
     plan.add_argument("--dtype", choices=list(targets.DTYPES), default="fp32", help="of the weights (default: fp32)")
-    plan.add_argument("--memory", type=parse_bytes, metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
+    plan.add_argument("--memory", metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
     plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="change an entry of the Hugging Face configuration; may be repeated",
     )  # fmt: skip
     plan.add_argument(
         "--constraint", action="append", default=[], metavar="KEY=VALUE", dest="constraints",
-        help="pin an axis to a strategy (dp=zero3, tp=tp) or a parameter to a placement ('*.down_proj.weight=shard(0, tp)'); "
-        "may be repeated",
+        help="pin an axis to a strategy (dp=zero3, tp=tp) or a parameter to a placement "
+        "('*.down_proj.weight=shard(0, tp)'); may be repeated",
     )  # fmt: skip
     plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else on stdout")
@@ -112,7 +98,8 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "show",
         help="a plan by layer, in words",
-        description="Prints a plan by layer: what each axis splits, where parameters are stored, predicted time and memory.",
+        description="Prints a plan by layer: what each axis splits, where parameters are stored,\n"
+        "and the predicted time and memory.",
         formatter_class=raw,
     )
     show.add_argument("plan", type=Path, metavar="PLAN.json", help="a file written by `autopar plan`")
@@ -122,9 +109,9 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "verify",
         help="prove on local processes that a plan equals one device",
-        description="Builds a scaled-down model of the same kind, runs it under the same plan on local processes and on one\n"
-        "device, and compares loss, gradients, and parameters after three optimizer steps in float64.\n"
-        "Exit code 0 if they are equal, 1 if not.",
+        description="Builds a scaled-down model of the same kind, runs it under the same plan on local processes\n"
+        "and on one device, and compares loss, gradients, and parameters after three optimizer steps in\n"
+        "float64. Exit code 0 if they are equal, 1 if not.",
         formatter_class=raw,
     )
     check.add_argument("plan", type=Path, metavar="PLAN.json", help="a file written by `autopar plan`")
@@ -174,7 +161,7 @@ def _plan(args: argparse.Namespace) -> int:
             example=built.example,
             loss=built.loss,
             device=args.device,
-            memory_limit=args.memory,
+            memory_limit=driver.parse_bytes(args.memory),
             constraints=constraints,
             target=target.to_dict(),
         )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
@@ -18,21 +19,22 @@ from autopar.plan import Plan, Storage
 from autopar.rule import Choice
 from autopar.spec import Spec, format_spec
 
-#: What the factors of an op mean to a reader: op -> factor -> words. Ops that are not here show the bare factor.
+_ACTIVATION = {"a": "batch", "b": "sequence", "c": "features"}
+#: What the factors of an op mean to a reader: part of the op's name -> factor -> words, most telling op first.
+#: The factors are those of the rule table; an op or factor that is not here shows as it is.
 FACTORS: dict[str, dict[str, str]] = {
     "mm": {"i": "tokens", "j": "output features", "k": "input features, then summed"},
-    "bmm": {"b": "batch", "i": "rows", "j": "columns", "k": "inner dim, then summed"},
+    "scaled_dot_product": {"b": "batch", "h": "heads", "g": "heads of a group", "s": "query positions"},
+    "bmm": {"b": "batch x heads", "i": "rows", "j": "columns", "k": "inner dim, then summed"},
+    "convolution": {"n": "batch", "c": "input channels, then summed", "o": "output channels", "g": "groups"},
+    "embedding": {**_ACTIVATION, "v": "vocabulary, then summed", "z": "features"},
+    "nll_loss_forward": {"k": "classes, then summed", "n": "tokens, then summed"},
+    "native_layer_norm": _ACTIVATION,
+    "pow": _ACTIVATION,
+    "batch_norm": _ACTIVATION,
+    "mul": _ACTIVATION,
+    "add": _ACTIVATION,
 }
-#: Ops that say most about a module, most telling first.
-TELLING = (
-    "mm",
-    "bmm",
-    "scaled_dot_product_attention",
-    "convolution",
-    "embedding",
-    "nll_loss_forward",
-    "native_layer_norm",
-)
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,26 @@ def choice_words(op: str, choice: Choice) -> str:
         return "partial sums pass"
     if not choice.factor:
         return "-"
-    stem = op.partition("#")[0]
-    known = FACTORS.get(stem) or FACTORS.get(stem.partition(".")[0]) or {}
-    word = known.get(choice.factor, f"{stem} dim {choice.factor}")
+    stem = _telling(op)
+    word = FACTORS[stem].get(choice.factor) if stem else None
+    word = word or f"{op} {choice.factor}"
     return word if choice.outer == 1 else f"{word} (in {choice.outer} blocks)"
 
 
 def storage_words(storage: Storage, names: Sequence[str]) -> str:
-    """Where a parameter lies and how it travels: `[dp, tp] gathered for each use`."""
-    ndim = 1 + max((p.dim for p in storage.spec if p.kind == "S"), default=-1)
-    if ndim == 0:
-        return "whole on every rank"
-    text = format_spec(storage.spec, ndim, names)
-    gather = "gathered again for backward" if storage.gather == "twice" else "kept for backward if gathered"
-    reduce = "" if storage.reduce == "reduce_scatter" else ", gradient all-reduced"
-    return f"{text} {gather}{reduce}"
+    """Where a parameter lies and how it travels: `dim 0 over dp, gathered again for backward`."""
+    cuts: dict[int, list[str]] = {}
+    for name, place in zip(names, storage.spec):
+        if place.kind == "S":
+            cuts.setdefault(place.dim, []).append(name)
+    if not cuts:
+        return "whole"
+    words = [f"dim {dim} over {' and '.join(axes)}" for dim, axes in sorted(cuts.items())]
+    if storage.gather == "twice":
+        words.append("gathered again for backward")
+    if storage.reduce == "all_reduce":
+        words.append("gradient all-reduced")
+    return ", ".join(words)
 
 
 def strategy(plan: Plan) -> str:
@@ -116,7 +123,7 @@ def _module(address: str) -> str:
 
 
 def layers(plan: Plan) -> list[Layer]:
-    """The forward of a plan by module, in program order; repeated modules folded."""
+    """The forward of a plan by module, in program order; repeated modules and equal neighbours folded."""
     stored: dict[str, dict[str, list[str]]] = {}
     copies: dict[str, set[str]] = {}
     for name, storage in plan.storage.items():
@@ -130,28 +137,65 @@ def layers(plan: Plan) -> list[Layer]:
     for address, choices in plan.choices.items():
         if address.startswith("fwd:"):
             told.setdefault(_star(_module(address)), {})[_op(address) + "#" + address.rpartition("#")[2]] = choices
-    rows = []
+    rows: list[Layer] = []
     for module in dict.fromkeys([*told, *stored]):
-        ops = _telling(told.get(module, {}))
-        if not ops and module not in stored:
+        ops = _most_telling(told.get(module, {}))
+        if module not in stored and not any(c.factor for row in ops.values() for c in row):
             continue
         splits = tuple(
-            "; ".join(dict.fromkeys(choice_words(op, row[axis]) for op, row in ops.items())) or "-"
+            "; ".join(dict.fromkeys(choice_words(op.partition("#")[0], row[axis]) for op, row in ops.items())) or "-"
             for axis in range(len(plan.mesh.sizes))
         )
         places = tuple(f"{', '.join(leaves)}: {words}" for words, leaves in stored.get(module, {}).items())
-        rows.append(Layer(module or "(root)", max(1, len(copies.get(module, ()))), places, splits))
-    return rows
+        rows.append(Layer(module or "(loss)", len(copies.get(module, ())) or _copies(module, copies), places, splits))
+    return _merge(rows)
+
+
+def _copies(module: str, copies: Mapping[str, set[str]]) -> int:
+    """How often a module without parameters repeats: as often as the modules inside or around it."""
+    if "*" not in module:
+        return 1
+    near = [len(found) for star, found in copies.items() if star.startswith(module + ".")]
+    around = [len(found) for star, found in copies.items() if star.startswith(module.rpartition("*")[0] + "*")]
+    return max(near or around or [1])
+
+
+def _merge(rows: list[Layer]) -> list[Layer]:
+    """Modules of one parent that say the same become `parent.{a, b}`."""
+    groups: dict[tuple[object, ...], list[Layer]] = {}
+    for row in rows:
+        parent, _, leaf = row.module.rpartition(".")
+        key = (parent, *_says(row)) if parent and leaf != "*" else (row.module,)
+        groups.setdefault(key, []).append(row)
+    return [
+        members[0] if len(members) == 1 else replace(members[0], module=_together([row.module for row in members]))
+        for members in groups.values()
+    ]
+
+
+def _together(modules: list[str]) -> str:
+    """`a.b, a.c` -> `a.{b, c}`."""
+    return f"{modules[0].rpartition('.')[0]}.{{{', '.join(m.rpartition('.')[2] for m in modules)}}}"
+
+
+def _says(row: Layer) -> tuple[object, ...]:
+    return row.copies, row.storage, row.splits
 
 
 def _star(module: str) -> str:
     return pattern(module + "/")[:-1]
 
 
-def _telling(ops: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choice, ...]]:
+def _telling(op: str) -> str:
+    """The entry of `FACTORS` for an op, or nothing."""
+    stem = op.partition(".")[0]
+    return stem if stem in FACTORS else next((key for key in FACTORS if key in stem and key not in ("mm", "add")), "")
+
+
+def _most_telling(ops: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choice, ...]]:
     """The ops of a module that say most about it."""
-    for stem in TELLING:
-        found = {k: v for k, v in ops.items() if k.partition("#")[0].partition(".")[0].endswith(stem)}
+    for key in FACTORS:
+        found = {op: row for op, row in ops.items() if _telling(op.partition("#")[0]) == key}
         if found:
             return found
     return {}
@@ -161,12 +205,11 @@ def _telling(ops: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choice, .
 
 
 def show(plan: Plan) -> list[RenderableType]:
-    """The whole report of a plan: heading, layers, inputs and outputs, time, memory, notes."""
+    """The whole report of a plan: heading, layers, time and memory, notes."""
     parts: list[RenderableType] = [heading(plan), layer_table(plan)]
     if plan.predicted:
-        parts.append(predicted_table(plan))
-    parts += [f"note: {note}" for note in plan.notes]
-    return parts
+        parts.append(predicted_text(plan.predicted))
+    return parts + [f"note: {note}" for note in plan.notes]
 
 
 def heading(plan: Plan) -> str:
@@ -190,49 +233,60 @@ def _spec(spec: Spec, names: Sequence[str]) -> str:
 
 
 def layer_table(plan: Plan) -> Table:
-    """One row per module, repeated layers folded."""
-    table = Table(title=None, pad_edge=False)
-    table.add_column("module", overflow="fold")
-    table.add_column("parameters", overflow="fold")
+    """One row per module, repeated layers folded: what each axis splits in its main op, where its parameters lie."""
+    table = _table()
+    table.add_column("module", overflow="fold", ratio=4)
     for name, size in zip(plan.mesh.names, plan.mesh.sizes):
-        table.add_column(f"{name}={size} splits", overflow="fold")
-    for row in layers(plan):
-        title = f"{row.module} (x{row.copies})" if row.copies > 1 else row.module
-        table.add_row(title, "\n".join(row.storage) or "-", *row.splits)
+        table.add_column(f"{name}={size} splits", overflow="fold", ratio=3)
+    table.add_column("parameters are stored", overflow="fold", ratio=4)
+    blank = [""] * (len(plan.mesh.sizes) + 1)
+    rows = layers(plan)
+    stack = ""
+    for row in rows:
+        prefix = row.module[: row.module.rfind("*") + 1]
+        if prefix and prefix != stack:
+            # One heading for the repeated layers, its own splits (residual adds) beside it.
+            own = next((r for r in rows if r.module == prefix), None)
+            times = own.copies if own else row.copies
+            table.add_row(f"{prefix} (x{times})", *([*own.splits, "\n".join(own.storage) or "-"] if own else blank))
+        stack = prefix
+        if row.module != prefix or not prefix:
+            title = f"  {row.module[len(prefix) + 1 :]}" if prefix else row.module
+            table.add_row(title, *row.splits, "\n".join(row.storage) or "-")
     return table
 
 
-def predicted_table(plan: Plan) -> Table:
-    """Predicted seconds, collectives and bytes of one rank."""
-    table = Table(title="Predicted, per rank and step", pad_edge=False, title_justify="left")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    for what, value in flatten(plan.predicted):
-        table.add_row(what, value)
-    return table
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
-def flatten(predicted: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Rows (`memory parameters`, `1.2 GB`) of nested figures; units from the name: `_s` seconds, memory in bytes."""
-    for key, value in predicted.items():
-        label = f"{prefix} {key}".strip()
-        if isinstance(value, Mapping):
-            yield from flatten(value, label)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if key.endswith("_s"):
-                yield label.removesuffix("_s"), seconds(value)
-            elif "memory" in label or "bytes" in label:
-                yield label.replace("_bytes", ""), bytes_(value)
-            else:
-                yield label, f"{value:.6g}"
-        else:
-            yield label, str(value)
+_PARTS = {"compute_s": "compute", "comm_s": "communication", "update_s": "optimizer"}
+
+
+def predicted_text(predicted: Mapping[str, Any]) -> str:
+    """Predicted seconds, bytes and collectives of one rank, in three lines."""
+    lines = []
+    if "step_s" in predicted:
+        parts = [f"{word} {seconds(predicted[key])}" for key, word in _PARTS.items() if key in predicted]
+        on = f" on {predicted['device']}" if "device" in predicted else ""
+        lines.append(
+            f"predicted step{on}: {seconds(predicted['step_s'])}" + (f" = {' + '.join(parts)}" if parts else "")
+        )
+    memory = predicted.get("memory", {})
+    if memory:
+        kinds = ", ".join(f"{kind} {bytes_(value)}" for kind, value in memory.items() if value)
+        total = predicted.get("peak_bytes", sum(memory.values()))
+        lines.append(f"predicted memory per rank: {bytes_(total)} ({kinds})")
+    collectives = predicted.get("collectives", {})
+    if collectives:
+        lines.append("collectives per step: " + ", ".join(f"{n} {kind}" for kind, n in collectives.items()))
+    return "\n".join(lines)
 
 
 def compare_table(rows: Iterable[tuple[str, float, float]], unit: str = "s") -> Table:
     """Predicted against measured: (what, predicted, measured) -> a table with their ratio."""
     shape = seconds if unit == "s" else bytes_
-    table = Table(title="Predicted against measured", pad_edge=False, title_justify="left")
+    table = _table("Predicted against measured")
     for column in ("what", "predicted", "measured", "ratio"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for what, predicted, measured in rows:

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from autopar.errors import RuleError
-from autopar.spec import P, Placement, R, S
+from autopar.errors import RuleError, SpecError
+from autopar.spec import P, Placement, R, S, dim_layout
 
 Dim = tuple[str, ...]
 Operand = tuple[Dim, ...] | None  # None: absent
@@ -173,6 +173,22 @@ class BoundRule:
             tuple(R if o is None else place(o, lost) for o in self.outs),
         )
 
+    def fits(self, choices: Sequence[Choice], parts: Sequence[int]) -> bool:
+        """Whether every factor divides among the axes (of `parts` devices) that split it.
+
+        Dims that divide are not enough: with channels `(g c)`, more shards than g has groups would cut into c.
+        """
+        cuts: dict[str, list[tuple[int, int, int]]] = {}
+        for axis, (choice, n) in enumerate(zip(choices, parts)):
+            if choice.factor and n > 1:
+                cuts.setdefault(choice.factor, []).append((choice.outer, axis, n))
+        try:
+            for name, own in cuts.items():
+                dim_layout(self.sizes[name], tuple(own))
+        except SpecError:
+            return False
+        return True
+
     def position(self, operand: Operand, factor: str) -> tuple[int, int] | None:
         """(dim, size of what lies outside the factor in that dim), or None where the operand lacks the factor."""
         for d, dim in enumerate(operand or ()):
@@ -206,6 +222,8 @@ def bind(
     Raises:
         RuleError: number of operands, number of dims or sizes do not fit; says which.
     """
+    if not rule.ins and len(in_shapes) == 1 and in_shapes[0] is not None and not len(in_shapes[0]):
+        rule = replace(rule, ins=((),))  # a single scalar operand is written as nothing, like no operand at all
     if len(rule.ins) != len(in_shapes) or len(rule.outs) != len(out_shapes):
         raise RuleError(
             f"rule '{rule}' is for {len(rule.ins)} operands and {len(rule.outs)} results; "
@@ -326,6 +344,8 @@ def _parse(text: str) -> Rule:
             sizes = tuple((k, int(v)) for k, v in (item.split("=") for item in rest.split()))
         else:
             raise RuleError(f"rule {text!r}: unknown clause {clause!r}; use linear, reduce or sizes")
+    if linear and not ins:
+        ins = ((),)  # a single scalar operand is written as nothing
     for group in linear:
         if any(not 0 <= i < len(ins) for i in group):
             raise RuleError(f"rule {text!r}: linear group {group} names an operand that is not there")

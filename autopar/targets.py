@@ -117,12 +117,12 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return out
 
 
-def build(target: Target, *, real: bool = False, shrink: Callable[[Any], None] | None = None) -> Built:
+def build(target: Target, *, real: bool = False, shrink: Callable[[dict[str, Any]], None] | None = None) -> Built:
     """Build the model and example inputs of a target.
 
     Args:
         real: allocate and initialise weights (Hugging Face targets are on the meta device otherwise).
-        shrink: changes a Hugging Face configuration in place before the model is built.
+        shrink: changes the entries of a Hugging Face configuration in place before the model is built.
 
     Raises:
         TargetError: the target names nothing that exists, or its function returns something else.
@@ -132,9 +132,7 @@ def build(target: Target, *, real: bool = False, shrink: Callable[[Any], None] |
     if target.batch < 1 or target.seq < 1:
         raise TargetError(f"batch {target.batch} and sequence {target.seq} must be at least 1")
     if target.text.startswith("hf:"):
-        config = hf_config(target)
-        if shrink is not None:
-            shrink(config)
+        config = hf_config(target, shrink)
         return _build_hf(config, target, real)
     path, colon, function = target.text.rpartition(":")
     if not colon or not path.endswith(".py"):
@@ -160,8 +158,8 @@ def transformers() -> ModuleType:
         raise TargetError("hf: targets need transformers, which is not installed; pip install 'autopar[hf]'") from None
 
 
-def hf_config(target: Target) -> Any:
-    """The configuration of an `hf:` target, with its settings applied.
+def hf_config(target: Target, shrink: Callable[[dict[str, Any]], None] | None = None) -> Any:
+    """The configuration of an `hf:` target, with its settings applied, then changed by `shrink`.
 
     Raises:
         TargetError: no such file or model type, or a setting that the configuration does not have.
@@ -185,10 +183,12 @@ def hf_config(target: Target) -> Any:
         if name not in known:
             raise TargetError(f"transformers {hf.__version__} has no model type {name!r}{_did_you_mean(name, known)}")
         config = hf.AutoConfig.for_model(name)
-    return _with_settings(hf, config, target.settings)
+    return _with_settings(hf, config, target.settings, shrink)
 
 
-def _with_settings(hf: ModuleType, config: Any, settings: Mapping[str, Any]) -> Any:
+def _with_settings(
+    hf: ModuleType, config: Any, settings: Mapping[str, Any], shrink: Callable[[dict[str, Any]], None] | None
+) -> Any:
     data = copy.deepcopy(config.to_dict())
     for key, value in settings.items():
         at, *parents = data, *key.split(".")
@@ -202,6 +202,10 @@ def _with_settings(hf: ModuleType, config: Any, settings: Mapping[str, Any]) -> 
     if "hidden_size" in settings and "head_dim" in data and "head_dim" not in settings:
         data.pop("head_dim")  # derived by the configuration; the default's would be stale
     data.pop("model_type", None)
+    if data.get("loss_type") is None:
+        data.pop("loss_type", None)  # None would be taken for a name
+    if shrink is not None:
+        shrink(data)
     try:
         changed = hf.AutoConfig.for_model(config.model_type, **data)
     except (TypeError, ValueError) as error:
@@ -271,6 +275,8 @@ def _inputs(config: Any, kind: str, target: Target, dtype: torch.dtype) -> dict[
                 f"use --seq {limit} or --set max_position_embeddings={seq}"
             )
         ids = tokens(text, seq)
+        if config.is_encoder_decoder:  # not left to the model: some configurations do not say how a decoder starts
+            return {"input_ids": ids, "decoder_input_ids": ids.roll(1, 1), "labels": ids.clone()}
         return {"input_ids": ids, "labels": ids.clone()}
     labels = torch.randint(max(2, getattr(config, "num_labels", 2)), (batch,), generator=generator)
     if kind == "spectrum":

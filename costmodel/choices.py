@@ -31,12 +31,12 @@ class Option(NamedTuple):
 class Pins:
     """What the user (or the planner itself) has fixed, by class.
 
-    choices[cls, axis]: the choices allowed there. storage[cls, axis]: the placements allowed for a parameter.
-    gather[cls], reduce[cls]: fixed for a parameter.
+    choices[cls, axis]: the choices allowed there. storage[cls, axis]: the placements of a parameter, best first: the
+    first that fits is taken. gather[cls], reduce[cls]: fixed for a parameter. why[cls, axis]: who asked for it.
     """
 
     choices: dict[tuple[int, int], frozenset[Choice]] = field(default_factory=dict)
-    storage: dict[tuple[int, int], frozenset[Placement]] = field(default_factory=dict)
+    storage: dict[tuple[int, int], tuple[Placement, ...]] = field(default_factory=dict)
     gather: dict[int, str] = field(default_factory=dict)
     reduce: dict[int, str] = field(default_factory=dict)
     why: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -104,15 +104,18 @@ class Space:
             base = state.storage[cls].spec
             allowed = self.pins.storage.get((cls, axis))
             found = []
-            for place in storage_places(meta.shape, size):
+            for place in storage_places(meta.shape, size) if allowed is None else allowed:
                 spec = _put(base, axis, place)
-                if (allowed is None or place in allowed) and valid(meta.shape, spec, self.mesh.sizes):
-                    gathers: Sequence[str] = ("once", "twice")
-                    if cls in self.pins.gather:
-                        gathers = (self.pins.gather[cls],)
-                    elif all(p.kind == "R" for p in spec) or not item.source or not self.fold.items.program.training:
-                        gathers = ("once",)
-                    found += [Option(place, (), (spec,), g) for g in gathers]
+                if not valid(meta.shape, spec, self.mesh.sizes):
+                    continue
+                gathers: Sequence[str] = ("once", "twice")
+                if cls in self.pins.gather:
+                    gathers = (self.pins.gather[cls],)
+                elif all(p.kind == "R" for p in spec) or not self.fold.items.program.training:
+                    gathers = ("once",)
+                found += [Option(place, (), (spec,), g) for g in gathers]
+                if allowed is not None:
+                    break
             return found
         if item.kind == "input":
             return [Option(None, (), (tuple(self.inputs.get(item.name, whole)),))]

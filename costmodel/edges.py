@@ -91,3 +91,20 @@ def saved_tensors(items: Items) -> dict[Tensor, float]:
             share = min(1.0, math.prod(under.shape) / max(1, math.prod(meta.shape)))
             found[tensor] = meta.itemsize * share
     return found
+
+
+#: Ops through which a parameter is still seen as itself.
+LOOKS = VIEWS | {"aten._to_copy", "aten.clone"}
+
+
+def param_readers(items: Items) -> list[int]:
+    """Ops with an operand that is a parameter, directly or through views and casts; those views are not listed."""
+    derived: set[Tensor] = {Tensor(i.index, 0) for i in items.items if i.kind == "param"}
+    found = []
+    for item in items.items:
+        if item.kind == "op" and any(t in derived for t in item.ins):
+            if item.node is not None and op_name(item.node) in LOOKS:
+                derived.update(Tensor(item.index, k) for k in range(len(item.outs)))
+            else:
+                found.append(item.index)
+    return found

@@ -8,11 +8,11 @@ consumer class); folding only ties decisions together. Small programs are not fo
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from autopar.costmodel.items import Item, Items, Tensor
-from autopar.graph import pattern
+from autopar.graph import op_name, pattern
 
 #: Programs of fewer items decide every item by itself.
 SMALL = 250
@@ -44,12 +44,17 @@ class Fold:
         return self._producers[cls]
 
 
-def fold(items: Items, small: int = SMALL, rounds: int = ROUNDS) -> Fold:
-    """Partition the items; in programs of fewer than `small` items every class has one member."""
+def fold(
+    items: Items, small: int = SMALL, rounds: int = ROUNDS, mark: Callable[[Item], Hashable] = lambda item: None
+) -> Fold:
+    """Partition the items; in programs of fewer than `small` items every class has one member.
+
+    mark: items of different marks are never in one class (a constraint names one and not the other).
+    """
     num = len(items.items)
     if num < small:
         return Fold(items, list(range(num)), [[i] for i in range(num)])
-    colour = _intern([_seed(i) for i in items.items])
+    colour = _intern([(_seed(i), mark(i)) for i in items.items])
     users: list[list[tuple[int, int, int]]] = [[] for _ in range(num)]
     for item in items.items:
         for position, tensor in enumerate(item.ins):
@@ -74,9 +79,17 @@ def fold(items: Items, small: int = SMALL, rounds: int = ROUNDS) -> Fold:
 def _seed(item: Item) -> Hashable:
     if item.kind == "op":
         module = pattern(item.name.rpartition("/")[0] + "/")
-        return (item.kind, item.phase, module, item.signature, item.in_meta, item.outs, item.constant)
+        return (item.kind, item.phase, module, _role(item), item.in_meta, item.outs, item.constant)
     trainable = item.source is not None and item.source.trainable
     return (item.kind, item.phase, pattern(item.name + "."), item.in_meta, item.outs, trainable)
+
+
+def _role(item: Item) -> Hashable:
+    """The op's signature; of random ops without the number of the stream, which is different at every call."""
+    assert item.node is not None
+    if op_name(item.node).startswith("autopar."):
+        return op_name(item.node)
+    return item.signature
 
 
 def _intern(keys: list[Hashable]) -> list[int]:

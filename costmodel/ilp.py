@@ -28,6 +28,11 @@ import pulp
 
 from autopar.errors import SolverError
 
+try:
+    import highspy
+except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan says so
+    highspy = None
+
 INF = math.inf
 
 
@@ -342,10 +347,54 @@ def _over(problem: Problem, memory: float) -> bool:
     return problem.limit is not None and problem.penalty is None and memory > problem.limit * (1 + 1e-6) + 1
 
 
+class _RelaxedFirst(pulp.HiGHS):
+    """HiGHS that tries the linear relaxation first: it is integral nearly always, and three times as fast.
+
+    The model is handed over as arrays in one call; PuLP's own way, a call per column and row, takes longer than the solve.
+    """
+
+    def buildSolverModel(self, lp: Any) -> None:
+        """Hand the model over without integrality."""
+        variables = lp.variables()
+        for index, variable in enumerate(variables):
+            variable.index = index
+        model = highspy.HighsLp()
+        model.num_col_ = len(variables)
+        model.col_cost_ = [lp.objective.get(v, 0.0) for v in variables]
+        model.col_lower_ = [-INF if v.lowBound is None else v.lowBound for v in variables]
+        model.col_upper_ = [INF if v.upBound is None else v.upBound for v in variables]
+        starts, columns, values, low, high = [0], [], [], [], []
+        for index, row in enumerate(lp.constraints.values()):
+            row.index = index
+            for variable, coefficient in row.items():
+                columns.append(variable.index)
+                values.append(coefficient)
+            starts.append(len(columns))
+            lower, upper = row.getLb(), row.getUb()
+            low.append(-INF if lower is None else lower)
+            high.append(INF if upper is None else upper)
+        model.num_row_, model.row_lower_, model.row_upper_ = len(low), low, high
+        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        model.a_matrix_.start_, model.a_matrix_.index_, model.a_matrix_.value_ = starts, columns, values
+        lp.solverModel.passModel(model)
+
+    def callSolver(self, lp: Any) -> None:
+        """Solve the relaxation, and again with integrality where its answer is not whole."""
+        model = lp.solverModel
+        model.run()
+        whole = [v.index for v in lp.variables() if v.cat == pulp.LpInteger]
+        values = model.getSolution().col_value
+        infeasible = model.getModelStatus() == highspy.HighsModelStatus.kInfeasible
+        if infeasible or all(abs(values[i] - round(values[i])) < 1e-6 for i in whole):
+            return
+        for index in whole:
+            model.changeColIntegrality(index, highspy.HighsVarType.kInteger)
+        model.run()
+
+
 def _solver(time_limit: float, gap: float) -> tuple[Any, str]:
-    highs = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1)
-    if highs.available():
-        return highs, "HiGHS"
+    if highspy is not None:
+        return _RelaxedFirst(msg=False, timeLimit=time_limit, gapRel=gap, threads=1), "HiGHS"
     return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1), "CBC"
 
 
@@ -354,7 +403,7 @@ def _gap(model: _Model, name: str, asked: float) -> float:
     if name != "HiGHS":
         return asked if model.lp.sol_status == pulp.LpSolutionOptimal else INF
     gap = float(model.lp.solverModel.getInfo().mip_gap)
-    return max(0.0, gap)
+    return 0.0 if gap == INF else max(0.0, gap)  # infinite: the relaxation was whole, no tree was searched
 
 
 def _read(model: _Model) -> list[int]:

@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 
-from autopar.costmodel.rules_call import Call, Dims, Maker, names, text, whole, wrap
+from autopar.costmodel.rules_call import Call, Dims, Maker, names, replicated, text, whole, wrap
 
 aten = torch.ops.aten
 
 
 def broadcast(call: Call) -> tuple[list[Dims], list[Dims]]:
     """Dims of operands that broadcast against the result, aligned from the right."""
-    out = names(len(call.out))
-    dims = ["1" if n == 1 else d for d, n in zip(out, call.out)]
+    return broadcast_to(call, call.out)
+
+
+def broadcast_to(call: Call, full: Sequence[int]) -> tuple[list[Dims], list[Dims]]:
+    """Dims of operands that broadcast against `full`; and those of `full` for each result."""
+    out = names(len(full))
 
     def operand(shape: Sequence[int]) -> Dims:
         lead = len(out) - len(shape)
         return ["1" if n == 1 else out[lead + i] for i, n in enumerate(shape)]
 
-    return [operand(s) for s in call.ins], [dims] * len(call.outs)
+    return [operand(s) for s in call.ins], [operand(full)] * len(call.outs)
 
 
 def pointwise(*groups: Sequence[int]) -> Maker:
@@ -77,6 +81,33 @@ def to_copy(call: Call) -> str:
     ins, outs = broadcast(call)
     same = call.dtypes[0].is_complex <= (call.out_dtypes[0] or call.dtypes[0]).is_complex
     return text(ins, outs, call.linear((0,)) if same else [])
+
+
+def fill(call: Call) -> str:
+    """copy, fill: only the shape of the first operand matters; linear in what is written."""
+    ins, outs = broadcast(call)
+    return text(ins, outs, call.linear((1,)) if len(ins) == 2 else [])
+
+
+def loss(call: Call) -> str:
+    """Losses element by element: partial where they are summed; where averaged, the local op scales by the global count."""
+    ins, _ = broadcast_to(call, call.ins[0])
+    linear = call.linear((call.at("weight"),))
+    if call.arg("reduction") == 0:
+        return text(ins, [ins[0]], linear)
+    return text([[d if d == "1" else d + "+" for d in dims] for dims in ins], [[]], linear)
+
+
+def loss_backward(call: Call) -> str:
+    """Their backwards: linear in the gradient, which is a scalar where the loss was reduced."""
+    ins, outs = broadcast(call)
+    return text(ins, outs, call.linear((0,), (call.at("weight"),)))
+
+
+def bucketize(call: Call) -> str:
+    """bucketize: the boundaries are whole."""
+    dims = names(len(call.ins[0]))
+    return text([dims, ["z^"]], [dims])
 
 
 def reduction(plus: bool, kind: str = "sum", linear: bool = False) -> Maker:
@@ -162,19 +193,26 @@ def addmm(call: Call) -> str:
 
 def grouped_mm(call: Call) -> str:
     """_grouped_mm: the grouped dim is cut at run-time offsets, so it and the experts stay whole."""
-    offs = ["e^"] if call.at("offs") is not None else None
+    if call.at("bias") is not None:
+        return replicated(call)
+    # Kernels want rows that are a multiple of 16 bytes long: blocks of that size stay whole.
+    block = 16 // call.dtypes[0].itemsize
+    shapes = (*call.ins[0], *call.ins[1])
+    if any(n % block for n in shapes[-2:] + (call.ins[0][-1],)):
+        return replicated(call)
+    k, n, m = "(k+ u^)", "(n w^)", "(m q^)"
     ranks = (len(call.ins[0]), len(call.ins[1]))
+    ins: list[Dims]
     ins, out = {
-        (2, 3): ([["t^", "k+"], ["e^", "k+", "n"]], ["t^", "n"]),
-        (3, 2): ([["e^", "m", "k+"], ["k+", "t^"]], ["m", "t^"]),
-        (2, 2): ([["m", "k^"], ["k^", "n"]], ["e^", "m", "n"]),
-        (3, 3): ([["e", "m", "k+"], ["e", "k+", "n"]], ["e", "m", "n"]),
+        (2, 3): ([["t^", k], ["e^", k, n]], ["t^", n]),
+        (3, 2): ([["e^", m, k], [k, "t^"]], [m, "t^"]),
+        (2, 2): ([[m, "k^"], ["k^", n]], ["e^", m, n]),
+        (3, 3): ([["e", m, k], ["e", k, n]], ["e", m, n]),
     }[ranks]
-    extra = [offs] if offs else []
-    bias = call.at("bias")
-    if bias is not None:
-        return text([whole(s, f"x{i}_") for i, s in enumerate(call.ins)], [whole(call.out, "y")])
-    return text(ins + extra, [out], call.linear((0,), (1,)))
+    used = " ".join(d for dims in ins for d in dims)
+    sizes = {f: block for f in "uwq" if f"{f}^" in used}
+    extra = [["e^"]] if call.at("offs") is not None else []
+    return text(ins + extra, [out], call.linear((0,), (1,)), sizes=sizes)
 
 
 def view_as_complex(call: Call) -> str:
@@ -221,8 +259,8 @@ TABLE: dict[Any, Maker | str] = {
         "hardtanh isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 logit mish reciprocal relu round "
         "rsqrt sigmoid sign silu sin sinh softplus sqrt tan tanh trunc atan2 fmod.Scalar fmod.Tensor hypot "
         "logaddexp maximum minimum fmax fmin pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar remainder.Scalar "
-        "remainder.Tensor floor_divide floor_divide.Scalar xlogy.Tensor copysign.Tensor nan_to_num angle sgn "
-        "log_sigmoid_forward celu square selu",
+        "remainder.Tensor floor_divide floor_divide.Scalar copysign.Tensor nan_to_num angle sgn "
+        "log_sigmoid_forward celu square selu isposinf isneginf logaddexp2 heaviside threshold",
         pointwise(),
     ),
     **_each(
@@ -234,8 +272,8 @@ TABLE: dict[Any, Maker | str] = {
     ),
     # Linear in the first operand: scalings, and backwards in the gradient.
     **_each(
-        "neg clone alias detach lift_fresh_copy mul.Scalar div.Scalar view_as_real_copy real imag _conj "
-        "_conj_physical conj_physical resolve_conj",
+        "neg clone alias detach lift_fresh_copy mul.Scalar div.Scalar real imag _conj "
+        "_conj_physical conj_physical",
         pointwise((0,)),
     ),
     **_each(
@@ -255,10 +293,17 @@ TABLE: dict[Any, Maker | str] = {
     **_each("complex", pointwise((0, 1))),
     **_each("polar", pointwise((0,))),
     **_each("_to_copy", to_copy),
-    **_each("sum sum.dim_IntList", reduction(True, linear=True)),
+    **_each("copy fill.Tensor fill.Scalar", fill),
+    **_each("binary_cross_entropy mse_loss smooth_l1_loss huber_loss soft_margin_loss", loss),
+    **_each("binary_cross_entropy_backward mse_loss_backward smooth_l1_loss_backward huber_loss_backward "
+            "soft_margin_loss_backward", loss_backward),
+    **_each("bucketize.Tensor", bucketize),
+    **_each("_prelu_kernel", pointwise()),
+    **_each("_prelu_kernel_backward xlogy.Tensor", pointwise((0,))),
+    **_each("sum sum.dim_IntList count_nonzero.dim_IntList", reduction(True, linear=True)),
     **_each("mean mean.dim", reduction(False, linear=True)),
     **_each("var.correction std.correction var_mean.correction std_mean.correction prod prod.dim_int any any.dim "
-            "any.dims all all.dim all.dims argmax argmin max.dim min.dim count_nonzero.dim_IntList", reduction(False)),
+            "any.dims all all.dim all.dims argmax argmin max.dim min.dim", reduction(False)),
     **_each("amax max", extremum("max")),
     **_each("amin min", extremum("min")),
     **_each("linalg_vector_norm", vector_norm),

@@ -85,8 +85,8 @@ def spatial(count: int, linear: bool) -> Maker:
 
 
 def grid_sampler(call: Call) -> str:
-    """grid_sampler_2d: batch and channels."""
-    return text([["n", "c", "h^", "w^"], ["n", "y^", "x^", "q^"]], [["n", "c", "y^", "x^"]], call.linear((0,)))
+    """grid_sampler_2d: batch, channels, and the points that are sampled."""
+    return text([["n", "c", "h^", "w^"], ["n", "y", "x", "q^"]], [["n", "c", "y", "x"]], call.linear((0,)))
 
 
 def columns(call: Call) -> str:
@@ -164,7 +164,7 @@ def group_norm_backward(call: Call) -> str:
     return text(ins, outs, call.linear((0,)), sizes={"g": groups} if groups > 1 else None)
 
 
-_MEAN, _SUM = 1, 2
+_MEAN = 1
 
 
 def _loss_dims(call: Call, rank: int) -> tuple[Dims, Dims]:
@@ -183,28 +183,21 @@ def nll_forward(call: Call) -> str:
     reduction = call.arg("reduction")
     weighted = len(call.ins) == 3
     outs: list[Dims | None] = [[], []]
-    if reduction == _MEAN or len(call.ins[0]) == 1:
-        mark = "^"
-    else:
-        mark = "+"
     if reduction == 0:
         # One loss per target: total_weight is zero.
-        return text([_mark(x, k="+"), target, *[["k+"]] * weighted], [target, []], call.linear((0,)))
+        return text([_mark(x, k="+"), target, *[["k+"]] * weighted], [target, []], call.linear((0,), (2,)))
+    mark = "^" if reduction == _MEAN else "+"
     x, target = [d + mark for d in x], [d + mark for d in target]
-    return text([x, target, *[["k" + mark]] * weighted], outs)
+    linear = call.linear((2,)) if reduction != _MEAN else []
+    return text([x, target, *[["k" + mark]] * weighted], outs, linear)
 
 
 def nll_backward(call: Call) -> str:
     """nll_loss_backward, nll_loss2d_backward: a shard of the classes writes where its own targets lie."""
     x, target = _loss_dims(call, len(call.ins[1]))
-    if len(call.ins[1]) == 1:
-        return replicated(call)
-    weighted = call.at("weight") is not None
+    weight = call.at("weight")
     grad = target if call.arg("reduction") == 0 else []
-    return text([grad, x, target, *[["k"]] * weighted, []], [x], call.linear((0,)))
-
-
-_Q, _K, _V = ["b", "h", "s", "d^"], ["b", "h", "t^", "d^"], ["b", "h", "t^", "e^"]
+    return text([grad, x, target, *[["k"]] * (weight is not None), []], [x], call.linear((0,), (weight,)))
 
 
 def _attention_mask(call: Call, name: str) -> Dims | None:
@@ -217,7 +210,7 @@ def _attention_mask(call: Call, name: str) -> Dims | None:
 
 
 def _attention_dims(call: Call) -> dict[str, Dims]:
-    query, key, value = (call.ins[call.at(n) or 0] for n in ("query", "key", "value"))
+    query, key = (call.ins[call.at(n) or 0] for n in ("query", "key"))
     # Fewer key heads than query heads: heads are (group, heads of the group).
     head = "(h g)" if key[1] != query[1] else "h"
     mark = {"s": "^"} if call.arg("is_causal") else {}
@@ -227,7 +220,6 @@ def _attention_dims(call: Call) -> dict[str, Dims]:
         "v": ["b", "h", "t^", "e^"],
         "o": _mark(["b", head, "s", "e^"], **mark),
         "l": _mark(["b", head, "s"], **mark),
-        "value": [str(value)],
     }
 
 
@@ -264,12 +256,14 @@ def _statistics(call: Call, dims: dict[str, Dims], shape: tuple[int, ...] | None
 
 
 def attention_backward(call: Call) -> str:
-    """Backward of fused attention: gradients of key and value are partial in the query positions."""
+    """Backward of fused attention: gradients of key and value are partial in the query positions, that of the query in
+    the key positions (the row statistics are given). A causal mask counts positions: then both stay whole."""
     dims = _attention_dims(call)
     causal = call.arg("is_causal")
-    s = "s^" if causal else "s+"
+    s, t = ("s^", "t^") if causal else ("s+", "t+")
+    k, v = ["b", "h", t, "d^"], ["b", "h", t, "e^"]
     q, o = _mark(["b", dims["q"][1], "s", "d^"], s=s[1]), _mark(["b", dims["o"][1], "s", "e^"], s=s[1])
-    known: dict[str, Dims] = {"query": q, "key": dims["k"], "value": dims["v"], "out": o, "output": o}
+    known: dict[str, Dims] = {"query": q, "key": k, "value": v, "out": o, "output": o}
     known |= {"grad_out": o, "grad_out_": o, "grad_output": o}
     ins: list[Dims] = [whole(shape, f"r{i}_") for i, shape in enumerate(call.ins)]
     for name, own in known.items():
@@ -282,8 +276,8 @@ def attention_backward(call: Call) -> str:
     for name in ("attn_mask", "attn_bias", "bias"):
         at = call.at(name)
         if at is not None:
-            ins[at] = _mark(_attention_mask(call, name) or [], s=s[1])
-    outs: list[Dims | None] = [q, dims["k"], dims["v"]]
+            ins[at] = [{"s": s, "t^": t}.get(d, d) for d in _attention_mask(call, name) or []]
+    outs: list[Dims | None] = [q, k, v]
     outs += [None if shape is None else whole(shape, f"g{i}_") for i, shape in enumerate(call.outs[3:])]
     grad = next(call.at(n) for n in ("grad_out", "grad_out_", "grad_output") if call.at(n) is not None)
     return text(ins, outs[: len(call.outs)], call.linear((grad,)))

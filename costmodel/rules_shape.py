@@ -114,17 +114,19 @@ def repeat(call: Call) -> str:
     return text([out[lead:]], [dims], call.linear((0,)))
 
 
-def window(whole_size: int, pieces: Sequence[tuple[int, int]]) -> tuple[str, list[str]]:
-    """Dims of a tensor along which pieces (offset, length) are cut out or put in: `(z^ y)` and `(m^ y)` each.
+def window(whole_size: int, pieces: Sequence[tuple[int, int]]) -> tuple[str, list[str], dict[str, int]]:
+    """Dims of a tensor along which pieces (offset, length) are cut out or put in: `(z^ y)` and `(m^ y)` each; size of y.
 
     y is the block size that offsets and lengths share: shards of y see every piece in proportion.
     """
     block = math.gcd(whole_size, *(n for piece in pieces for n in piece))
-    big = compound(["z^"] * (block != whole_size) + ["y"]) if block else "z^"
-    return big, [
-        compound([f"m{i}^"] * (length != block) + ["y"]) if block and length else f"m{i}^"
-        for i, (_, length) in enumerate(pieces)
+    if block == 0:
+        return "z^", [f"m{i}^" for i in range(len(pieces))], {}
+    inner = [
+        compound([f"m{i}^"] * (length != block) + ["y"]) if length else f"m{i}^" for i, (_, length) in enumerate(pieces)
     ]
+    told = block == whole_size or any(length == block for _, length in pieces)
+    return compound(["z^"] * (block != whole_size) + ["y"]), inner, {} if told else {"y": block}
 
 
 def slice_range(call: Call, size: int) -> tuple[int, int, int]:
@@ -139,18 +141,51 @@ def slice_(call: Call) -> str:
     d = wrap(call.arg("dim"), len(large))
     dims = names(len(large))
     start, _, step = slice_range(call, large[d])
-    outer, (inner,) = (
-        window(large[d], [(start, small[d])]) if step == 1 else ("z^", ["m0^"])
-    )
+    outer, inner, sizes = window(large[d], [(start, small[d])]) if step == 1 else ("z^", ["m0^"], {})
     big, little = list(dims), list(dims)
-    big[d], little[d] = outer, inner
-    return text([little if backward else big], [big if backward else little], call.linear((0,)))
+    big[d], little[d] = outer, inner[0]
+    return text([little if backward else big], [big if backward else little], call.linear((0,)), sizes=sizes)
+
+
+def slice_scatter(call: Call) -> str:
+    """slice_scatter, select_scatter: a tensor and what overwrites a part of it; linear in both together."""
+    shape = call.ins[0]
+    d, dims = call.dim(), names(len(shape))
+    if call.target is aten.select_scatter.default:
+        base = [n + "^" * (i == d) for i, n in enumerate(dims)]
+        return text([base, dims[:d] + dims[d + 1 :]], [base], call.linear((0, 1)))
+    start, _, step = slice_range(call, shape[d])
+    outer, inner, sizes = window(shape[d], [(start, call.ins[1][d])]) if step == 1 else ("z^", ["m0^"], {})
+    base = [outer if i == d else n for i, n in enumerate(dims)]
+    part = [inner[0] if i == d else n for i, n in enumerate(dims)]
+    return text([base, part], [base], call.linear((0, 1)), sizes=sizes)
+
+
+def glu(call: Call) -> str:
+    """glu and its backward: one dim is (two halves, rest); the rest splits."""
+    own = call.at("self") or 0
+    rank = len(call.ins[own])
+    d, dims = wrap(call.arg("dim"), rank), names(rank)
+    big = [f"(z^ {n})" if i == d else n for i, n in enumerate(dims)]
+    if call.target is aten.glu.default:
+        return text([big], [dims])
+    return text([dims, big], [big], call.linear((0,)))
+
+
+def pixel_shuffle(call: Call) -> str:
+    """pixel_shuffle: channels (c r r) go into space, whose order would change; unshuffle is the reverse."""
+    down = call.target is aten.pixel_unshuffle.default
+    lead = names(len(call.out) - 3)
+    many, few = [*lead, "(c u^ v^)", "h^", "w^"], [*lead, "c", "y^", "x^"]
+    factor = call.arg("downscale_factor" if down else "upscale_factor")
+    return text([few if down else many], [many if down else few], call.linear((0,)), sizes={"u": factor, "v": factor})
 
 
 def pad(call: Call) -> str:
     """constant_pad_nd: a padded dim keeps the block that its size and the pads share."""
     pads, dims = call.arg("pad"), names(len(call.ins[0]))
     ins, outs = list(dims), list(dims)
+    sizes: dict[str, int] = {}
     for i in range(len(pads) // 2):
         d = len(dims) - 1 - i
         left, right = pads[2 * i], pads[2 * i + 1]
@@ -159,8 +194,10 @@ def pad(call: Call) -> str:
             block = math.gcd(n, left, right) if left >= 0 and right >= 0 and n else 1
             ins[d] = compound([f"x{d}^"] * (block != n) + [dims[d]] * (block > 1))
             outs[d] = compound([f"z{d}^"] + [dims[d]] * (block > 1))
+            if 1 < block:
+                sizes[dims[d]] = block
     linear = call.linear((0,)) if call.arg("value") == 0 else []
-    return text([ins], [outs], linear)
+    return text([ins], [outs], linear, sizes=sizes)
 
 
 def cat(call: Call) -> str:
@@ -169,13 +206,13 @@ def cat(call: Call) -> str:
     d = wrap(call.arg("dim"), rank)
     used = [i for i, s in enumerate(call.ins) if len(s) == rank and not (s == (0,) and rank > 1)]
     offsets = [sum(call.ins[j][d] for j in used[:k]) for k in range(len(used))]
-    outer, inner = window(call.out[d], [(o, call.ins[i][d]) for o, i in zip(offsets, used)])
+    outer, inner, block = window(call.out[d], [(o, call.ins[i][d]) for o, i in zip(offsets, used)])
     dims = names(rank)
     ins = [whole(s, f"e{i}_") for i, s in enumerate(call.ins)]
     for k, i in enumerate(used):
         ins[i] = [inner[k] if j == d else n for j, n in enumerate(dims)]
     out = [outer if j == d else n for j, n in enumerate(dims)]
-    return text(ins, [out], call.linear(tuple(range(len(call.ins)))))
+    return text(ins, [out], call.linear(tuple(range(len(call.ins)))), sizes=block)
 
 
 def split(call: Call) -> str:
@@ -184,11 +221,11 @@ def split(call: Call) -> str:
     d = call.dim()
     sizes = [s[d] for s in call.outs if s is not None]
     offsets = [sum(sizes[:k]) for k in range(len(sizes))]
-    outer, inner = window(shape[d], list(zip(offsets, sizes)))
+    outer, inner, block = window(shape[d], list(zip(offsets, sizes)))
     dims = names(len(shape))
     ins = [outer if j == d else n for j, n in enumerate(dims)]
     outs = [[piece if j == d else n for j, n in enumerate(dims)] for piece in inner]
-    return text([ins], outs, call.linear((0,)))
+    return text([ins], outs, call.linear((0,)), sizes=block)
 
 
 def stack(call: Call) -> str:
@@ -274,6 +311,9 @@ TABLE: dict[Any, Maker | str] = {
     aten.expand.default: expand,
     aten.repeat.default: repeat,
     **dict.fromkeys((aten.slice.Tensor, aten.slice_backward.default), slice_),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), slice_scatter),
+    **dict.fromkeys((aten.glu.default, aten.glu_backward.default), glu),
+    **dict.fromkeys((aten.pixel_shuffle.default, aten.pixel_unshuffle.default), pixel_shuffle),
     aten.select.int: unbind,
     aten.select_backward.default: select_backward,
     aten.constant_pad_nd.default: pad,

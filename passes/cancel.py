@@ -125,6 +125,8 @@ def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if node.target not in _COPIES or _is_output(node):
         return None
     inner: fx.Node = node.args[0]  # type: ignore[assignment]
+    if node.target is aten.contiguous.default and len(node.args) == 1 and not node.kwargs and _is_contiguous(inner):
+        return inner
     if inner.target not in _COPIES:
         return None
     plain = node.target is aten.clone.default and node.kwargs.get("memory_format") is None
@@ -184,5 +186,10 @@ def _is_output(node: fx.Node) -> bool:
 
 
 def _is_contiguous(node: fx.Node) -> bool:
-    fixed = node.kwargs.get("memory_format") is torch.contiguous_format
+    """Whether the result is contiguous whatever the operand's strides."""
+    while node.target in (aten.view.default, aten.reshape.default):
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target in c.COLLECTIVES or node.target is c.local_chunk:
+        return True
+    fixed = node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format
     return fixed or (node.target is aten.contiguous.default and not node.kwargs and len(node.args) == 1)

@@ -44,6 +44,21 @@ VIEWS = frozenset(
         operator.getitem,
     }
 )
+#: Views that may leave strides.
+STRIDED = frozenset(
+    {
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.narrow.default,
+        aten.select.int,
+        operator.getitem,
+    }
+)
+#: Copies if the operand has strides, else views.
+MAYBE_COPIES = (aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default)
 #: Ops that copy or rearrange elements (perhaps to another dtype) and compute nothing.
 MOVES = VIEWS | {
     aten.reshape.default,
@@ -104,7 +119,7 @@ def is_index_arithmetic(node: fx.Node) -> bool:
     if node.target is c.coordinate:
         return True
     known = getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
-    return known and all(is_index_arithmetic(n) for n in node.all_input_nodes) and bool(node.all_input_nodes)
+    return known and all(is_index_arithmetic(n) for n in node.all_input_nodes)
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
@@ -219,6 +234,15 @@ def stable_sort(gm: fx.GraphModule, key: Callable[[fx.Node], Any] | None = None)
         if node.op != "output" and node not in done:
             place(node)
     return rebuild(gm, [*done, output_node(gm)])
+
+
+def may_have_strides(node: fx.Node) -> bool:
+    """Whether the tensor is a view with strides. Results of ops that compute are taken for contiguous."""
+    while node.target in VIEWS and node.target not in STRIDED:
+        node = node.all_input_nodes[0]
+    if is_pick(node):
+        return node.args[0].target in VIEWS  # type: ignore[union-attr]
+    return node.target in STRIDED
 
 
 def is_pick(node: fx.Node) -> bool:

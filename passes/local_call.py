@@ -18,7 +18,6 @@ from autopar.rule import BoundRule, Choice
 from autopar.spec import Radix, Shape, Spec, layout, local_shape
 
 aten = torch.ops.aten
-Local = "Emitter"
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,16 @@ class Emitter:
 
     # ---- appending ------------------------------------------------------------------------------------------
 
-    def add(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def add(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Append an op of one result; its shape and dtype come from running it on meta tensors."""
         node = self._append(target, args, kwargs)
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": "meta"}
         val = target(*fx.map_arg(args, _meta), **fx.map_arg(kwargs, _meta))
         node.meta["val"] = torch.empty(tuple(val.shape), dtype=val.dtype, device="meta")
         return node
 
-    def final(self, target: Any, *args: Any, **kwargs: Any) -> list[fx.Node | None]:
+    def final(self, target: Any, /, *args: Any, **kwargs: Any) -> list[fx.Node | None]:
         """Append the op that gives the results, at their local shapes, and pick them."""
         node = self._append(target, args, kwargs)
         vals = [
@@ -175,7 +176,7 @@ class Emitter:
             picked.append(pick)
         return picked
 
-    def same(self, **changes: Any) -> list[fx.Node | None]:
+    def same(self, /, **changes: Any) -> list[fx.Node | None]:
         """The op itself with some arguments changed, by schema name."""
         if not changes:
             return self.final(self.node.target, *self.args, **self.kwargs)

@@ -71,6 +71,11 @@ def emit(graph: fx.Graph, node: fx.Node, operands: list[fx.Node], call: LocalCal
     """
     if len(operands) != len(call.in_specs):
         raise PassError(f"{op_name(node)} takes {len(call.in_specs)} tensor operands, got {len(operands)}")
+    if not call.bound.fits(call.choices, call.mesh.sizes):
+        raise PassError(
+            f"{op_name(node)} cannot run with choices {' '.join(map(str, call.choices))} on mesh {call.mesh}: they cut "
+            f"its factors into more pieces than they have; rule '{call.bound.rule}', sizes {dict(call.bound.sizes)}"
+        )
     out = Emitter(graph, node, operands, call)
     if node.target in RAW_POINTER:
         operands = [out.add(aten.contiguous.default, x) for x in operands]
@@ -204,8 +209,18 @@ def _random(e: Emitter) -> list[fx.Node | None]:
         return e.same()
     name = _qualified(e.node.target).partition("::")[2]
     target = getattr(torch.ops.autopar, f"{name}_at").default
-    index = [localise_index.global_index(e, e.out_digits(d)) for d in range(len(e.shape))]
+    index = [localise_index.global_index(e, e.named["seed"], e.out_digits(d)) for d in range(len(e.shape))]
     return e.final(target, e.named["seed"], e.named["stream"], index, list(e.named["shape"]))
+
+
+def _loss(e: Emitter) -> list[fx.Node | None]:
+    """Mean losses divide by the local count: scaled to the global one."""
+    parts = e.parts(*e.call.bound.rule.factors)
+    if e.named["reduction"] != 1 or parts == 1:
+        return e.same()
+    if "grad_output" in e.named:
+        return e.same(grad_output=e.add(aten.mul.Scalar, e.named["grad_output"], 1.0 / parts))
+    return e.final(aten.mul.Scalar, e.add(e.node.target, *e.args, **e.kwargs), 1.0 / parts)
 
 
 def _each(names: str, localise: Localiser) -> dict[Any, Localiser]:
@@ -216,7 +231,13 @@ LOCALISERS: dict[Any, Localiser] = {
     **_each("view reshape _unsafe_view squeeze squeeze.dim squeeze.dims unsqueeze", _reshape),
     **_each("expand full zeros ones empty.memory_format new_zeros new_ones new_full new_empty", _shaped("size")),
     **_each("repeat", _repeat),
-    **_each("slice.Tensor slice_backward", _slice),
+    **_each("slice.Tensor slice_backward slice_scatter", _slice),
+    **_each("binary_cross_entropy mse_loss smooth_l1_loss huber_loss soft_margin_loss", _loss),
+    **_each(
+        "binary_cross_entropy_backward mse_loss_backward smooth_l1_loss_backward huber_loss_backward "
+        "soft_margin_loss_backward",
+        _loss,
+    ),
     **_each("select_backward", _select_backward),
     **_each("constant_pad_nd", _pad),
     **_each("split.Tensor split_with_sizes", _split),

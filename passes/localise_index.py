@@ -19,10 +19,14 @@ aten = torch.ops.aten
 IGNORED = -100
 
 
-def global_index(e: Emitter, digits: tuple[Radix, ...]) -> fx.Node:
-    """1-D int64 tensor of the global indices that this rank holds along a dim of that layout."""
-    out = e.globals[0]
-    assert out is not None
+def _count(e: Emitter, like: fx.Node, size: int) -> fx.Node:
+    """0 .. size - 1 on the device of `like`: `arange` would name the device that the model was captured on."""
+    ones = e.add(aten.new_ones.default, like, [size], dtype=torch.int64)
+    return e.add(aten.sub.Scalar, e.add(aten.cumsum.default, ones, 0), 1)
+
+
+def global_index(e: Emitter, like: fx.Node, digits: tuple[Radix, ...]) -> fx.Node:
+    """1-D int64 tensor of the global indices that this rank holds along a dim of that layout, on the device of `like`."""
     count, stride = 1, 1
     pieces: list[tuple[int, int]] = []
     for digit in reversed(digits):
@@ -32,20 +36,16 @@ def global_index(e: Emitter, digits: tuple[Radix, ...]) -> fx.Node:
         stride *= digit.size
     total: fx.Node | None = None
     for i, (size, step) in enumerate(pieces):
-        term = e.add(aten.arange.default, size, dtype=torch.int64, device=out.device)
+        term = _count(e, like, size)
         if step != 1:
             term = e.add(aten.mul.Scalar, term, step)
         term = e.add(aten.reshape.default, term, [size if j == i else 1 for j in range(len(pieces))])
         total = term if total is None else e.add(aten.add.Tensor, total, term)
     if total is None:
-        total = e.add(aten.zeros.default, [1], dtype=torch.int64, device=out.device)
+        total = _count(e, like, 1)
     total = e.add(aten.reshape.default, total, [count])
     start = e.offset(digits)
-    return total if isinstance(start, int) else _add(e, total, start)
-
-
-def _add(e: Emitter, x: fx.Node, number: fx.Node) -> fx.Node:
-    return e.add(aten.add.Scalar, x, number)
+    return total if isinstance(start, int) else e.add(aten.add.Scalar, total, start)
 
 
 def to_local(e: Emitter, index: fx.Node, digits: tuple[Radix, ...]) -> tuple[fx.Node, fx.Node]:

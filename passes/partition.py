@@ -141,6 +141,8 @@ def _picks_computed(node: fx.Node) -> bool:
 
 
 def _is_alias(node: fx.Node) -> bool:
+    if node.target in edit.MAYBE_COPIES:
+        return not edit.may_have_strides(node.all_input_nodes[0])
     return node.target in edit.VIEWS and not _picks_computed(node)
 
 
@@ -173,12 +175,16 @@ def _choose_saved(gm: fx.GraphModule, needed: Sequence[fx.Node]) -> list[fx.Node
         if node.op == "placeholder":
             continue
         (todo if _free(node) else saved)[node] = None
+    # Those that start from the same tensors are weighed together: both would be paid for by one.
+    groups: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
     for node in todo:
-        missing = _missing(node, saved)
-        if sum(edit.nbytes(n) for n in missing) < edit.nbytes(node):
+        groups.setdefault(tuple(sorted(_missing(node, saved), key=order.__getitem__)), []).append(node)
+    for leaves, members in groups.items():
+        missing = [n for n in leaves if n not in saved]
+        if sum(map(edit.nbytes, missing)) < sum(map(edit.nbytes, members)):
             saved.update(dict.fromkeys(missing))
         elif missing:
-            saved[node] = None
+            saved.update(dict.fromkeys(members))
     return sorted(saved, key=order.__getitem__)
 
 

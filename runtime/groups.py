@@ -69,7 +69,7 @@ def as_mesh(mesh: MeshLike) -> Mesh:
         names = mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(mesh.ndim))
         return Mesh(tuple(names), tuple(int(n) for n in mesh.mesh.shape))
     if isinstance(mesh, bool) or not isinstance(mesh, (Mesh, str, int)):
-        raise MeshError(f"cannot read mesh {mesh!r}; pass \"dp=2,tp=4\", an int, an autopar.Mesh or a torch DeviceMesh")
+        raise MeshError(f'cannot read mesh {mesh!r}; pass "dp=2,tp=4", an int, an autopar.Mesh or a torch DeviceMesh')
     return Mesh.parse(mesh)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from autopar import errors
 from autopar.errors import AutoparError, BatchError, RankMismatchError
 from autopar.runtime.groups import Grid
 
@@ -163,21 +164,26 @@ class Control:
     def share(self, what: str, make: Callable[[], Any]) -> Any:
         """Let rank 0 make a picklable object, and give it to every rank.
 
-        Raises:
-            RankMismatchError: rank 0 failed (rank 0 raises its own error).
+        What rank 0 raises, every rank raises: an error of ours with its message, else RankMismatchError.
         """
-        failure, value = None, None
+        if self.grid.control is None or self.grid.size == 1:
+            return make()
+        failure: Exception | None = None
+        box: list[Any] = [None, None]
         if self.grid.rank == 0:
             try:
-                value = make()
+                box[0] = make()
             except Exception as error:
                 failure = error
-        self.status(what, failure)
-        if self.grid.control is None or self.grid.size == 1:
-            return value
-        box = [value]
+                box[1] = (type(error).__name__, str(error))
         with self._answered():
             dist.broadcast_object_list(box, group_src=0, group=self.grid.control)
+        if failure is not None:
+            raise failure
+        if box[1] is not None:
+            kind, text = box[1]
+            ours = getattr(errors, kind, None)
+            raise ours(text) if ours else RankMismatchError(f"{what} failed on rank 0: {kind}: {text}")
         return box[0]
 
     def agree(self, call: Call | None, failure: Exception | None = None, *, check: bool = True) -> int:
@@ -213,8 +219,7 @@ def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
     modes = [c.mode for c in calls]
     if len(set(modes)) > 1:
         return RankMismatchError(
-            f"the ranks run different steps: {_by_value(modes)}; "
-            "call train(), eval() and no_grad() alike on every rank"
+            f"the ranks run different steps: {_by_value(modes)}; call train(), eval() and no_grad() alike on every rank"
         )
     local = len(set(parts)) > 1
     names = [[a.name for a in c.arguments] for c in calls]
@@ -226,8 +231,9 @@ def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
         forms = [c.arguments[i].form for c in calls]
         if len(set(forms)) > 1:
             remedy = (
-                "local batches must have one shape on every rank (DistributedSampler with drop_last=True)" if local else
-                "pass the same global batch on every rank, or compile with batch=\"local\" and give each rank its own"
+                "local batches must have one shape on every rank (DistributedSampler with drop_last=True)"
+                if local
+                else 'pass the same global batch on every rank, or compile with batch="local" and give each rank its own'
             )
             return BatchError(f"argument {name!r} differs between ranks: {_by_value(forms)}; {remedy}")
     for i, name in enumerate(names[0]):
@@ -237,8 +243,9 @@ def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
             if other:
                 remedy = (
                     "ranks that share a data coordinate must get the same local batch: use "
-                    "DistributedSampler(..., **pm.sampler_args)" if local else
-                    "pass the same global batch on every rank (seed shuffling alike), or compile with batch=\"local\" "
+                    "DistributedSampler(..., **pm.sampler_args)"
+                    if local
+                    else 'pass the same global batch on every rank (seed shuffling alike), or compile with batch="local" '
                     "and give each rank its own"
                 )
                 return BatchError(

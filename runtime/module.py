@@ -54,7 +54,7 @@ class _State:
     skeleton: nn.Module
     shells: dict[int, nn.Module]
     model: nn.Module | None  # the user's model, until its values are taken
-    names: list[str]
+    names: list[str]  # of what the model's forward takes by position
     plan: Plan | None = None
     steps: dict[Any, Step] = field(default_factory=dict)
     forms: list[tuple[bool, tuple[Argument, ...]]] = field(default_factory=list)
@@ -77,6 +77,7 @@ class ParallelModule(nn.Module):
         shells = build_tree(self, skeleton)
         parameters = inspect.signature(skeleton.forward).parameters.values()
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names += [f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL]
         self.__dict__["_autopar"] = _State(grid, control, build, options, skeleton, shells, model, names)
 
     # ---- what the user asks ------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class ParallelModule(nn.Module):
             if state.missing:
                 raise RuntimeUseError(_missing_text(state.missing))
         state.last = step
-        inputs = [x.to(state.grid.device) for x in step.program.flatten(args, kwargs)]
+        inputs = step.pieces(step.program.flatten(args, kwargs))
         params = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
         return step.program.pack(step(params, buffers, inputs, seed))
@@ -201,6 +202,12 @@ class ParallelModule(nn.Module):
         assert call is not None
         if key not in state.steps:
             state.steps[key] = self._build(args, kwargs, call)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in nn.Module, and also where a child is called like an attribute of ours ("plan")."""
+        head, _, rest = target.partition(".")
+        child = self._modules.get(head)
+        return super().get_submodule(target) if child is None else child.get_submodule(rest)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As in nn.Module. Raises RuntimeUseError before the first plan."""
@@ -224,7 +231,9 @@ class ParallelModule(nn.Module):
             RuntimeUseError: with assign=True, which would replace the sharded parameters.
         """
         if assign:
-            raise RuntimeUseError("assign=True would replace the sharded parameters; use load_state_dict(..., assign=False)")
+            raise RuntimeUseError(
+                "assign=True would replace the sharded parameters; use load_state_dict(..., assign=False)"
+            )
         own, state, ready = self.state_dict(), self._state, {}
         for name, value in state_dict.items():
             mine = own.get(name)
@@ -256,9 +265,17 @@ class ParallelModule(nn.Module):
     def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
         """The call as the ranks compare it, and the key of its program."""
         state = self._state
+        names = list(state.names)
         at: dict[str, Any] = {}
-        for i, value in enumerate(args):
-            at[state.names[i] if i < len(state.names) else f"args[{i}]"] = value
+        if names and names[-1].startswith("*"):
+            rest = names.pop()[1:]
+            names += [f"{rest}[{i}]" for i in range(len(args) - len(names))]
+        if len(args) > len(names):
+            raise BatchError(
+                f"{type(state.skeleton).__name__}.forward takes at most {len(names)} positional argument"
+                f"{'s' * (len(names) != 1)}, {len(args)} were given"
+            )
+        at.update(zip(names, args))
         for name in kwargs:
             if name in at:
                 raise BatchError(f"argument {name!r} is given twice, by position and by name")
@@ -283,7 +300,9 @@ class ParallelModule(nn.Module):
                     f"argument {name!r} requires a gradient; gradients of inputs are not computed: pass {name}.detach()"
                 )
             form = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-            return Argument(name, form, checksum(value) if self._state.options.check and self._state.grid.size > 1 else 0)
+            return Argument(
+                name, form, checksum(value) if self._state.options.check and self._state.grid.size > 1 else 0
+            )
         plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
         return Argument(name, repr(value) if plain else type(value).__name__)
 
@@ -293,7 +312,6 @@ class ParallelModule(nn.Module):
 
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step:
         state = self._state
-        self._warn_again(call)
         for module, shell in zip(state.skeleton.modules(), state.shells.values()):
             module.training = shell.training
         if state.plan is not None:
@@ -302,7 +320,7 @@ class ParallelModule(nn.Module):
         grads = call.mode.endswith("with gradients")
         lowered = state.build(state.skeleton, args, kwargs, grads, state.plan)
         with state.control.together("lowering"):
-            step = Step(lowered, state.grid, state.options.backend)
+            step = Step(lowered, state.grid, state.options.backend, state.options.data_axes)
         if state.plan is None:
             with state.control.together("reading the plan"):
                 for storage in lowered.plan.storage.values():
@@ -311,6 +329,7 @@ class ParallelModule(nn.Module):
             assert state.model is not None
             fill_tree(state.shells, state.skeleton, state.model, lowered.plan, loader)
             state.missing, state.model, state.plan = loader.missing, None, lowered.plan
+        self._warn_again(call)
         state.forms.append((grads, call.arguments))
         return step
 
@@ -329,8 +348,8 @@ class ParallelModule(nn.Module):
             changed = [f"the arguments are {', '.join(a.name for a in call.arguments)}"]
         if changed:
             warnings.warn(
-                f"autopar captures and plans again: {'; '.join(changed)}. Keep shapes fixed (pad, or drop the last batch) "
-                "to avoid the wait",
+                f"autopar has captured and planned again: {'; '.join(changed)}. Keep shapes fixed (pad, or drop the last "
+                "batch) to avoid the wait",
                 stacklevel=6,
             )
 
@@ -361,7 +380,11 @@ def _scatter(full: torch.Tensor, like: DTensor, grid: Grid) -> DTensor:
             size = grid.mesh.sizes[axis]
             local = local.chunk(size, dim)[grid.mesh.coordinates(grid.rank)[axis]]
     return DTensor.from_local(
-        local.contiguous().to(grid.device), like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        local.contiguous().to(grid.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
         stride=like.stride(),
     )
 

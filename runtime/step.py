@@ -20,12 +20,12 @@ from torch import fx
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from autopar.errors import RuntimeUseError
+from autopar.errors import PlanError, RuntimeUseError
 from autopar.graph import Program, Sink
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.storage import as_dtensor
-from autopar.spec import R, Spec
+from autopar.spec import R, Spec, shard
 
 BACKENDS = ("eager", "inductor")
 
@@ -47,7 +47,8 @@ class Lowered:
 class Step:
     """Runs one `Lowered`. Outputs are plain tensors where the plan holds them whole, else DTensors."""
 
-    def __init__(self, lowered: Lowered, grid: Grid, backend: str = "eager") -> None:
+    def __init__(self, lowered: Lowered, grid: Grid, backend: str = "eager", data_axes: Sequence[str] = ()) -> None:
+        """`data_axes`: mesh axes over which the inputs come in pieces already (local batches)."""
         program = lowered.program
         self.program, self.plan, self.grid = program, lowered.plan, grid
         self.forward: Any = lowered.forward
@@ -70,6 +71,7 @@ class Step:
         replaced = {s.name for s in program.sinks if s.kind == "buffer"}
         self._keep = [s.kind == "buffer" and s.name in replaced for s in self.sources]
         self._whole: Spec = (R,) * len(grid.mesh.sizes)
+        self._cuts = [self._cut(s.name, data_axes) for s in program.of_kind("input")]
 
     def __call__(
         self,
@@ -89,6 +91,27 @@ class Step:
                 tensors = self.outputs(values)
         at = iter(tensors)
         return [s.constant if s.node is None else next(at) for s in self.values if s.kind == "output"]
+
+    def pieces(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The inputs as the graph takes them: this rank's pieces, on its device."""
+        mesh, out = self.grid.mesh, []
+        for tensor, cut in zip(inputs, self._cuts):
+            if cut != self._whole:
+                tensor = shard(tensor, cut, mesh.sizes, mesh.coordinates(self.grid.rank))
+            out.append(tensor.to(self.grid.device).contiguous())
+        return out
+
+    def _cut(self, name: str, data_axes: Sequence[str]) -> Spec:
+        """What is still to be cut from the tensor that the user passes."""
+        names = self.grid.mesh.names
+        spec = self.plan.inputs.get(name, (R,) * len(names))
+        for place, axis in zip(spec, names):
+            if place.kind == "S" and axis not in data_axes and data_axes:
+                raise PlanError(
+                    f"the plan takes input {name} split as {place} on axis {axis}; local batches are split over "
+                    f"{', '.join(data_axes)} only"
+                )
+        return tuple(R if a in data_axes else p for p, a in zip(spec, names))
 
     # ---- the two halves, without autograd ----------------------------------------------------------------------
 

@@ -100,7 +100,9 @@ class Loader:
         made: Any = self.init(name, shape, dtype)
         if not isinstance(made, torch.Tensor) or tuple(made.shape) != shape or made.dtype != dtype or made.is_meta:
             got = f"{made.dtype} {tuple(made.shape)} on {made.device}" if isinstance(made, torch.Tensor) else repr(made)
-            raise RuntimeUseError(f"init({name!r}) must return a {dtype} tensor of shape {shape} with values, got {got}")
+            raise RuntimeUseError(
+                f"init({name!r}) must return a {dtype} tensor of shape {shape} with values, got {got}"
+            )
         return made.detach()
 
     def _broadcast(self, full: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -178,7 +180,9 @@ def first_difference(ours: list[tuple[Any, ...]], theirs: list[tuple[Any, ...]])
     """In words: the first entry of two `same_fields` lists that differs."""
     for a, b in zip(ours, theirs):
         if a != b:
-            return f"{a[0]} {a[1]} {a[2]} {a[3]} there, {b[0]} {b[1]} {b[2]} {b[3]} here" if a[:4] != b[:4] else (
-                f"{a[0]} {a[1]} {'needs' if a[4] else 'needs no'} gradient there, unlike here"
+            return (
+                f"{a[0]} {a[1]} {a[2]} {a[3]} there, {b[0]} {b[1]} {b[2]} {b[3]} here"
+                if a[:4] != b[:4]
+                else (f"{a[0]} {a[1]} {'needs' if a[4] else 'needs no'} gradient there, unlike here")
             )
     return f"{len(ours)} tensors there, {len(theirs)} here"

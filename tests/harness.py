@@ -90,8 +90,12 @@ class Ranks:
             waiting = {self._pipes[r]: r for r in range(self.num) if r not in results}
             ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._abandon(results, f"no answer after {GRACE:.0f} s since another rank failed" if failed
-                              else f"no answer in {limit:.0f} s")
+                self._abandon(
+                    results,
+                    f"no answer after {GRACE:.0f} s since another rank failed"
+                    if failed
+                    else f"no answer in {limit:.0f} s",
+                )
                 break
             for pipe in ready:
                 rank = waiting[pipe]  # type: ignore[index]
@@ -167,7 +171,7 @@ class Ranks:
 
 def _serve(pipe: connection.Connection, rank: int, num: int, folder: str, path: list[str]) -> None:
     sys.path[:] = path
-    log = open(Path(folder, f"rank{rank}.log"), "w", buffering=1)  # noqa: SIM115  (lives as long as the process)
+    log = open(Path(folder, f"rank{rank}.log"), "w", buffering=1)
     os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     import torch

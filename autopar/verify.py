@@ -1,0 +1,413 @@
+"""Prove a plan on this machine: the same plan, a small model of the same kind, local processes, against one device.
+
+The model of the plan is built again scaled down (`autopar.shrink`), the mesh is scaled to a few local processes, and
+the plan's choices are carried over where the small sizes allow (`autopar.costmodel.adapt`). Both sides run in float64,
+with casts to float32 inside the model widened, from the same random parameters, with labels that are partly ignored.
+Compared are the loss of three steps, the gradients of the first, and parameters and buffers after three AdamW steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from autopar import driver, shrink, targets
+from autopar.capture import capture
+from autopar.costmodel.adapt import adapt
+from autopar.errors import AutoparError, PlanError
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+
+STEPS = 3
+#: Largest relative error that float64 rounding explains: of a tensor's largest element, or of a millionth of the
+#: largest gradient where a gradient is zero but for rounding.
+LIMIT = 1e-9
+PRELOAD = ["autopar.verify", "transformers"]
+SMALL_BATCH, SMALL_SEQ = 8, 32
+
+
+class VerifyError(AutoparError, RuntimeError):
+    """The comparison could not be run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the certificate: the worst tensor of a kind."""
+
+    what: str
+    error: float
+    where: str
+
+    @property
+    def equal(self) -> bool:
+        """Whether the error is what rounding explains."""
+        return self.error <= LIMIT
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, and how far it is off.
+
+    Attributes:
+        target: the model, as given to `autopar plan`.
+        plan_mesh: mesh of the plan.
+        mesh: mesh that was run.
+        parameters: number of parameter elements of the small model.
+        kept: decisions of the plan that were run as they are.
+        total: all decisions of the plan that concern the small model.
+        changed: where the small model does not allow the decision.
+        reference: what the plan was compared with.
+        seconds: of the whole comparison.
+    """
+
+    target: str
+    plan_mesh: str
+    mesh: str
+    parameters: int
+    kept: int
+    total: int
+    changed: tuple[str, ...]
+    reference: str
+    rows: tuple[Row, ...]
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether everything agrees."""
+        return all(row.equal for row in self.rows)
+
+
+@dataclass
+class _Result:
+    """What one side of the comparison gives, as plain tensors by name."""
+
+    loss: list[torch.Tensor]
+    grads: dict[str, torch.Tensor | None]
+    state: dict[str, torch.Tensor]
+
+
+def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], None] = lambda text: None) -> Certificate:
+    """Run `plan` scaled down on local processes and compare with one device.
+
+    Args:
+        procs: local processes at most; default 4, or 8 for a mesh of three axes.
+        progress: told what happens, in a few words.
+
+    Raises:
+        PlanError: the plan was not made by `autopar plan`, so its model cannot be built again.
+        VerifyError: a process failed.
+        AutoparError: the small model cannot be built, captured or run.
+    """
+    if not plan.target:
+        raise PlanError(
+            "the plan does not say how to build its model: it was made in Python; "
+            "make it with `autopar plan TARGET -o FILE`"
+        )
+    began = time.perf_counter()
+    target = targets.Target.from_dict(plan.target)
+    small = replace(target, batch=min(target.batch, SMALL_BATCH), seq=min(target.seq, SMALL_SEQ), dtype="fp64")
+    mesh = shrink.shrink_mesh(plan.mesh, procs)
+    progress(f"building a small model of {target.text} ...")
+    model, kwargs, args, loss = _build(small, mesh)
+    _randomise(model)
+    kwargs = _ignore_some_labels(kwargs)
+    progress("carrying the plan over ...")
+    with Widen():
+        program = capture(model, args, kwargs, loss=loss)
+    adapted = adapt(program, plan, mesh)
+    random = bool(program.of_kind("seed"))
+    with tempfile.TemporaryDirectory(prefix="autopar-verify-") as folder:
+        torch.save({"state": model.state_dict(), "args": args, "kwargs": kwargs}, Path(folder) / "start.pt")
+        adapted.plan.save(Path(folder) / "plan.json")
+        progress("running on one device ...")
+        # Masks of plain dropout come from another generator than ours: then the reference is our mesh of one.
+        reference = (
+            _run_compiled(model, args, kwargs, loss, _one(mesh)) if random else _run_plain(model, args, kwargs, loss)
+        )
+        progress(f"running on {mesh.num_devices} processes ({mesh}) ...")
+        _spawn(mesh, small, folder)
+        result = torch.load(Path(folder) / "result.pt", weights_only=False)
+    return Certificate(
+        target=target.text,
+        plan_mesh=str(plan.mesh),
+        mesh=str(mesh),
+        parameters=sum(p.numel() for p in model.parameters()),
+        kept=adapted.kept,
+        total=adapted.total,
+        changed=adapted.changed,
+        reference="a mesh of one (the model is random)" if random else "the plain model",
+        rows=compare(result, reference),
+        seconds=time.perf_counter() - began,
+    )
+
+
+# ---- the small model -----------------------------------------------------------------------------------------------
+
+_Built = tuple[nn.Module, dict[str, Any], tuple[Any, ...], Callable[..., Any] | None]
+
+
+def _build(target: targets.Target, mesh: Mesh) -> _Built:
+    torch.manual_seed(0)
+    built = targets.build(target, real=True, shrink=lambda data: shrink.shrink_config(data, mesh, target.seq))
+    model = built.model.double()
+    if any(p.is_meta for p in model.parameters()):
+        raise VerifyError(f"{target.text} gives a model on the meta device; to be verified it needs values")
+    config = getattr(model, "config", None)
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "batched_mm"  # type: ignore[union-attr]  # grouped_mm has no float64 kernel
+    widen = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+    kwargs = {k: widen(v) for k, v in built.kwargs.items()}
+    return model, kwargs, tuple(widen(a) for a in built.args), built.loss
+
+
+def _randomise(model: nn.Module) -> None:
+    """Move every parameter off its initial value: zero biases and unit scales would hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter.dtype), alpha=0.02)
+
+
+def _ignore_some_labels(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Ignore the labels of half of the first row, so that ranks count different numbers of tokens."""
+    labels = kwargs.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return kwargs
+    labels = labels.clone()
+    labels[0, : labels.shape[1] // 2] = -100
+    return {**kwargs, "labels": labels}
+
+
+class Widen(TorchFunctionMode):
+    """Within, what asks for float32 gets float64: models that cast inside can then be compared exactly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the dtype arguments of one call."""
+        if func is torch.Tensor.float:
+            func, args, kwargs = torch.Tensor.double, args[:1], {}
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def _one(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.names, (1,) * len(mesh.sizes))
+
+
+def _run_plain(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[..., Any] | None
+) -> _Result:
+    kwargs = dict(kwargs)
+    target = kwargs.pop("target") if loss is not None else None
+
+    def step() -> torch.Tensor:
+        with Widen():
+            out = model(*args, **kwargs)
+            return loss(out, target) if loss is not None else _loss(out)
+
+    return _train(model, step, lambda t: t.detach().clone(), model.state_dict)
+
+
+def _run_compiled(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[..., Any] | None,
+    mesh: Mesh,
+    plan: Plan | None = None,
+) -> _Result:
+    """Train the compiled model; positional arguments and keywords may be mixed, which `example` cannot say."""
+    torch.manual_seed(0)
+    example = kwargs if not args else args
+    if args and kwargs:
+        raise VerifyError("the example mixes positional and named arguments; give all by name")
+    with Widen():
+        module = driver.compile(model, mesh, example=example, loss=loss, plan=plan, device="cpu")
+
+    def step() -> torch.Tensor:
+        return _loss(module(*args, **kwargs))
+
+    return _train(module, step, _whole, module.full_state_dict)
+
+
+def _train(
+    model: nn.Module,
+    step: Callable[[], torch.Tensor],
+    whole: Callable[[torch.Tensor], torch.Tensor],
+    state: Callable[[], Mapping[str, torch.Tensor]],
+) -> _Result:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    losses: list[torch.Tensor] = []
+    grads: dict[str, torch.Tensor | None] = {}
+    for number in range(STEPS):
+        loss = step()
+        losses.append(whole(loss))
+        loss.backward()
+        if number == 0:
+            grads = {n: None if p.grad is None else whole(p.grad) for n, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return _Result(losses, grads, {n: t.detach().clone() for n, t in state().items() if isinstance(t, torch.Tensor)})
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    """A plain whole tensor from a plain or distributed one; on every rank in the same order."""
+    value = tensor.detach()
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+
+
+def _loss(out: Any) -> torch.Tensor:
+    """The loss among the outputs: the output itself, `.loss`, or the first element.
+
+    Raises:
+        VerifyError: there is none; there is nothing to train.
+    """
+    found = getattr(out, "loss", None)
+    if found is None and isinstance(out, Mapping):
+        found = out.get("loss")
+    if found is None and isinstance(out, (tuple, list)) and out:
+        found = out[0]
+    if found is None:
+        found = out
+    if not isinstance(found, torch.Tensor) or found.dim() != 0:
+        raise VerifyError(
+            "the model returns no scalar loss; give labels, or return (model, example, loss) from your function"
+        )
+    return found
+
+
+def _spawn(mesh: Mesh, target: targets.Target, folder: str) -> None:
+    """Run every rank in a process of its own; rank 0 leaves `result.pt`.
+
+    Raises:
+        VerifyError: a rank failed; with its message.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Ranks are forked from one process that has imported the heavy modules once.
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    arguments = (mesh, target, folder, port)
+    context = mp.start_processes(_rank, arguments, nprocs=mesh.num_devices, join=False, start_method="forkserver")
+    assert context is not None
+    try:
+        while not context.join(timeout=5):
+            continue
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        told = sorted(Path(folder).glob("error-*.txt"))
+        text = told[0].read_text(encoding="utf-8") if told else str(error).strip().splitlines()[-1]
+        raise VerifyError(f"a process failed while the plan ran: {text}") from None
+
+
+def _rank(rank: int, mesh: Mesh, target: targets.Target, folder: str, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(mesh.num_devices),
+        LOCAL_WORLD_SIZE=str(mesh.num_devices),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    _quiet()
+    try:
+        model, _, _, loss = _build(target, mesh)
+        start = torch.load(Path(folder) / "start.pt", weights_only=False)
+        model.load_state_dict(start["state"])
+        plan = Plan.load(Path(folder) / "plan.json")
+        result = _run_compiled(model, start["args"], start["kwargs"], loss, mesh, plan)
+    except Exception as error:
+        (Path(folder) / f"error-{rank}.txt").write_text(
+            f"rank {rank}: {type(error).__name__}: {error}", encoding="utf-8"
+        )
+        raise
+    if rank == 0:
+        torch.save(result, Path(folder) / "result.pt")
+
+
+def _quiet() -> None:
+    """Keep torch's advice to its own developers out of the certificate."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+
+
+# ---- comparing -----------------------------------------------------------------------------------------------------
+
+
+def compare(got: _Result, want: _Result) -> tuple[Row, ...]:
+    """Worst relative error of losses, gradients, and parameters and buffers at the end."""
+    losses = {f"step {i}": t for i, t in enumerate(want.loss)}
+    return (
+        _worst(f"loss, {STEPS} steps", {f"step {i}": t for i, t in enumerate(got.loss)}, losses),
+        _worst("gradients, first step", got.grads, want.grads),
+        _worst(f"parameters and buffers after {STEPS} AdamW steps", got.state, want.state),
+    )
+
+
+def _worst(what: str, got: Mapping[str, torch.Tensor | None], want: Mapping[str, torch.Tensor | None]) -> Row:
+    if got.keys() != want.keys():
+        return Row(what, float("inf"), f"only one side has {', '.join(sorted(got.keys() ^ want.keys()))}")
+    floor = 1e-6 * max((float(t.abs().max()) for t in want.values() if t is not None and t.numel()), default=0.0)
+    worst, where = 0.0, "-"
+    for name, right in want.items():
+        left = got[name]
+        if left is None or right is None:
+            error = float("inf") if _any(left) or _any(right) else 0.0
+        elif left.shape != right.shape:
+            error = float("inf")
+        elif not right.numel():
+            error = 0.0
+        else:
+            scale = max(float(right.abs().max()), floor, 1e-300)
+            error = float((left.double() - right.double()).abs().max()) / scale
+            error = float("inf") if error != error else error
+        if error > worst or where == "-":
+            worst, where = error, name
+    return Row(what, worst, where)
+
+
+def _any(tensor: torch.Tensor | None) -> bool:
+    """Whether a gradient says anything: none at all and all zeros are the same."""
+    return tensor is not None and bool(tensor.any())
+
+
+def table(certificate: Certificate) -> list[RenderableType]:
+    """The certificate as text and a table."""
+    c = certificate
+    head = [
+        f"{c.target}: the plan for {c.plan_mesh}, run on {c.mesh} "
+        f"with a model of {c.parameters:,} parameters in float64",
+        f"compared with {c.reference}; {c.kept} of {c.total} decisions run as planned, {c.seconds:.0f} s",
+    ]
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    rows.add_column("what")
+    rows.add_column("max relative error", justify="right")
+    rows.add_column("worst at", overflow="fold")
+    rows.add_column("verdict")
+    for row in c.rows:
+        rows.add_row(row.what, f"{row.error:.1e}", row.where, "equal" if row.equal else "DIFFERENT")
+    verdict = "equal to one device" if c.equal else f"NOT equal to one device (limit {LIMIT:.0e})"
+    return ["\n".join(head), rows, verdict]
+
+
+__all__ = ["Certificate", "Row", "VerifyError", "Widen", "compare", "table", "verify"]

@@ -1,0 +1,569 @@
+"""cancel, bucket, overlap, partition: what they write, and that every rank computes the same, bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from graphs import Build, assert_same, random_joint, run
+
+from autopar.errors import PassError
+from autopar.passes import collectives as c
+from autopar.passes import edit
+from autopar.passes.bind import BOUND, STARTS, WAIT, bind, functional
+from autopar.passes.bucket import bucket
+from autopar.passes.cancel import cancel
+from autopar.passes.overlap import overlap
+from autopar.passes.partition import partition
+from autopar.passes.runner import describe
+from autopar.passes.runner import run as run_passes
+from autopar.passes.verify import verify
+
+aten = torch.ops.aten
+MESHES = ("a=2,b=2", "a=4", "a=2,b=1,c=2")
+
+
+def apply(b, gm, *passes):
+    """Run passes with all checks, compare every rank's outputs with those of the graph as it was; the new graph."""
+    rows = b.inputs(gm)
+    out, _ = run_passes(gm, passes, mesh=b.mesh, deep=True, dump="")
+    assert_same(run(gm, b.mesh, rows), run(out, b.mesh, rows))
+    return out
+
+
+def ops(gm):
+    return [n.target.__name__.split(".")[0] for n in gm.graph.nodes if n.op == "call_function"]
+
+
+# ---- cancel --------------------------------------------------------------------------------------------------------
+
+
+def gather_of_chunk(b, x, y):
+    return b(c.all_gather, b(c.local_chunk, x, "dp", 1), "dp", 1)
+
+
+def chunk_of_gather(b, x, y):
+    return b(c.local_chunk, b(c.all_gather, y, "dp", 0), "dp", 0)
+
+
+def exchange_and_back(b, x, y):
+    return b(c.all_to_all, b(c.all_to_all, y, "dp", 0, 1), "dp", 1, 0)
+
+
+def reduce_then_chunk(b, x, y):
+    return b(c.local_chunk, b(c.all_reduce, y, "dp", "max"), "dp", 1)
+
+
+def reshapes(b, x, y):
+    one = b(aten.view.default, y, [24])
+    return b(aten.reshape.default, b(aten.view.default, one, [2, 12]), [4, 6])
+
+
+def permutes(b, x, y):
+    return b(aten.permute.default, b(aten.permute.default, y, [1, 0]), [-1, 0])
+
+
+def copies(b, x, y):
+    one = b(aten.clone.default, y, memory_format=torch.contiguous_format)
+    two = b(aten.clone.default, b(aten.contiguous.default, one))
+    return b(aten.neg.default, two)
+
+
+def contiguous_as_it_is(b, x, y):
+    whole = b(aten.view.default, b(c.all_gather, y, "dp", 1), [48])
+    return b(aten.neg.default, b(aten.contiguous.default, whole))
+
+
+def nothing_moved(b, x, y):
+    y = b(aten.slice.Tensor, b(aten.expand.default, y, [4, 6]), 1, 0, 9223372036854775807)
+    return b(aten.neg.default, b(aten._to_copy.default, y, dtype=torch.float64))
+
+
+def alone(b, x, y):
+    return b(c.all_reduce, b(c.all_gather, y, "one", 1), "one", "sum")
+
+
+def same_twice(b, x, y):
+    return b(aten.add.Tensor, b(c.all_gather, y, "dp", 0), b(c.all_gather, y, "dp", 0))
+
+
+def dead(b, x, y):
+    b(c.all_reduce, b(aten.neg.default, x), "dp", "sum")
+    return b(aten.neg.default, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (gather_of_chunk, []),
+        (chunk_of_gather, []),
+        (exchange_and_back, []),
+        (reduce_then_chunk, ["reduce_scatter"]),
+        (reshapes, []),
+        (permutes, []),
+        (copies, ["clone", "neg"]),
+        (contiguous_as_it_is, ["all_gather", "view", "neg"]),
+        (nothing_moved, ["neg"]),
+        (alone, []),
+        (same_twice, ["all_gather", "add"]),
+        (dead, ["neg"]),
+    ],
+)
+def test_cancel_drops(make, left):
+    b = Build("dp=2,one=1")
+    gm = b.done([make(b, b.put("x0", 4, 6, same=True), b.put("x1", 4, 6))])
+    assert ops(apply(b, gm, cancel)) == left
+
+
+def other_dim(b, x, y):
+    return b(c.all_gather, b(c.local_chunk, x, "dp", 1), "dp", 0)
+
+
+def other_axis(b, x, y):
+    return b(c.all_gather, b(c.local_chunk, x, "tp", 1), "dp", 1)
+
+
+def exchange_twice(b, x, y):
+    return b(c.all_to_all, b(c.all_to_all, y, "dp", 0, 1), "dp", 0, 1)
+
+
+def kept_reduce(b, x, y):
+    return b(c.local_chunk, b(c.all_reduce, y, "dp", "sum", marks=("keep",)), "dp", 1)
+
+
+def chunk_on_another_axis(b, x, y):
+    return b(c.local_chunk, b(c.all_reduce, y, "dp", "sum"), "tp", 1)
+
+
+def two_readers(b, x, y):
+    whole = b(c.all_reduce, y, "dp", "sum")
+    return b(aten.add.Tensor, b(c.all_gather, b(c.local_chunk, whole, "dp", 1), "tp", 1), whole)
+
+
+def different_numbers(b, x, y):
+    return b(aten.add.Tensor, b(aten.slice.Tensor, y, 0, 0, 2), b(aten.slice.Tensor, y, 0, 2, 4))
+
+
+def copy_of_unknown_strides(b, x, y):
+    turned = b(aten.permute.default, y, [1, 0])
+    return b(aten.neg.default, b(aten.clone.default, turned, memory_format=torch.contiguous_format))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        other_dim,
+        other_axis,
+        exchange_twice,
+        kept_reduce,
+        chunk_on_another_axis,
+        two_readers,
+        different_numbers,
+        copy_of_unknown_strides,
+    ],
+)
+def test_cancel_keeps(make):
+    b = Build("dp=2,tp=2")
+    gm = b.done([make(b, b.put("x0", 4, 6, same=True), b.put("x1", 4, 6))])
+    assert ops(apply(b, gm, cancel)) == ops(gm)
+
+
+def zero3(b):
+    """A layer whose weight is gathered for the forward and again for the backward."""
+    p, x, t = b.put("p0", 2, 6), b.put("x0", 3, 4), b.put("t0", 3, 6)
+    w = b(c.all_gather, p, "dp", 0)
+    y = b(aten.mm.default, x, w)
+    again = b(c.all_gather, p, "dp", 0, bwd=True, marks=("regather",))
+    gx = b(aten.mm.default, t, b(aten.permute.default, again, [1, 0]))
+    gw = b(c.reduce_scatter, b(aten.mm.default, b(aten.permute.default, x, [1, 0]), t), "dp", 0, "sum")
+    return b.done([y], [gw, gx])
+
+
+def test_cancel_and_bucket_never_merge_a_regather_with_the_forward():
+    b = Build()
+    gm = zero3(b)
+    out = apply(b, gm, cancel, bucket)
+    gathers = [n for n in out.graph.nodes if n.target is c.all_gather]
+    assert [(n.meta["phase"], n.meta.get("regather", False)) for n in gathers] == [("fwd", False), ("bwd", True)]
+
+
+def test_a_duplicate_that_the_backward_reads_first_becomes_forward():
+    b = Build()
+    p, t = b.put("p0", 2, 2), b.put("t0", 4, 2)
+    early = b(c.all_gather, p, "dp", 0, bwd=True)
+    grad = b(aten.mul.Tensor, t, early)
+    gm = b.done([b(aten.neg.default, b(c.all_gather, p, "dp", 0))], [grad])
+    out = apply(b, gm, cancel)
+    assert [n.meta["phase"] for n in out.graph.nodes if n.target is c.all_gather] == ["fwd"]
+
+
+# ---- bucket --------------------------------------------------------------------------------------------------------
+
+
+def many_params(b, dtypes=(torch.float64,)):
+    """Weights of many shapes gathered on every dim and used; gradients reduced on every dim, or all-reduced."""
+    shapes = ((4, 6), (2,), (3, 1, 4), (1, 5), (7, 3))
+    weights = [b.put(f"p{i}{j}", *s, dtype=d) for j, d in enumerate(dtypes) for i, s in enumerate(shapes)]
+    t = b.put("t0", 2, 2)
+    outs, grads = [], []
+    for w in weights:
+        for dim in range(len(edit.shape(w))):
+            outs.append(b(aten.neg.default, b(c.all_gather, w, "dp", dim)))
+    scale = b(aten.sum.default, t)
+    for w in weights:
+        grad = b(
+            aten.mul.Tensor, b(c.all_gather, w, "dp", 0), b(aten._to_copy.default, scale, dtype=w.meta["val"].dtype)
+        )
+        grads.append(b(c.reduce_scatter, grad, "dp", 0, "sum"))
+        grads.append(b(aten.view.default, b(c.all_reduce, grad, "dp", "sum"), [grad.meta["val"].numel()]))
+        grads.append(b(c.all_reduce, grad, "dp", "max"))
+    return b.done(outs, grads)
+
+
+def test_bucket_merges_by_kind_and_dtype():
+    b = Build("dp=2,tp=2")
+    gm = many_params(b, (torch.float64, torch.float32))
+    assert sorted(set(ops(gm)) & {"all_gather", "reduce_scatter"}) == ["all_gather", "reduce_scatter"]
+    out = apply(b, gm, cancel, bucket)
+    left = ops(out)
+    # One gather per dtype; one reduce_scatter, one sum and one max per dtype.
+    assert (left.count("all_gather"), left.count("reduce_scatter"), left.count("all_reduce")) == (2, 2, 4)
+
+
+@pytest.mark.parametrize("limit", [1, 300, 1000, 5000])
+def test_bucket_keeps_within_its_bytes(limit):
+    b = Build("dp=4")
+    gm = many_params(b)
+    out = apply(b, gm, partial(bucket, bucket_bytes=limit))
+    sizes = [edit.nbytes(n) for n in out.graph.nodes if n.target is c.all_gather]
+    alone = max(edit.nbytes(n) for n in gm.graph.nodes if n.target is c.all_gather)
+    assert max(sizes) <= max(limit, alone)
+    assert len(sizes) <= ops(gm).count("all_gather")
+    if limit == 1:
+        assert ops(out) == ops(gm)
+
+
+def test_bucket_takes_gathers_in_order_of_first_use():
+    b = Build()
+    p = [b.put(f"p{i}", 8) for i in range(4)]
+    w = [b(c.all_gather, x, "dp", 0) for x in p]
+    x = b.put("x0", 16, same=True)
+    for i in (2, 0, 3, 1):
+        x = b(aten.mul.Tensor, x, w[i])
+    out = apply(b, b.done([x]), partial(bucket, bucket_bytes=256))
+    packs = [[n.args[0].name for n in cat.args[0]] for cat in out.graph.nodes if cat.target is aten.cat.default]
+    assert packs == [["p2", "p0"], ["p3", "p1"]]
+
+
+def test_bucket_goes_level_by_level():
+    """Weights gathered on two axes, gradients reduced on two: each level is merged, none with the other."""
+    b = Build("dp=2,tp=2")
+    p = [b.put(f"p{i}", 2, 3) for i in range(3)]
+    t = b.put("t0", 4, 6)
+    w = [b(c.all_gather, b(c.all_gather, x, "dp", 0), "tp", 1) for x in p]
+    y = [b(aten.neg.default, x) for x in w]
+    g = [b(aten.mul.Tensor, t, x) for x in w]
+    grads = [b(c.reduce_scatter, b(c.reduce_scatter, x, "dp", 0, "sum"), "tp", 1, "sum") for x in g]
+    out = apply(b, b.done(y, grads), bucket)
+    assert (ops(out).count("all_gather"), ops(out).count("reduce_scatter")) == (2, 2)
+
+
+def test_bucket_leaves_what_computation_reads():
+    b = Build()
+    x, p = b.put("x0", 4), b.put("p0", 4)
+    h = b(aten.neg.default, x)
+    left, right = b(c.all_reduce, h, "dp", "sum"), b(c.all_reduce, b(aten.exp.default, p), "dp", "sum")
+    moved = b(c.all_gather, h, "dp", 0), b(c.all_gather, b(aten.exp.default, h), "dp", 0)
+    gm = b.done([b(aten.add.Tensor, left, right), b(aten.add.Tensor, *moved)])
+    assert ops(apply(b, gm, bucket)) == ops(gm)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_graphs(seed):
+    b, gm = random_joint(seed, MESHES[seed % 3])
+    for limit in (400, 25 << 20):
+        apply(b, gm, cancel, partial(bucket, bucket_bytes=limit), cancel)
+
+
+# ---- partition -----------------------------------------------------------------------------------------------------
+
+
+def halves(b, gm):
+    """Cut, check, and compare forward then backward with the joint graph; the parts."""
+    rows = b.inputs(gm)
+    parts = partition(gm, b.sources, b.sinks)
+    verify(parts.forward, mesh=b.mesh, deep=True)
+    verify(parts.backward, mesh=b.mesh, deep=True)
+    given = [[v for v, s in zip(row, b.sources) if s.kind != "tangent"] for row in rows]
+    tangents = [[v for v, s in zip(row, b.sources) if s.kind == "tangent"] for row in rows]
+    out = run(parts.forward, b.mesh, given)
+    kept = [[*(g[i] for i in parts.saved_inputs), *o[parts.num_outputs :]] for g, o in zip(given, out)]
+    grads = run(parts.backward, b.mesh, [[*k, *t] for k, t in zip(kept, tangents)])
+    found = [(*o[: parts.num_outputs], *g) for o, g in zip(out, grads)]
+    assert_same(run(gm, b.mesh, rows), found)
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_partition_of_random_graphs(seed):
+    b, gm = random_joint(seed, MESHES[seed % 3])
+    before = describe(gm)
+    halves(b, gm)
+    halves(b, apply(b, gm, cancel, bucket))
+    assert describe(gm) == before
+
+
+def test_partition_of_zero3_gathers_again_and_saves_nothing():
+    b = Build()
+    parts = halves(b, zero3(b))
+    assert parts.saved == () and parts.saved_bytes == 0
+    assert ops(parts.forward) == ["all_gather", "mm"]
+    assert describe(parts.backward).splitlines()[:3] == ["p0: f64[2, 6] = placeholder  # fwd",
+                                                        "x0: f64[3, 4] = placeholder  # fwd",
+                                                        "t0: f64[3, 6] = placeholder  # bwd"]  # fmt: skip
+    assert sorted(ops(parts.backward)) == ["all_gather", "mm", "mm", "permute", "permute", "reduce_scatter"]
+
+
+def test_partition_saves_the_mask_not_its_float_copy():
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    h = b(aten.exp.default, x)
+    mask = b(aten.gt.Scalar, h, 1.0)
+    wide = b(aten._to_copy.default, mask, dtype=torch.float64)
+    parts = halves(b, b.done([b(aten.mul.Tensor, h, wide)], [b(aten.mul.Tensor, t, wide)]))
+    assert parts.saved == (mask.name,) and parts.saved_bytes == 16
+
+
+def test_partition_saves_a_tensor_once_and_computes_its_views_again():
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    h = b(aten.neg.default, x)
+    turned, flat = b(aten.permute.default, h, [1, 0]), b(aten.view.default, h, [16])
+    part = b(aten.slice.Tensor, flat, 0, 0, 4)
+    y = b(aten.mm.default, turned, h)
+    grads = [
+        b(aten.mm.default, t, turned),
+        b(aten.mm.default, t, h),
+        b(aten.add.Tensor, b(aten.view.default, t, [16]), flat),
+        b(aten.add.Tensor, b(aten.select.int, t, 0, 0), part),
+    ]
+    parts = halves(b, b.done([y], grads))
+    assert parts.saved == (h.name,)
+
+
+def test_partition_saves_the_smaller_of_cast_and_origin():
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4, dtype=torch.float32)
+    h = b(aten.neg.default, x)
+    narrow = b(aten._to_copy.default, h, dtype=torch.float32)
+    y = b(aten.neg.default, narrow)
+    parts = halves(b, b.done([y], [b(aten.mul.Tensor, t, narrow)]))
+    assert parts.saved == (narrow.name,)
+
+
+def test_partition_saves_once_what_several_copies_start_from():
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    h = b(aten.neg.default, x)
+    turned = b(aten.clone.default, b(aten.permute.default, h, [1, 0]), memory_format=torch.contiguous_format)
+    flat = b(aten.reshape.default, h, [16])
+    mixed = b(aten.reshape.default, b(aten.permute.default, h, [1, 0]), [16])
+    grads = [b(aten.mm.default, t, turned)]
+    grads += [b(aten.mul.Tensor, b(aten.view.default, t, [16]), other) for other in (flat, mixed)]
+    parts = halves(b, b.done([b(aten.exp.default, h)], grads))
+    assert parts.saved == (h.name,)
+
+
+def test_partition_saves_the_copy_that_is_needed_alone():
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    h = b(aten.neg.default, x)
+    part = b(aten.clone.default, b(aten.slice.Tensor, h, 1, 0, 2), memory_format=torch.contiguous_format)
+    parts = halves(b, b.done([b(aten.exp.default, h)], [b(aten.mm.default, t, part)]))
+    assert parts.saved == (part.name,) and parts.saved_bytes == 64
+
+
+def test_partition_computes_casts_of_parameters_again():
+    b = Build()
+    p, t = b.put("p0", 4, 4), b.put("t0", 4, 4, dtype=torch.float32)
+    narrow = b(aten._to_copy.default, b(c.local_chunk, p, "dp", 0), dtype=torch.float32)
+    wide = b(c.all_gather, narrow, "dp", 0)
+    grad = b(aten.mul.Tensor, b(c.local_chunk, t, "dp", 0), narrow)
+    parts = halves(b, b.done([wide], [grad]))
+    assert parts.saved == () and parts.saved_inputs == (0,)
+
+
+def test_partition_hands_numbers_and_constants_over_by_computing_them_again():
+    b = Build("dp=2")
+    x, t = b.put("x0", 4), b.put("t0", 4)
+    rank = b.graph.call_function(c.coordinate, ("dp",))
+    shift = b.graph.call_function(aten.add.Scalar, (x, rank))
+    shift.meta.update(x.meta)
+    ones = b.graph.call_function(aten.full.default, ([4], 2.0), {"dtype": torch.float64})
+    ones.meta.update(x.meta)
+    again = b.graph.call_function(aten.mul.Scalar, (t, rank))
+    again.meta.update(t.meta)
+    gm = b.done([b(aten.mul.Tensor, shift, ones)], [again, b(aten.mul.Tensor, t, ones)])
+    parts = halves(b, gm)
+    assert parts.saved == () and parts.saved_inputs == ()
+
+
+def test_partition_picks_results_of_forward_ops_in_the_forward():
+    import operator
+
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    both = b.graph.call_function(aten.max.dim, (x, 1))
+    meta = torch.empty(4, dtype=torch.float64, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    both.meta.update(val=meta, phase="fwd")
+    picks = [b.graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
+    for i, pick in enumerate(picks):
+        pick.meta.update(val=meta[i], phase=("fwd", "bwd")[i])
+    grad = b(aten.index_select.default, t, 0, picks[1])
+    parts = halves(b, b.done([b(aten.neg.default, picks[0])], [grad]))
+    assert parts.saved == (picks[1].name,)
+
+
+def test_partition_of_constants_outputs_that_are_saved_and_gradients_that_are_none():
+    b = Build()
+    x, t = b.put("x0", 4), b.put("t0", 4)
+    y = b(aten.neg.default, x)
+    gm = b.done([y, 3, x], [b(aten.mul.Tensor, t, y), None, t, y])
+    parts = halves(b, gm)
+    assert parts.num_outputs == 3 and parts.saved == (y.name,)
+
+
+def test_partition_without_gradients():
+    b = Build()
+    x = b.put("x0", 4)
+    parts = halves(b, b.done([b(aten.neg.default, x)]))
+    assert parts.saved == () and ops(parts.backward) == []
+
+
+def test_partition_works_on_bound_graphs():
+    b = Build("dp=2,one=1")
+    x, p, t = b.put("x0", 4, 4), b.put("p0", 4, 4), b.put("t0", 4, 4)
+    w = b(c.all_gather, p, "one", 0)
+    gm = b.done([b(aten.mm.default, x, w)], [b(c.local_chunk, b(aten.mm.default, x, t), "dp", 0)])
+    bound = bind(gm, b.mesh, (0, 0), {})
+    parts = halves(b, bound)
+    assert parts.forward.meta[BOUND] and ops(parts.forward) == ["mm"]
+    assert ops(parts.backward) == ["mm", "slice", "clone"]
+
+
+def test_partition_refuses():
+    b = Build()
+    x, t = b.put("x0", 4), b.put("t0", 4)
+    gm = b.done([b(aten.mul.Tensor, x, t)])
+    with pytest.raises(PassError, match="output o0 is computed by backward node mul_tensor"):
+        partition(gm, b.sources, b.sinks)
+    with pytest.raises(PassError, match="2 placeholders and 1 outputs; the program has 1 sources and 1 sinks"):
+        partition(gm, b.sources[:1], b.sinks)
+    next(n for n in gm.graph.nodes if n.op == "call_function").meta["phase"] = "fwd"
+    with pytest.raises(PassError, match="forward node mul_tensor reads backward node t0"):
+        partition(gm, b.sources, b.sinks)
+
+
+# ---- overlap -------------------------------------------------------------------------------------------------------
+
+
+def ordered(b, gm, **options):
+    bound = bind(gm, b.mesh, b.mesh.coordinates(0), {name: name for name in b.mesh.names})
+    out = overlap(bound, **options)
+    verify(out, deep=True)
+    assert sorted(ops(out)) == sorted(ops(bound))
+    return list(out.graph.nodes)
+
+
+def layers(b, num=4, width=8):
+    """Layers whose weights are gathered just before their use and again in the backward; gradients reduced."""
+    p = [b.put(f"p{i}", width // 2, width) for i in range(num)]
+    h, t = b.put("x0", width, width), b.put("t0", width, width)
+    kept = []
+    for w in p:
+        kept.append(h)
+        h = b(aten.mm.default, h, b(c.all_gather, w, "dp", 0))
+    g, grads = t, []
+    for w, before in zip(reversed(p), reversed(kept)):
+        again = b(c.all_gather, w, "dp", 0, bwd=True, marks=("regather",))
+        gw = b(aten.mm.default, b(aten.permute.default, before, [1, 0]), g)
+        grads.append(b(aten.div.Scalar, b(c.reduce_scatter, gw, "dp", 0, "sum"), 2.0))
+        g = b(aten.mm.default, g, b(aten.permute.default, again, [1, 0]))
+    return b.done([h], grads)
+
+
+def in_flight(nodes):
+    """Largest number of bytes of gathers that have been started and not waited for."""
+    now = most = 0
+    for n in nodes:
+        if n.target is functional.all_gather_into_tensor.default:
+            now += edit.nbytes(n)
+            most = max(most, now)
+        elif n.target is WAIT and n.args[0].target is functional.all_gather_into_tensor.default:
+            now -= edit.nbytes(n)
+    return most
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
+def test_overlap_gathers_ahead_within_its_bytes(ahead):
+    b = Build()
+    one = 8 * 8 * 8
+    nodes = ordered(b, layers(b), ahead_bytes=ahead * one)
+    assert in_flight(nodes) == max(ahead, 1) * one
+
+
+def test_overlap_starts_early_and_waits_late():
+    b = Build()
+    nodes = ordered(b, layers(b, 3), ahead_bytes=8 * 8 * 8 * 2)
+    short = {functional.all_gather_into_tensor.default: "gather", functional.reduce_scatter_tensor.default: "reduce"}
+    short |= {WAIT: "wait", aten.mm.default: "mm"}
+    text = [short[n.target] for n in nodes if n.target in short]
+    forward = ["gather", "gather", "wait", "mm", "gather", "wait", "mm", "wait", "mm"]
+    # The first layer's weight is not needed again: nobody asks for the gradient of the input.
+    backward = ["gather", "gather", "mm", "reduce", "wait", "mm", "mm", "reduce", "wait", "mm", "mm", "reduce"]
+    backward += ["wait", "wait", "wait"]
+    assert text == forward + backward
+
+
+def test_overlap_waits_for_old_reductions_when_many_are_pending():
+    b = Build()
+    nodes = ordered(b, layers(b, 4), pending_bytes=8 * 8 * 8)
+    pending = 0
+    for n in nodes:
+        if n.target is functional.reduce_scatter_tensor.default:
+            pending += 1
+            assert pending <= 2
+        elif n.target is WAIT and n.args[0].target is functional.reduce_scatter_tensor.default:
+            pending -= 1
+
+
+def test_overlap_gives_a_second_gather_time():
+    """A weight gathered on two axes: the second gather starts after a computation, not right behind the first."""
+    b = Build("dp=2,tp=2")
+    p, x = b.put("p0", 4, 4), b.put("x0", 8, 8)
+    w = b(c.all_gather, b(c.all_gather, p, "dp", 0), "tp", 1)
+    h = b(aten.mm.default, x, x)
+    h = b(aten.mm.default, h, x)
+    nodes = ordered(b, b.done([b(aten.mm.default, h, w)]))
+    text = [n.target for n in nodes if n.target in (*STARTS, WAIT, aten.mm.default)]
+    start = functional.all_gather_into_tensor.default
+    assert text == [start, aten.mm.default, WAIT, start, aten.mm.default, WAIT, aten.mm.default]
+
+
+def test_overlap_puts_the_forward_first():
+    b = Build()
+    x, t = b.put("x0", 4), b.put("t0", 4)
+    grad = b(c.all_reduce, b(aten.neg.default, t), "dp", "sum")
+    gm = b.done([b(aten.exp.default, x)], [grad])
+    phases = [n.meta["phase"] for n in ordered(b, gm) if n.op == "call_function"]
+    assert phases == sorted(phases, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_overlap_keeps_the_computation_in_order(seed):
+    b, gm = random_joint(seed, "a=2,b=2")
+    still = [n.name for n in gm.graph.nodes if n.target in (aten.add.Tensor, aten.sum.dim_IntList) and n.users]
+    now = {n.name: i for i, n in enumerate(ordered(b, gm))}
+    still = [n for n in still if n in now]
+    assert [now[n] for n in still] == sorted(now[n] for n in still)
