@@ -60,7 +60,7 @@ def plan_model(model: Any, mesh: Any, **options: Any) -> Plan:
     return driver.plan_model(model, mesh, **options)
 
 
-#: `autopar.plan(model, mesh, ...)`. It hides the submodule of that name, from which one imports by `from autopar.plan import ...`.
+#: `autopar.plan(model, mesh, ...)`. It hides the submodule of that name; `from autopar.plan import Plan` still works.
 plan = plan_model
 
 
@@ -69,6 +69,14 @@ def register_rule(op: Any, rule: Any) -> None:
     from autopar import driver
 
     driver.register_rule(op, rule)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ParallelModule":
+        from autopar.driver import ParallelModule
+
+        return ParallelModule
+    raise AttributeError(f"module 'autopar' has no attribute {name!r}")
 
 
 __all__ = [
@@ -81,6 +89,7 @@ __all__ = [
     "Mesh",
     "MeshError",
     "P",
+    "ParallelModule",
     "PassError",
     "Placement",
     "Plan",

@@ -32,7 +32,8 @@ from autopar.canonical import canonicalise, module_path
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
-from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, results
+from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, results, set_addresses
+from autopar.param_views import separate_parameter_views
 
 _PREFIX = "model."
 
@@ -233,6 +234,9 @@ def _assemble(
         [node for _, node in sinks],
         num_forward,
     )
+    parameters = {n for (s, _), n in zip(sources, clean.placeholders) if s.kind == "param"}
+    if separate_parameter_views(clean.graph, parameters):
+        set_addresses(clean.graph)
     final_sources = [replace(s, node=n.name) for (s, _), n in zip(sources, clean.placeholders)]
     if clean.seed is not None:
         final_sources.append(Source("seed", "seed", clean.seed.name))

@@ -34,7 +34,7 @@ from autopar.spec import R, S, Spec
 OUTPUTS = ("auto", "full", "sharded")
 #: Axes of these names, or constrained to one of these strategies, split the batch when ranks bring their own.
 DATA_NAMES = ("dp", "ddp", "data", "fsdp", "zero")
-DATA_STRATEGIES = ("ddp", "dp", "zero1", "zero2", "zero3", "fsdp")
+DATA_STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 Example = tuple[Any, ...] | Mapping[str, Any] | torch.Tensor
 
@@ -65,8 +65,8 @@ def compile(
         model: any module that `torch.export` can trace, in the mode (train or eval) it is to start in.
         mesh: "dp=2,tp=4", an int, an `autopar.Mesh`, or a torch DeviceMesh. A mesh of one runs in a plain process;
             otherwise processes come from torchrun, and torch.distributed is initialised if it is not yet.
-        example: arguments of one call, (positional, ...) or {name: value}; only shapes and dtypes matter. Without it the
-            model is captured at its first call, and has no parameters until then.
+        example: arguments of one call, (positional, ...) or {name: value}; only shapes and dtypes matter. Without it
+            the model is captured at its first call, and has no parameters until then.
         loss: `loss(output, target)`; calls then take one more keyword, `target`, and return the loss.
         device: preset of the cost model ("cpu", "h100", ...), or a description; default: what this machine has.
         memory_limit: bytes per device, or text such as "24GB".
@@ -75,8 +75,8 @@ def compile(
         batch: "global": every rank passes the whole batch. "local": every rank passes its own piece along dim 0 (see
             `ParallelModule.sampler_args`), over the axes called dp, data or fsdp, or constrained to a data-parallel
             strategy; "local:AXIS[,AXIS]" names them.
-        outputs: "full": plain whole tensors; "sharded": DTensors as the plan leaves them; "auto": sharded beside a scalar
-            loss, which is always whole, else full.
+        outputs: "full": plain whole tensors; "sharded": DTensors as the plan leaves them; "auto": sharded beside a
+            scalar loss (which is always whole), else full.
         backend: "eager" or "inductor".
         check: compare arguments and seeds between ranks before each step.
         timeout: seconds a rank waits for the others, planning included.
@@ -277,8 +277,8 @@ def _check_given(plan: Plan, program: Program, asked: _Asked) -> None:
         )
     if plan.fingerprint != program.fingerprint:
         raise PlanError(
-            f"the plan is for another model (fingerprint {plan.fingerprint[:12]}, this one has {program.fingerprint[:12]}): "
-            "other layers, sizes or dtypes, or another mode; plan again for this model"
+            f"the plan is for another model (fingerprint {plan.fingerprint[:12]}, this one has "
+            f"{program.fingerprint[:12]}): other layers, sizes or dtypes, or another mode; plan again for this model"
         )
     planner.check_plan(program, plan)
 
@@ -328,8 +328,8 @@ def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[
     )
     if not found:
         raise ConstraintError(
-            f'batch="local" on mesh {mesh}: no axis is called {", ".join(DATA_NAMES)} or constrained to a data-parallel '
-            f'strategy; name the axes that split the batch: batch="local:{mesh.names[0]}"'
+            f'batch="local" on mesh {mesh}: no axis is called {", ".join(DATA_NAMES)} or constrained to a '
+            f'data-parallel strategy; name the axes that split the batch: batch="local:{mesh.names[0]}"'
         )
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from autopar.graph import pattern
 from autopar.plan import Plan, Storage
@@ -206,10 +207,11 @@ def _most_telling(ops: Mapping[str, tuple[Choice, ...]]) -> dict[str, tuple[Choi
 
 def show(plan: Plan) -> list[RenderableType]:
     """The whole report of a plan: heading, layers, time and memory, notes."""
-    parts: list[RenderableType] = [heading(plan), layer_table(plan)]
+    # Text, not str: rich would take `[dp]` for markup.
+    parts: list[RenderableType] = [Text(heading(plan)), layer_table(plan)]
     if plan.predicted:
-        parts.append(predicted_text(plan.predicted))
-    return parts + [f"note: {note}" for note in plan.notes]
+        parts.append(Text(predicted_text(plan.predicted)))
+    return parts + [Text(f"note: {note}") for note in plan.notes]
 
 
 def heading(plan: Plan) -> str:

@@ -1,9 +1,10 @@
 """Seconds of communication: the steps of `autopar.reshard`, priced alpha-beta per mesh axis.
 
-With p ranks on the axis and n local bytes (the larger side of the step): gather and scatter move (p-1)/p n, an all-reduce
-twice that, an all-to-all (p-1)/p of the local piece; each message round costs the link's latency, ceil(log2 p) rounds
-(twice for an all-reduce). A local slice costs its memory traffic. Source: Thakur, Rabenseifner, Gropp, "Optimization of
-collective communication operations in MPICH" (2005), the ring for bandwidth and the tree for latency.
+With p ranks on the axis and n local bytes (the larger side of the step): gather and scatter move (p-1)/p n, an
+all-reduce twice that, an all-to-all (p-1)/p of the local piece; each message round costs the link's latency,
+ceil(log2 p) rounds (twice for an all-reduce). A local slice costs its memory traffic. Source: Thakur, Rabenseifner,
+Gropp, "Optimization of collective communication operations in MPICH" (2005), the ring for bandwidth and the tree for
+latency.
 """
 
 from __future__ import annotations

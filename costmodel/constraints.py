@@ -8,10 +8,10 @@ Keys and values of the mapping:
 
 A constraint on names wins over a strategy of its axis.
 
-ddp, zero*: every op that runs over the batch splits it there. Parameters are stored whole (ddp) or sharded; gathered once
-(zero1, zero2) or again for the backward (zero3); gradients all-reduced (ddp, zero1) or reduce-scattered.
-tp: batch and sequence are never split there, and a matmul or convolution with a parameter is split if anything else of it
-can be. tp_sp: the batch is never split, and every op that can be split otherwise is.
+ddp, zero*: every op that runs over the batch splits it there. Parameters are stored whole (ddp) or sharded; gathered
+once (zero1, zero2) or again for the backward (zero3); gradients all-reduced (ddp, zero1) or reduce-scattered.
+tp: batch and sequence are never split there, and a matmul or convolution with a parameter is split if anything else
+of it can be. tp_sp: the batch is never split, and every op that can be split otherwise is.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Wishes:
 
     def mark(self, item: Item) -> Hashable:
         """Items that constraints treat differently differ in this."""
-        named = tuple(item.name in w.names for w in (*self.stored, *self.ops))
+        named = tuple(item.name in names for names in [w.names for w in self.stored] + [w.names for w in self.ops])
         marks = self.marks[item.index] if self.marks else None
         return named, marks, item.index in self.contractions
 
@@ -139,12 +139,13 @@ def _stored(key: str, value: str, items: Items, mesh: Mesh) -> list[_Stored]:
         raise ConstraintError(
             f"constraint {key!r}: cannot read {value!r}; write shard(DIM, AXIS), replicate or replicate(AXIS)"
         )
-    name = shard[2] if shard else whole[1]  # type: ignore[index]
+    name = shard[2] if shard else whole[1] if whole else None
     if name is not None and name not in mesh.names:
         raise ConstraintError(f"constraint {key!r}: mesh {mesh} has no axis {name!r}")
     if not shard:
         return [_Stored(key, value, found, None if name is None else mesh.axis(name), R)]
-    axis, out = mesh.axis(name), {}
+    axis = mesh.axis(str(name))
+    out: dict[int, set[str]] = {}
     for param in sorted(found):
         meta = items.items[items.param[param]].outs[0]
         assert meta is not None
@@ -172,7 +173,9 @@ def _op(key: str, value: str, items: Items, mesh: Mesh) -> _Op:
         raise ConstraintError(f"constraint {key!r}: {value!r} matches no op; {hint}")
     axis, colon, choice = value.partition(":")
     if not colon or axis not in mesh.names:
-        raise ConstraintError(f"constraint {key!r}: cannot read {value!r}; write AXIS:CHOICE with an axis of mesh {mesh}")
+        raise ConstraintError(
+            f"constraint {key!r}: cannot read {value!r}; write AXIS:CHOICE with an axis of mesh {mesh}"
+        )
     try:
         parsed = Choice.parse(choice)
     except RuleError as error:
@@ -281,9 +284,7 @@ def _pin_op(
         pins.choices[cls, axis] = splits
 
 
-def _pin_named(
-    wish: _Op, mesh: Mesh, fold: Fold, cls: int, offered: list[tuple[Choice, ...]], pins: Pins
-) -> None:
+def _pin_named(wish: _Op, mesh: Mesh, fold: Fold, cls: int, offered: list[tuple[Choice, ...]], pins: Pins) -> None:
     item, axis = fold.first(cls), wish.axis
     rule = fold.items.rule(item)
     about = f"constraint {wish.key!r}: {wish.value!r}"

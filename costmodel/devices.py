@@ -49,7 +49,15 @@ class Device:
 
 
 def _gpu(
-    name: str, half: float, single: float, double: float, bandwidth: float, gb: float, fast: float, slow: float, node: int = 8
+    name: str,
+    half: float,
+    single: float,
+    double: float,
+    bandwidth: float,
+    gb: float,
+    fast: float,
+    slow: float,
+    node: int = 8,
 ) -> Device:
     flops = {"bfloat16": half, "float16": half, "float32": single, "float64": double}
     return Device(name, flops, bandwidth, gb * 1e9, Link(fast * 0.8, 5e-6), Link(slow * 0.8, 12e-6), node)

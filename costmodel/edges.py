@@ -1,4 +1,4 @@
-"""Tensors of the program grouped by (producer class, reader classes): what the prices of communication and memory count.
+"""Tensors grouped by (producer class, reader classes): what the prices of communication and memory count.
 
 Tensors of one group cost the same under any folded plan, so each group is priced once, times its count; that keeps a
 folded price equal to the price of the unfolded program.
@@ -29,8 +29,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Edge:
-    """`count` tensors made as result `index` of class `cls` and read alike. `saved`: bytes per element kept from forward
-    to backward (0: none, or counted with another tensor of the same memory)."""
+    """`count` tensors made as result `index` of class `cls` and read alike. `saved`: bytes per element kept from
+    forward to backward (0: none, or counted with another tensor of the same memory)."""
 
     cls: int
     index: int

@@ -1,8 +1,8 @@
 """The integer program of one mesh axis, through PuLP. Numbers in, numbers out: nothing here knows a tensor.
 
 Given groups g with options o, each with seconds c[g,o], a tie-breaker t[g,o] and bytes m[g,o]; flows f with a producer
-group, whose options fall into rows r, and consumers k, whose options fall into columns q; seconds d[f,r,q] of a transport
-(infinite: impossible), counted once for all consumers that share it; keeps s with bytes per column:
+group, whose options fall into rows r, and consumers k, whose options fall into columns q; seconds d[f,r,q] of a
+transport (infinite: impossible), counted once for all consumers that share it; keeps s with bytes per column:
 
     (1)  sum_o x[g,o] = 1                                             x binary              one option per group
     (2)  sum_q w[f,k,r,q] = sum_{o in row r} x[producer,o]            w in [0, 1]           leave from the row chosen
@@ -12,8 +12,8 @@ group, whose options fall into rows r, and consumers k, whose options fall into 
     (6)  fixed + sum m x + sum n y + sum b z <= limit + over          over >= 0             bytes per rank
     min  sum (c + t) x + sum d y + penalty * over
 
-Built by: _groups (1), _transport (2, 3), _shared (4), _keeps (5), _memory (6). A flow with one row or one column left has
-w as an expression of x and needs neither (2) nor (3). Options that no partner can meet are removed before.
+Built by: _groups (1), _transport (2, 3), _shared (4), _keeps (5), _memory (6). A flow with one row or one column left
+has w as an expression of x and needs neither (2) nor (3). Options that no partner can meet are removed before.
 """
 
 from __future__ import annotations
@@ -31,9 +31,17 @@ from autopar.errors import SolverError
 try:
     import highspy
 except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan says so
-    highspy = None
+    highspy = None  # type: ignore[assignment]
 
 INF = math.inf
+
+
+class NoOption(SolverError):
+    """Group `group` has no option that fits its neighbours."""
+
+    def __init__(self, group: int):
+        super().__init__(f"decision {group} has no option that fits its neighbours")
+        self.group = group
 
 
 @dataclass
@@ -47,8 +55,8 @@ class Group:
 
 @dataclass
 class Consumer:
-    """`column[o]`: what option o of `group` asks for. `share`: consumers of one share number split one transport in rows
-    that do not share everywhere."""
+    """`column[o]`: what option o of `group` asks for. `share`: consumers of one share number split one transport in
+    rows that do not share everywhere."""
 
     group: int
     column: list[int]
@@ -94,7 +102,8 @@ class Problem:
 
 @dataclass
 class Solution:
-    """Chosen option per group; its seconds (without tie-breakers) and bytes as recomputed here, never as the solver says."""
+    """Chosen option per group; its seconds (without tie-breakers) and bytes as recomputed here, never as the solver
+    says."""
 
     choice: list[int]
     seconds: float
@@ -127,7 +136,7 @@ def prune(problem: Problem) -> list[list[int]]:
     """Options of every group that have a partner for every flow; the rest can never be chosen.
 
     Raises:
-        SolverError: a group has none left.
+        NoOption: a group has none left.
     """
     alive = [set(range(len(g.cost))) for g in problem.groups]
     touching: list[list[tuple[Flow, Consumer]]] = [[] for _ in problem.groups]
@@ -152,7 +161,7 @@ def prune(problem: Problem) -> list[list[int]]:
                     queue.add(group)
     empty = [g for g, options in enumerate(alive) if not options]
     if empty:
-        raise SolverError(f"decision {empty[0]} has no option that fits its neighbours")
+        raise NoOption(empty[0])
     return [sorted(options) for options in alive]
 
 
@@ -350,7 +359,8 @@ def _over(problem: Problem, memory: float) -> bool:
 class _RelaxedFirst(pulp.HiGHS):
     """HiGHS that tries the linear relaxation first: it is integral nearly always, and three times as fast.
 
-    The model is handed over as arrays in one call; PuLP's own way, a call per column and row, takes longer than the solve.
+    The model is handed over as arrays in one call; PuLP's own way, a call per column and row, takes longer than the
+    solve.
     """
 
     def buildSolverModel(self, lp: Any) -> None:

@@ -13,19 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from autopar.costmodel.rules import rule_for, signature
 from autopar.errors import PlanError
 from autopar.graph import BACKWARD, FORWARD, Program, Source, is_op, operands, resolve, results
 from autopar.rule import BoundRule
 from autopar.spec import Shape
-
-from autopar.costmodel.rules import rule_for, signature
 
 
 class Tensor(NamedTuple):
     """Result `index` of item `item`."""
 
     item: int
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Meta(NamedTuple):

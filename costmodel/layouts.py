@@ -1,8 +1,8 @@
 """Which strided splits are worth offering: those that some neighbour can use without moving data.
 
 A factor f can be split plainly (`f`) or seen as (outer, f / outer) with the second part split (`f@outer`). Only a few
-values of `outer` matter: those that a view, a permutation or a matmul next door turns a plain split into. They are found
-by carrying every placement over every edge, in both directions, until nothing new appears.
+values of `outer` matter: those that a view, a permutation or a matmul next door turns a plain split into. They are
+found by carrying every placement over every edge, in both directions, until nothing new appears.
 """
 
 from __future__ import annotations

@@ -119,7 +119,11 @@ def storage_of(plan: Plan, item: Item) -> Storage:
 
 
 def _check_item(
-    item: Item, found: tuple[tuple[Spec, ...], tuple[Spec, ...]], outs: list[tuple[Spec, ...]], sizes: Sequence[int], plan: Plan
+    item: Item,
+    found: tuple[tuple[Spec, ...], tuple[Spec, ...]],
+    outs: list[tuple[Spec, ...]],
+    sizes: Sequence[int],
+    plan: Plan,
 ) -> None:
     metas = [*zip(item.in_meta, found[0]), *zip(item.outs, found[1])]
     for meta, spec in metas:
@@ -128,7 +132,8 @@ def _check_item(
                 layout(meta.shape, spec, sizes)
             except ValueError as error:
                 raise PlanError(
-                    f"{item.name}: {format_placements(spec)} does not fit shape {meta.shape} on mesh {plan.mesh}: {error}"
+                    f"{item.name}: {format_placements(spec)} does not fit shape {meta.shape} "
+                    f"on mesh {plan.mesh}: {error}"
                 ) from None
     for position, (tensor, spec) in enumerate(zip(item.ins, found[0])):
         made = outs[tensor.item][tensor.index]
@@ -145,14 +150,18 @@ def _check_names(items: Items, plan: Plan) -> None:
     known = ops | {pattern(name) for name in ops}
     for address in plan.choices:
         if address not in known:
-            raise PlanError(f"the plan names the op {address!r}, which the program does not have; was it made for another model?")
+            raise PlanError(
+                f"the plan names the op {address!r}, which the program does not have; was it made for another model?"
+            )
     names = {kind: {i.name for i in items.items if i.kind == kind} for kind in ("input", "output", "buffer")}
     for what, given in (("input", plan.inputs), ("output", plan.outputs)):
         for name, spec in given.items():
             if name not in names[what] and what == "input":
                 raise PlanError(f"the plan names the input {name!r}; the program has {', '.join(sorted(names[what]))}")
             if len(spec) != len(plan.mesh.sizes) or not storage_shards(tuple(spec)):
-                raise PlanError(f"{what} {name}: {format_placements(tuple(spec))} must be whole or a plain shard per axis")
+                raise PlanError(
+                    f"{what} {name}: {format_placements(tuple(spec))} must be whole or a plain shard per axis"
+                )
     for name, stored in plan.storage.items():
         if name not in items.param and name not in names["buffer"]:
             raise PlanError(f"the plan stores {name!r}, which is no parameter or buffer of the program")

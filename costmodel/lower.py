@@ -88,10 +88,11 @@ def lower(prices: Prices, state: State, axis: int, limit: float | None, tie: flo
             continue
         found = space.options(cls, axis, state)
         if not found:
-            why = space.pins.why.get((cls, axis), "the plan's constraints")
+            why = space.pins.why.get((cls, axis), f"mesh {space.mesh}")
             raise ConstraintError(
-                f"{why} leave{'s' if why != 'the plan' else ''} {item.name} no way to run on axis "
-                f"{space.mesh.names[axis]} of size {sizes[axis]}"
+                f"{why} leaves {item.name} no choice on axis {space.mesh.names[axis]} of size {sizes[axis]} that "
+                f"divides its shapes {[list(m.shape) for m in item.in_meta]} together with the other axes; "
+                "loosen it, or change the mesh or the batch"
             )
         group_of[cls] = len(groups)
         classes.append(cls)
@@ -178,7 +179,10 @@ def _edge(
         flow.apart = [gather == "twice" for _, gather in rows]
         if problem.limit is not None:
             flow.memory = [
-                [0.0 if gather == "twice" or dst == src else _bytes(edge.meta, dst, sizes) * edge.count for dst, _ in wants]
+                [
+                    0.0 if gather == "twice" or dst == src else _bytes(edge.meta, dst, sizes) * edge.count
+                    for dst, _ in wants
+                ]
                 for src, gather in rows
             ]
     if any(c for line in cost for c in line):

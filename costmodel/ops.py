@@ -1,7 +1,7 @@
 """Seconds of computation: roofline at the local shape, max(FLOPs / rate, bytes / traffic) + launch.
 
-FLOPs of matmuls, convolutions and attention come from the formulas of `torch.utils.flop_counter`; every other op is bound
-by its traffic. A choice that splits a factor divides the op's loops; a partial sum passing through does not.
+FLOPs of matmuls, convolutions and attention come from the formulas of `torch.utils.flop_counter`; every other op is
+bound by its traffic. A choice that splits a factor divides the op's loops; a partial sum passing through does not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from autopar.spec import Spec, local_shape
 VIEWS = frozenset(
     f"aten.{name}"
     for name in (
-        "view", "expand", "permute", "unsqueeze", "squeeze.dim", "squeeze.dims", "squeeze", "slice.Tensor", "select.int",
-        "split.Tensor", "split_with_sizes", "alias", "t", "transpose.int", "as_strided", "detach", "diagonal", "unbind.int",
-        "unfold", "chunk",
+        "view", "expand", "permute", "unsqueeze", "squeeze.dim", "squeeze.dims", "squeeze", "slice.Tensor",
+        "select.int", "split.Tensor", "split_with_sizes", "alias", "t", "transpose.int", "as_strided", "detach",
+        "diagonal", "unbind.int", "unfold", "chunk",
     )
 )  # fmt: skip
 #: Ops that read of an operand only as much as they write.
@@ -96,14 +96,17 @@ class Compute:
             read = [min(n, written) for n in read]
         split = math.prod(n for c, n in zip(row, sizes) if c.factor)
         dtype = next((m.dtype for m in item.outs if m is not None), torch.float32)
-        return seconds + device.launch + max(
-            self.flops(item) / split / device.rate(dtype), (written + sum(read)) / device.traffic()
+        return (
+            seconds
+            + device.launch
+            + max(self.flops(item) / split / device.rate(dtype), (written + sum(read)) / device.traffic())
         )
 
     def _inner(self, item: Item, rule: BoundRule, row: Sequence[Choice]) -> float:
         """Talk between the shards inside an op: two all-reduces (max, sum) of a row statistic per split inner factor.
 
-        A factor whose loss is a partial sum (masked lookups) needs no talk; nor does one that no operand or no result has.
+        A factor whose loss is a partial sum (masked lookups) needs no talk; nor does one that no operand or no result
+        has.
         """
         seconds = 0.0
         sizes = self.machine.mesh.sizes

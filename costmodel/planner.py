@@ -2,7 +2,8 @@
 
 A joint program over two axes is too big (its flows grow with the square of the placements), so each axis is solved with
 the others fixed, two or three times over; the memory limit is loose for what the unsolved axes can still divide. The
-program's memory is a linear stand-in; the priced peak decides, and while it is above the limit the stand-in is tightened.
+program's memory is a linear stand-in; the priced peak decides, and while it is above the limit the stand-in is
+tightened.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from autopar.costmodel.constraints import Wishes, pin
 from autopar.costmodel.devices import Device, Link, Machine, machine
 from autopar.costmodel.edges import edges_of
 from autopar.costmodel.fold import Fold, fold
-from autopar.costmodel.ilp import Problem, Solution, evaluate, solve
+from autopar.costmodel.ilp import NoOption, Problem, Solution, evaluate, solve
 from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.layouts import candidates
 from autopar.costmodel.legal import check_plan
@@ -29,7 +30,7 @@ from autopar.costmodel.ops import Compute
 from autopar.costmodel.price import Price, price
 from autopar.costmodel.rules import report
 from autopar.costmodel.shuffle import random_plan
-from autopar.errors import InfeasibleError
+from autopar.errors import ConstraintError, InfeasibleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -120,7 +121,9 @@ class _Planner:
     links: Mapping[str, Link] | None
     time_limit: float
     progress: Progress
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("fold", "layouts", "build", "solve", "price"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("fold", "layouts", "build", "solve", "price"), 0.0)
+    )
     solves: list[Solution] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -217,16 +220,24 @@ class _Planner:
         with _Clock(self.seconds, "build"):
             lowered = lower(self.prices, state, axis, None if limit is None else limit * unsolved, self._tie())
         spare = max(2.0, (self.deadline - time.perf_counter()) / max(1, self._share))
-        answer = self._ask(lowered.problem, spare)
+        answer = self._ask(lowered, axis, spare)
         fits = answer is not None
         if answer is None:
             lowered.problem.penalty = self._penalty(lowered.problem)
-            answer = self._ask(lowered.problem, spare)
+            answer = self._ask(lowered, axis, spare)
             assert answer is not None  # with a penalty every choice is feasible
         return lift(self.prices, axis, lowered, answer.choice, state), answer.seconds, fits
 
-    def _ask(self, problem: Problem, spare: float) -> Solution | None:
-        answer = solve(problem, spare)
+    def _ask(self, lowered: Axis, axis: int, spare: float) -> Solution | None:
+        try:
+            answer = solve(lowered.problem, spare)
+        except NoOption as error:
+            cls = lowered.classes[error.group]
+            why = self.space.pins.why.get((cls, axis), "a constraint on its neighbours")
+            raise ConstraintError(
+                f"{why} cannot be met at {self.fold.first(cls).name}: no choice of its neighbours on axis "
+                f"{self.mesh.names[axis]} gives what it needs (a partial sum must be made by a producer); loosen it"
+            ) from None
         if answer is not None:
             self.solves.append(answer)
             self.seconds["build"] += answer.build_s

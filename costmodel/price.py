@@ -181,7 +181,7 @@ class _Walk:
         return found
 
     def _alias(self, tensor: Tensor) -> Copy:
-        """The memory in which a tensor lies where it was made: follow views up as long as their operand did not move."""
+        """The memory in which a tensor lies where it was made: follow views up while their operand did not move."""
         found = self._aliases.get(tensor)
         if found is None:
             found = self._aliases[tensor] = self._find_alias(tensor)
@@ -229,7 +229,9 @@ class _Walk:
                 self.totals["optimizer"] += held["optimizer"]
                 self.live[copy], self.kind[copy] = 0.0, "parameters"
             else:
-                self._make(copy, meta.shape, meta.itemsize, spec, {"buffer": "buffers", "input": "inputs"}.get(item.kind))
+                self._make(
+                    copy, meta.shape, meta.itemsize, spec, {"buffer": "buffers", "input": "inputs"}.get(item.kind)
+                )
             self._gradients(tensor)
 
     def _gradients(self, tensor: Tensor) -> None:

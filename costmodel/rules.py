@@ -10,6 +10,7 @@ needs another local op but no talk, such as a split vocabulary (mask foreign ind
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,10 @@ import torch
 from torch import fx
 
 from autopar.costmodel import discover, rules_index, rules_math, rules_nn, rules_shape
-from autopar.costmodel.rules_call import Call, Maker, replicated
+from autopar.costmodel.rules_call import LETTERS, Call, Maker, replicated
 from autopar.errors import RuleError
 from autopar.graph import op_name, resolve
-from autopar.rule import BoundRule, Rule, bind
+from autopar.rule import BoundRule, Operand, Rule, bind
 
 #: OpOverload -> rule text, or function of the call.
 RULES: dict[Any, Maker | str] = {**rules_shape.TABLE, **rules_math.TABLE, **rules_index.TABLE, **rules_nn.TABLE}
@@ -102,7 +103,7 @@ def report() -> list[str]:
             lines.setdefault(
                 found.op,
                 f"{found.op}: no rule, so every device computes all of it; to split it add e.g. "
-                f'autopar.register_rule("{found.op}", "{_suggest(found.bound)}")',
+                f'autopar.register_rule("{found.op}", "{_suggest(found.bound)}")  # without ^ where a dim may be split',
             )
     return sorted(lines.values())
 
@@ -186,8 +187,17 @@ def _shapes(call: Call) -> str:
 
 
 def _suggest(bound: BoundRule) -> str:
-    """A skeleton for the user: as many dims as the op has, none split."""
-    return str(bound.rule)
+    """A line to start from: dims of equal size share a letter, and none is split."""
+    letters: dict[int, str] = {}
+
+    def dim(names: tuple[str, ...]) -> str:
+        size = math.prod(bound.sizes[n] for n in names)
+        return "1" if size == 1 else letters.setdefault(size, LETTERS[len(letters) % len(LETTERS)]) + "^"
+
+    def side(operands: tuple[Operand, ...]) -> str:
+        return ", ".join("~" if o is None else " ".join(map(dim, o)) for o in operands)
+
+    return f"{side(bound.ins)} -> {side(bound.outs)}".strip()
 
 
 __all__ = ["NAMED", "RULES", "Found", "register", "report", "rule_for", "rule_source", "signature", "unregister"]

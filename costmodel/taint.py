@@ -1,8 +1,8 @@
 """Which loops of which op run over the batch or the sequence: what strategies such as ddp and tp are defined by.
 
 The batch dims of the inputs (and, for token ids, masks and (batch, sequence, features) inputs, the dim after them) are
-carried through the rules' factors to every op. In a flattened dim a mark covers a range of the factor: from `outer`, over
-`extent` elements.
+carried through the rules' factors to every op. In a flattened dim a mark covers a range of the factor: from `outer`,
+over `extent` elements.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def marks_of(items: Items) -> list[frozenset[Mark]]:
         if item.kind == "op" and any(tensors.get(t) for t in item.ins):
             rule = items.rule(item)
             found = frozenset(
-                mark for tensor, operand in zip(item.ins, rule.ins) for mark in _factors(rule, operand, tensors.get(tensor))
+                mark
+                for tensor, operand in zip(item.ins, rule.ins)
+                for mark in _factors(rule, operand, tensors.get(tensor))
             )
             for index, operand in enumerate(rule.outs):
                 tensors[Tensor(item.index, index)] = _dims(rule, operand, found)

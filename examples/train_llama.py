@@ -175,7 +175,8 @@ def measure(mesh: autopar.Mesh) -> Device:
         rounds = 2 * (size - 1).bit_length()
         latency = clock(lambda: dist.all_reduce(short, group=mine)) / rounds
         moved = 2 * (size - 1) / size * long.nbytes
-        link = Link(moved / max(clock(lambda: dist.all_reduce(long.fill_(1), group=mine)) - rounds * latency, 1e-6), latency)
+        moving = clock(lambda: dist.all_reduce(long.fill_(1), group=mine)) - rounds * latency
+        link = Link(moved / max(moving, 1e-6), latency)
     numbers = torch.tensor([matmul, traffic, launch, link.bandwidth, link.latency], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(numbers)

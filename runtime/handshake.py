@@ -94,10 +94,10 @@ class Control:
         if self.grid.control is None or self.grid.size == 1:
             return [list(row)]
         mine = torch.tensor(row, dtype=torch.int64)
-        out = torch.empty(self.grid.size * len(row), dtype=torch.int64)
+        out = [torch.empty_like(mine) for _ in range(self.grid.size)]
         with self._answered():
-            dist.all_gather_into_tensor(out, mine, group=self.grid.control)
-        return out.reshape(self.grid.size, len(row)).tolist()
+            dist.all_gather(out, mine, group=self.grid.control)
+        return [t.tolist() for t in out]
 
     def objects(self, value: Any) -> list[Any]:
         """Everybody's picklable object, by rank. Raises as `rows`."""
@@ -214,6 +214,17 @@ class Control:
         return rows[0][4]
 
 
+_SHAPES_GLOBAL = 'pass the same global batch on every rank, or compile with batch="local" and give each rank its own'
+_SHAPES_LOCAL = "local batches must have one shape on every rank (DistributedSampler with drop_last=True)"
+_VALUES_GLOBAL = (
+    'pass the same global batch on every rank (seed shuffling alike), or compile with batch="local" and give each rank '
+    "its own"
+)
+_VALUES_LOCAL = (
+    "ranks that share a data coordinate must get the same local batch: use DistributedSampler(..., **pm.sampler_args)"
+)
+
+
 def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
     """The error for calls that do not fit together; the same on every rank."""
     modes = [c.mode for c in calls]
@@ -225,32 +236,23 @@ def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
     names = [[a.name for a in c.arguments] for c in calls]
     if any(n != names[0] for n in names):
         return BatchError(
-            f"the ranks pass different arguments: {_by_value([', '.join(n) for n in names])}; pass the same ones everywhere"
+            f"the ranks pass different arguments: {_by_value([', '.join(n) for n in names])}; "
+            "pass the same ones everywhere"
         )
     for i, name in enumerate(names[0]):
         forms = [c.arguments[i].form for c in calls]
         if len(set(forms)) > 1:
-            remedy = (
-                "local batches must have one shape on every rank (DistributedSampler with drop_last=True)"
-                if local
-                else 'pass the same global batch on every rank, or compile with batch="local" and give each rank its own'
-            )
+            remedy = _SHAPES_LOCAL if local else _SHAPES_GLOBAL
             return BatchError(f"argument {name!r} differs between ranks: {_by_value(forms)}; {remedy}")
     for i, name in enumerate(names[0]):
         for part in dict.fromkeys(parts):
             same = [rank for rank, p in enumerate(parts) if p == part]
             other = [r for r in same if calls[r].arguments[i].content != calls[same[0]].arguments[i].content]
             if other:
-                remedy = (
-                    "ranks that share a data coordinate must get the same local batch: use "
-                    "DistributedSampler(..., **pm.sampler_args)"
-                    if local
-                    else 'pass the same global batch on every rank (seed shuffling alike), or compile with batch="local" '
-                    "and give each rank its own"
-                )
+                remedy = _VALUES_LOCAL if local else _VALUES_GLOBAL
                 return BatchError(
-                    f"argument {name!r} ({calls[0].arguments[i].form}) holds other values on {ranks_text(other)} than on "
-                    f"rank {same[0]}; {remedy}"
+                    f"argument {name!r} ({calls[0].arguments[i].form}) holds other values on {ranks_text(other)} than "
+                    f"on rank {same[0]}; {remedy}"
                 )
     return RankMismatchError("the ranks announced different steps, yet describe them alike; please report this")
 

@@ -92,8 +92,8 @@ class ParallelModule(nn.Module):
         state = self._state
         if state.plan is None:
             raise RuntimeUseError(
-                "this module has no plan yet: it was compiled without example=; pass example= to autopar.compile, or call "
-                "the module once before asking for its parameters (so also before making the optimizer)"
+                "this module has no plan yet: it was compiled without example=; pass example= to autopar.compile, or "
+                "call the module once before asking for its parameters (so also before making the optimizer)"
             )
         return state.plan
 
@@ -348,8 +348,8 @@ class ParallelModule(nn.Module):
             changed = [f"the arguments are {', '.join(a.name for a in call.arguments)}"]
         if changed:
             warnings.warn(
-                f"autopar has captured and planned again: {'; '.join(changed)}. Keep shapes fixed (pad, or drop the last "
-                "batch) to avoid the wait",
+                f"autopar has captured and planned again: {'; '.join(changed)}. Keep shapes fixed (pad, or drop the "
+                "last batch) to avoid the wait",
                 stacklevel=6,
             )
 
@@ -393,6 +393,6 @@ def _missing_text(missing: set[str]) -> str:
     names = sorted(missing)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{len(names)} parameters or buffers have no values (the model was on the meta device): {', '.join(names[:3])}{more}; "
-        "call pm.load_state_dict(...) first, or pass init=function(name, shape, dtype) to autopar.compile"
+        f"{len(names)} parameters or buffers have no values (the model was on the meta device): {', '.join(names[:3])}"
+        f"{more}; call pm.load_state_dict(...) first, or pass init=function(name, shape, dtype) to autopar.compile"
     )

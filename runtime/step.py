@@ -3,7 +3,7 @@
 The two local graphs, both flat:
 
     forward(source, ...)                every source but the tangents, in the program's order
-        -> (value, ..., saved, ...)     every sink but the gradients, in the program's order, then what the backward asks for
+        -> (value, ..., saved, ...)     every sink but the gradients, in the program's order, then what the backward reads
     backward(input, ..., saved, ..., tangent, ...)
                                         the forward's arguments at `saved_inputs`, what it saved, and the tangents
         -> (grad, ...)                  the grad sinks, in the program's order; None where there is none
@@ -217,7 +217,7 @@ class _Taken:
         self.spans: dict[int, list[tuple[int, int]]] = {}
 
     def own(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient, copied if it overlaps memory handed out before. Disjoint pieces of a bucket stay as they are."""
+        """The gradient, copied if it overlaps memory handed out before; disjoint pieces of a bucket are not."""
         grad = grad.contiguous()
         store, start = grad.untyped_storage().data_ptr(), grad.data_ptr()
         end = start + grad.nbytes

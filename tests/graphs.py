@@ -11,6 +11,7 @@ from autopar.graph import Sink, Source
 from autopar.mesh import Mesh
 from autopar.passes import collectives as c
 from autopar.passes import edit, lockstep
+from autopar.passes.runner import run as run_passes
 
 aten = torch.ops.aten
 MAKE = {"p": ("param", "fwd"), "x": ("input", "fwd"), "t": ("tangent", "bwd")}
@@ -83,6 +84,29 @@ def assert_same(a, b):
                 assert torch.equal(x, y), f"rank {rank} output {i} differs by {(x != y).sum()} elements"
             else:
                 assert x == y
+
+
+def apply(b, gm, *passes):
+    """Run passes with all checks, compare every rank's outputs with those of the graph as it was; the new graph."""
+    rows = b.inputs(gm)
+    out, _ = run_passes(gm, passes, mesh=b.mesh, deep=True, dump="")
+    assert_same(run(gm, b.mesh, rows), run(out, b.mesh, rows))
+    return out
+
+
+def ops(gm):
+    return [n.target.__name__.split(".")[0] for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def zero3(b):
+    """A layer whose weight is gathered for the forward and again for the backward."""
+    p, x, t = b.put("p0", 2, 6), b.put("x0", 3, 4), b.put("t0", 3, 6)
+    w = b(c.all_gather, p, "dp", 0)
+    y = b(aten.mm.default, x, w)
+    again = b(c.all_gather, p, "dp", 0, bwd=True, marks=("regather",))
+    gx = b(aten.mm.default, t, b(aten.permute.default, again, [1, 0]))
+    gw = b(c.reduce_scatter, b(aten.mm.default, b(aten.permute.default, x, [1, 0]), t), "dp", 0, "sum")
+    return b.done([y], [gw, gx])
 
 
 def random_joint(seed, mesh="a=2,b=2", size=30):

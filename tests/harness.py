@@ -5,8 +5,8 @@
     results = ranks.outcomes(function, *args) # the same, but a rank that raised gives a Failure in its place
     ranks.close()
 
-`function` and its arguments are pickled: a module-level function of a test module, with plain data or tensors. It runs in
-a process where torch.distributed (gloo) is initialised, with one thread and the rank's number from
+`function` and its arguments are pickled: a module-level function of a test module, with plain data or tensors. It runs
+in a process where torch.distributed (gloo) is initialised, with one thread and the rank's number from
 `torch.distributed.get_rank()`. A case never hangs: past its time, or some seconds after a rank has failed or died while
 others are still busy, every rank is stopped, the stacks they stood in are reported, and the next case starts new ones.
 """

@@ -257,7 +257,7 @@ def test_input_that_requires_a_gradient():
 
 def test_call_that_does_not_fit_forward():
     with pytest.raises(
-        autopar.BatchError, match="Sequential.forward takes at most 1 positional argument, 2 were given"
+        autopar.BatchError, match=r"Sequential\.forward takes at most 1 positional argument, 2 were given"
     ):
         compiled(1)(X, X)
     with pytest.raises(autopar.BatchError, match="unexpected keyword argument 'mask'"):

@@ -1,6 +1,6 @@
 """Random legal plans over whole models: the best test of rules, localisers and lowering.
 
-Every op takes a random legal choice on every axis, every parameter a random storage; 4 ranks run in lock step and must
+Every op takes a random legal choice on every axis, every parameter a random storage; 4 ranks (8 on the mesh of three axes) run in lock step and must
 give the loss, every gradient and every buffer of the unsharded graph. 200 seeds over the zoo.
 """
 
@@ -15,7 +15,7 @@ from autopar.mesh import Mesh
 from tests import parity, zoo
 from tests.widen import widen_to_float64
 
-MESHES = ("dp=2,tp=2", "dp=4", "a=2,b=2", "a=1,b=4")
+MESHES = ("dp=2,tp=2", "dp=4", "a=2,b=2,c=2", "a=1,b=4")
 SEEDS = 200
 MODELS = list(zoo.ZOO)
 

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.capture import capture
 from autopar.costmodel.planner import random_plan
-from autopar.runtime.module import ParallelModule
 
 
 class Net(nn.Module):
@@ -81,7 +80,7 @@ def train(module, steps=3, **optimiser):
 
 def full(module):
     """State as plain tensors."""
-    state = module.full_state_dict() if isinstance(module, ParallelModule) else module.state_dict()
+    state = module.full_state_dict() if isinstance(module, autopar.ParallelModule) else module.state_dict()
     return {k: v.detach().clone() for k, v in state.items()}
 
 
