@@ -89,7 +89,6 @@ __all__ = [
     "Mesh",
     "MeshError",
     "P",
-    "ParallelModule",
     "PassError",
     "Placement",
     "Plan",

@@ -9,7 +9,7 @@
 * equal pure ops of one phase are computed once; dead code is removed;
 * every node gets its value, phase, module path and address.
 
-A `view` asks for contiguous operands: whoever runs the graph makes every result contiguous (see `run`).
+The graph speaks of shapes, not of strides: whoever runs it makes every result contiguous, or reads `view` as reshape.
 """
 
 from __future__ import annotations
@@ -95,24 +95,6 @@ def _placeholder(graph: fx.Graph, name: str, val: torch.Tensor) -> fx.Node:
     node = graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
     node.meta = {"val": val, "phase": FORWARD, "module": ""}
     return node
-
-
-def run(gm: fx.GraphModule, args: Iterable[Any]) -> list[Any]:
-    """Run a canonical graph on real tensors, in order of its placeholders; every result is made contiguous.
-
-    The plain interpreter would hand strided results of `permute` and the like to `view`.
-    """
-    return list(_Contiguous(gm).run(*args))
-
-
-class _Contiguous(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if isinstance(out, torch.Tensor):
-            return out.contiguous()
-        if n.op == "call_function" and isinstance(out, (tuple, list)):
-            return type(out)(o.contiguous() if isinstance(o, torch.Tensor) else o for o in out)
-        return out
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -219,6 +201,21 @@ class _Builder:
             return args[0]
         if target is aten.expand.default:
             return target, (args[0], list(val.shape)), {}
+        if target is aten.sum.default:
+            return aten.sum.dim_IntList, (args[0], list(range(args[0].meta["val"].dim()))), kwargs
+        if target is aten.copy.default:  # what was there before does not matter
+            source = args[1]
+            if source.meta["val"].dtype != val.dtype:
+                return target, args, kwargs
+            return source if _same_shape(val, source) else (aten.expand.default, (source, list(val.shape)), {})
+        if target in _STRIDED:
+            source, size, stride, offset = _STRIDED[target](args)
+            if _covers(node.args[0], size, stride, offset):
+                return source if _same_shape(val, source) else (aten.view.default, (source, list(val.shape)), {})
+            raise CaptureError(
+                f"{where(node)}: {op_name(node)} reads memory by strides, which means nothing once tensors are split; "
+                f"use view, reshape, unfold or slices"
+            )
         return target, args, kwargs
 
     def emit(
@@ -266,6 +263,23 @@ _SHAPE_ONLY = {
     aten.squeeze.dim,
     aten.squeeze.dims,
 }
+
+
+#: Ops on strides -> (what the result equals if all of the base is covered, size, stride, offset).
+_STRIDED: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, Any, Any, Any]]] = {
+    aten.as_strided.default: lambda a: (a[0], a[1], a[2], a[3] if len(a) > 3 else None),
+    aten.as_strided_scatter.default: lambda a: (a[1], a[2], a[3], a[4] if len(a) > 4 else None),
+}
+
+
+def _covers(base: Any, size: Sequence[int], stride: Sequence[int], offset: int | None) -> bool:
+    """Whether sizes and strides name every element of a contiguous base, in its order."""
+    val, step = base.meta["val"], 1
+    for n, s in zip(reversed(size), reversed(stride)):
+        if n != 1 and s != step:
+            return False
+        step *= n
+    return step == val.numel() and not offset and val.is_contiguous()
 
 
 def _swapped(n: int, a: int = 0, b: int = 1) -> list[int]:

@@ -25,6 +25,7 @@ from torch._functorch._aot_autograd import descriptors as desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
 from autopar.call import Call, Wrapper, input_key
@@ -180,10 +181,28 @@ def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> tuple[fx.GraphModule
     """The joint graph, `desc` on placeholders and output, and tensor constants by the name torch gave them."""
     exported = torch.export.export(wrapper, tuple(inputs), strict=False)
     module = exported.module(check_guards=False)
+    _open_attention(module)
     # The stack keeps a FakeTensorMode active until it is closed: close it at once, or the user's next op breaks.
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, module, tuple(inputs), decompositions=DECOMPOSITIONS)
     return joint.graph_module, dict(exported.constants)
+
+
+def _open_attention(module: fx.GraphModule) -> None:
+    """Attention with dropout as plain ops: the fused kernels of GPUs draw their masks where nobody can split them."""
+    changed = False
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            if node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0):
+                node.target = _attention
+                changed = True
+    if changed:
+        module.recompile()
+
+
+def _attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
 
 
 # ---- from the joint graph to a Program -----------------------------------------------------------------------------

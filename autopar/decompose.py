@@ -227,6 +227,14 @@ for _forward, _backward in (
     decomposes(_backward)(_nll_backward(_backward))
 
 
+def _reduced(each: Tensor, reduction: int) -> Tensor:
+    """The losses of all elements, reduced."""
+    if reduction == _NONE:
+        return each
+    total = aten.sum.dim_IntList(each, list(range(each.dim())))
+    return aten.div.Scalar(total, each.numel()) if reduction == _MEAN else total
+
+
 def _pointwise_loss(op: torch._ops.OpOverload, at: int) -> Callable[..., Any]:
     """The loss of every element, then a sum; argument `at` is the reduction."""
 
@@ -235,9 +243,7 @@ def _pointwise_loss(op: torch._ops.OpOverload, at: int) -> Callable[..., Any]:
         if reduction == _NONE:
             return NotImplemented
         padded = list(args) + [None] * (at - len(args))
-        each = op(*padded[:at], _NONE, *args[at + 1 :])
-        total = aten.sum.dim_IntList(each, list(range(each.dim())))
-        return aten.div.Scalar(total, each.numel()) if reduction == _MEAN else total
+        return _reduced(op(*padded[:at], _NONE, *args[at + 1 :]), reduction)
 
     return forward
 
@@ -256,7 +262,6 @@ def _pointwise_loss_backward(op: torch._ops.OpOverload, at: int) -> Callable[...
 
 
 for _forward, _backward, _at in (
-    (aten.mse_loss.default, aten.mse_loss_backward.default, 2),
     (aten.smooth_l1_loss.default, aten.smooth_l1_loss_backward.default, 2),
     (aten.huber_loss.default, aten.huber_loss_backward.default, 2),
     (aten.soft_margin_loss.default, aten.soft_margin_loss_backward.default, 2),
@@ -266,17 +271,25 @@ for _forward, _backward, _at in (
     decomposes(_backward)(_pointwise_loss_backward(_backward, _at))
 
 
+@decomposes(aten.mse_loss.default)
+def _mse_loss(x: Tensor, target: Tensor, reduction: int = _MEAN) -> Tensor:
+    error = x - target
+    return _reduced(error * error, reduction)
+
+
+@decomposes(aten.mse_loss_backward.default)
+def _mse_loss_backward(grad: Tensor, x: Tensor, target: Tensor, reduction: int) -> Tensor:
+    error = x - target
+    return error * (grad * (2.0 / error.numel() if reduction == _MEAN else 2.0))
+
+
 @decomposes(aten.binary_cross_entropy_with_logits.default)
 def _bce_with_logits(
     x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = _MEAN
 ) -> Tensor:
     log_weight = 1 if pos_weight is None else (pos_weight - 1) * target + 1
     each = (1 - target) * x - log_weight * aten.log_sigmoid_forward(x)[0]
-    each = each if weight is None else each * weight
-    if reduction == _NONE:
-        return each
-    total = aten.sum.dim_IntList(each, list(range(each.dim())))
-    return aten.div.Scalar(total, each.numel()) if reduction == _MEAN else total
+    return _reduced(each if weight is None else each * weight, reduction)
 
 
 # ---- batch norm ----------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ class _Asked:
 
     mesh: Mesh
     device: str | Device
-    memory_limit: float | None
+    memory_limit: int | None
     constraints: Mapping[str, str]
     outputs: str
     data_axes: tuple[str, ...]
@@ -346,19 +346,19 @@ def _arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]
     raise BatchError(f"example is a {type(example).__name__}; pass a tuple of positional or a dict of named arguments")
 
 
-def parse_bytes(text: float | str | None) -> float | None:
+def parse_bytes(text: float | str | None) -> int | None:
     """Bytes of 24e9, "24GB" (10**9) or "24GiB" (2**30).
 
     Raises:
         ConstraintError: it cannot be read.
     """
     if text is None or isinstance(text, (int, float)):
-        return None if text is None else float(text)
+        return None if text is None else int(text)
     match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", text)
     if not match:
         raise ConstraintError(f'cannot read memory limit {text!r}; write bytes, or e.g. "24GB" or "24GiB"')
     power = "kMGT".index(match[2].replace("K", "k")) + 1 if match[2] else 0
-    return float(match[1]) * (1024 if match[3] else 1000) ** power
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def detect_device() -> str:

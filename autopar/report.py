@@ -29,7 +29,7 @@ FACTORS: dict[str, dict[str, str]] = {
     "bmm": {"b": "batch x heads", "i": "rows", "j": "columns", "k": "inner dim, then summed"},
     "convolution": {"n": "batch", "c": "input channels, then summed", "o": "output channels", "g": "groups"},
     "embedding": {**_ACTIVATION, "v": "vocabulary, then summed", "z": "features"},
-    "nll_loss_forward": {"k": "classes, then summed", "n": "tokens, then summed"},
+    "nll_loss_forward": {"k": "classes, then summed", "a": "tokens, then summed"},
     "native_layer_norm": _ACTIVATION,
     "pow": _ACTIVATION,
     "batch_norm": _ACTIVATION,

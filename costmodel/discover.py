@@ -1,13 +1,13 @@
 """Find the rule of an op nobody gave one for, by running it.
 
-The op runs on small random operands. For every way to split one dim of some operands (all of one size) it runs on two halves:
-contiguous ones, and ones drawn at random from the dim. If every result is the concatenation of the two along some dim,
-or their sum, maximum or minimum, the split is a factor. Factors must hold alone and in pairs. An operand in which sums pass through is
-a linear group. What is not proven stays whole, so a rule found here may be timid, but is only as bold as what ran.
+The op runs on small random operands. For every way to split one dim of some operands (all of one size) it runs on
+two halves: contiguous ones, and ones drawn at random from the dim. If every result is the concatenation of the two
+along some dim, or their sum, maximum or minimum, the split is a factor. Factors must hold alone and in pairs. An
+operand in which sums pass through is a linear group. What is not proven stays whole, so a rule found here may be
+timid, but is only as bold as what ran.
 
-The rule is found for the shapes of the call if they are small, else for smaller shapes of the same pattern; once per op, pattern of
-shapes, dtypes and other arguments.
-"""
+The rule is found for the shapes of the call if they are small, else for smaller shapes of the same pattern; once
+per op, pattern of shapes, dtypes and other arguments."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ LIMIT = 400
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, NotImplementedError)
 
 _SIZES = (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26)
+_MERGES: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 _found: dict[Any, Rule | None] = {}
 
 
@@ -106,9 +107,7 @@ class _Trial:
         ):
             return False
         repeats = all(self.same(a, b) for a, b in zip(self.results, self.again))
-        varied = all(
-            r.shape == s.shape and not torch.equal(r, s) for r, s in zip(self.results, self.results2)
-        )
+        varied = all(r.shape == s.shape and not torch.equal(r, s) for r, s in zip(self.results, self.results2))
         return repeats and varied
 
     def run(self, operands: Tensors) -> Tensors:
@@ -184,7 +183,7 @@ class _Trial:
         return Rule.parse(text(ins, outs, linear, reduce=reduce))
 
     def _splits(self) -> list[Split]:
-        found = []
+        found: list[Split] = []
         sizes = sorted({n for x in self.operands for n in x.shape if n > 1 and n % 2 == 0})
         tried = 0
         for size in sizes:
@@ -217,9 +216,7 @@ class _Trial:
     def _recombine(self, operands: Tensors, results: Tensors, row: Any, pair: Sequence[torch.Tensor]) -> set[Split]:
         """Ways in which the results of two pieces make up the whole ones."""
         try:
-            parts = [
-                self.run([x if d is None else x.index_select(d, i) for x, d in zip(operands, row)]) for i in pair
-            ]
+            parts = [self.run([x if d is None else x.index_select(d, i) for x, d in zip(operands, row)]) for i in pair]
         except REFUSALS:
             return set()
         every: list[list[tuple[str, int]]] = []
@@ -232,10 +229,8 @@ class _Trial:
                     ):
                         ways.append(("cat", d))
             if first.shape == second.shape == want.shape and want.dtype != torch.bool:
-                merges: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add}
-                if not want.is_complex():
-                    merges |= {"max": torch.maximum, "min": torch.minimum}
-                ways += [(k, -1) for k, merge in merges.items() if self.same(merge(first, second), want)]
+                merges = ("sum",) if want.is_complex() else ("sum", "max", "min")
+                ways += [(k, -1) for k in merges if self.same(_MERGES[k](first, second), want)]
             every.append(ways)
         return {
             Split(tuple(row), outs)
@@ -252,9 +247,7 @@ class _Trial:
             for i in range(2):
                 grid.append([])
                 for j in range(2):
-                    cut = [
-                        _chunk(_chunk(x, da, i), db, j) for x, da, db in zip(self.operands, a.ins, b.ins)
-                    ]
+                    cut = [_chunk(_chunk(x, da, i), db, j) for x, da, db in zip(self.operands, a.ins, b.ins)]
                     grid[i].append(self.run(cut))
         except REFUSALS:
             return False
@@ -270,7 +263,7 @@ class _Trial:
         floating = [i for i, x in enumerate(self.operands) if floats(x.dtype)]
         if not all(floats(r.dtype) for r in self.results) or not floating:
             return []
-        groups = [(i,) for i in floating]
+        groups: list[tuple[int, ...]] = [(i,) for i in floating]
         if 1 < len(floating) <= 4:
             groups += [g for n in range(2, len(floating) + 1) for g in itertools.combinations(floating, n)]
         held: list[tuple[int, ...]] = []
@@ -306,7 +299,7 @@ def _merge(pieces: Tensors, way: tuple[str, int]) -> torch.Tensor:
     kind, dim = way
     if kind == "cat":
         return torch.cat(pieces, dim)
-    return {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[kind](*pieces)
+    return _MERGES[kind](*pieces)
 
 
 def _pattern(call: Call) -> tuple[Any, ...]:

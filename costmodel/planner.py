@@ -166,7 +166,10 @@ class _Planner:
             if candidate is not None:
                 found.append(candidate)
         if not found:
-            raise self._infeasible(axes)
+            least = self._least(axes)
+            if least.price.peak_bytes > (self.memory_limit or 0.0):
+                raise self._infeasible(least.price)
+            found.append(least)
         return min(found, key=lambda b: b.price.step_s)
 
     def _order(self, order: list[int]) -> _Best | None:
@@ -325,8 +328,8 @@ class _Planner:
             notes=(*self.notes, *report()),
         )
 
-    def _infeasible(self, axes: list[int]) -> InfeasibleError:
-        """The plan of least memory, and what it needs."""
+    def _least(self, axes: list[int]) -> _Best:
+        """About the least memory that any plan needs: the stand-in minimised, whatever the time."""
         assert self.memory_limit is not None
         state = self.space.start()
         for _ in range(2):
@@ -336,7 +339,11 @@ class _Planner:
                 answer = solve(lowered.problem, 10.0)
                 assert answer is not None
                 state = lift(self.prices, axis, lowered, answer.choice, state)
-        least = self._priced(state).price
+        return self._priced(state)
+
+    def _infeasible(self, least: Price) -> InfeasibleError:
+        """What the plan of least memory needs, by kind."""
+        assert self.memory_limit is not None
         kinds = ", ".join(f"{k} {_gb(v)}" for k, v in least.memory.items() if v >= 0.5)
         need = least.peak_bytes
         pinned = " under these constraints" if self.constraints else ""

@@ -204,9 +204,10 @@ class _Walk:
             for index, meta in enumerate(item.outs):
                 if meta is not None and self.root[Tensor(item.index, index)] == Tensor(item.index, index):
                     last.setdefault((Tensor(item.index, index), self.specs.outs[item.index][index], ""), item.index)
-            if item.kind == "op" and item.ins and self.root[Tensor(item.index, 0)] != Tensor(item.index, 0):
+            first = Tensor(item.index, 0)
+            if self.root.get(first, first) != first:
                 # A view keeps its base alive for its own readers.
-                copy = self._alias(Tensor(item.index, 0))
+                copy = self._alias(first)
                 last[copy] = max(last.get(copy, 0), item.index)
         return last
 

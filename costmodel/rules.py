@@ -1,12 +1,13 @@
 """The table of sharding rules: one line per op, through generators that live with their family in `rules_*.py`.
 
-`rule_for(node)` gives the rule of any op node, bound to its shapes. It looks at the user's registrations, then the table, then
-asks `discover` to find a rule by running the op, and else replicates the op and notes the line the user could add.
+`rule_for(node)` gives the rule of any op node, bound to its shapes. It looks at the user's registrations, then the
+table, then asks `discover` to find a rule by running the op, and else replicates the op and notes the line the user
+could add.
 
 Marks in this table: `*` is used only where the shards talk inside the op (softmax over a split dim). A factor that
-needs another local op but no talk, such as a split vocabulary (mask foreign indices, results partial: `v+`), carries no extra mark;
-`autopar.passes.localise` knows these ops. Linear groups hold floating operands only: integers are never partial that way.
-"""
+needs another local op but no talk, such as a split vocabulary (mask foreign indices, results partial: `v+`),
+carries no extra mark; `autopar.passes.localise` knows these ops. Linear groups hold floating operands only:
+integers are never partial that way."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def register(op: Any, rule: UserRule) -> None:
 
     Args:
         op: an OpOverload, or its name: "mylib::scale", "mylib::scale.overload".
-        rule: rule text, e.g. "i k+, k+ j -> i j ; linear 0 | 1", or a function of the fx node that returns text or Rule.
+        rule: its text, e.g. "i k+, k+ j -> i j ; linear 0 | 1", or a function of the fx node that returns text or Rule.
 
     Raises:
         RuleError: the text cannot be read, or `op` names no op.
@@ -145,7 +146,7 @@ def _look_up(node: fx.Node) -> Found:
 
 
 def qualified_name(target: Any) -> str:
-    """"aten::add.Tensor"; "mylib::scale" for a default overload."""
+    """ "aten::add.Tensor"; "mylib::scale" for a default overload."""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name + (f".{target._overloadname}" if target._overloadname != "default" else "")
     return getattr(target, "__name__", str(target))

@@ -1,7 +1,7 @@
 """One call as the rules see it, and the text of a rule from lists of dims.
 
-A rule maker is a function `Call -> str | Rule`. Dims are written as in rule texts: `"a"`, `"k+"`, `"n^"`, `"(a b)"`, `"1"`.
-"""
+A rule maker is a function `Call -> str | Rule`. Dims are written as in rule texts: `"a"`, `"k+"`, `"n^"`, `"(a
+b)"`, `"1"`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -55,11 +56,11 @@ def scatter(call: Call) -> str:
 
 
 def _indexed(call: Call, rank: int) -> tuple[list[int], list[int], int, bool]:
-    """(indexed dims, operand numbers of their indices, place of the index dims in the result, whether all are integers)."""
+    """(indexed dims, operand numbers of their indices, where the index dims lie in the result, no index is a mask)."""
     entries = call.arg("indices")
     dims = [d for d, e in enumerate(entries) if isinstance(e, Operand)]
     numbers = [e.number for e in entries if isinstance(e, Operand)]
-    adjacent = all(b == a + 1 for a, b in zip(dims, dims[1:]))
+    adjacent = all(b == a + 1 for a, b in itertools.pairwise(dims))
     integers = all(call.dtypes[n] not in (torch.bool, torch.uint8) for n in numbers)
     return dims, numbers, dims[0] if adjacent and dims else 0, integers
 

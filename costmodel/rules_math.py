@@ -90,7 +90,7 @@ def fill(call: Call) -> str:
 
 
 def loss(call: Call) -> str:
-    """Losses element by element: partial where they are summed; where averaged, the local op scales by the global count."""
+    """Losses element by element: partial where summed; where averaged, the local op scales by the global count."""
     ins, _ = broadcast_to(call, call.ins[0])
     linear = call.linear((call.at("weight"),))
     if call.arg("reduction") == 0:
@@ -272,8 +272,7 @@ TABLE: dict[Any, Maker | str] = {
     ),
     # Linear in the first operand: scalings, and backwards in the gradient.
     **_each(
-        "neg clone alias detach lift_fresh_copy mul.Scalar div.Scalar real imag _conj "
-        "_conj_physical conj_physical",
+        "neg clone alias detach lift_fresh_copy mul.Scalar div.Scalar real imag _conj _conj_physical conj_physical",
         pointwise((0,)),
     ),
     **_each(
@@ -295,15 +294,21 @@ TABLE: dict[Any, Maker | str] = {
     **_each("_to_copy", to_copy),
     **_each("copy fill.Tensor fill.Scalar", fill),
     **_each("binary_cross_entropy mse_loss smooth_l1_loss huber_loss soft_margin_loss", loss),
-    **_each("binary_cross_entropy_backward mse_loss_backward smooth_l1_loss_backward huber_loss_backward "
-            "soft_margin_loss_backward", loss_backward),
+    **_each(
+        "binary_cross_entropy_backward mse_loss_backward smooth_l1_loss_backward huber_loss_backward "
+        "soft_margin_loss_backward",
+        loss_backward,
+    ),
     **_each("bucketize.Tensor", bucketize),
     **_each("_prelu_kernel", pointwise()),
     **_each("_prelu_kernel_backward xlogy.Tensor", pointwise((0,))),
     **_each("sum sum.dim_IntList count_nonzero.dim_IntList", reduction(True, linear=True)),
     **_each("mean mean.dim", reduction(False, linear=True)),
-    **_each("var.correction std.correction var_mean.correction std_mean.correction prod prod.dim_int any any.dim "
-            "any.dims all all.dim all.dims argmax argmin max.dim min.dim", reduction(False)),
+    **_each(
+        "var.correction std.correction var_mean.correction std_mean.correction prod prod.dim_int any any.dim "
+        "any.dims all all.dim all.dims argmax argmin max.dim min.dim",
+        reduction(False),
+    ),
     **_each("amax max", extremum("max")),
     **_each("amin min", extremum("min")),
     **_each("linalg_vector_norm", vector_norm),

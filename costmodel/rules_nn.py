@@ -175,7 +175,7 @@ def _loss_dims(call: Call, rank: int) -> tuple[Dims, Dims]:
 
 
 def nll_forward(call: Call) -> str:
-    """nll_loss_forward, nll_loss2d_forward. Summed: partial in everything; a shard of the classes ignores foreign targets.
+    """nll_loss_forward, nll_loss2d_forward: partial in everything; a shard of the classes ignores foreign targets.
 
     The mean divides by a global count: whole (capture turns it into sum and division).
     """
@@ -200,87 +200,89 @@ def nll_backward(call: Call) -> str:
     return text([grad, x, target, *[["k"]] * (weight is not None), []], [x], call.linear((0,), (weight,)))
 
 
-def _attention_mask(call: Call, name: str) -> Dims | None:
-    at = call.at(name)
-    if at is None:
-        return None
-    shape = call.ins[at]
-    dims = ["b", "h", "s", "t^"][4 - len(shape) :]
-    return ["1" if n == 1 else d for d, n in zip(dims, shape)]
-
-
-def _attention_dims(call: Call) -> dict[str, Dims]:
+def _heads(call: Call) -> str:
+    """Heads of the query: fewer key heads make them (group, heads of the group)."""
     query, key = (call.ins[call.at(n) or 0] for n in ("query", "key"))
-    # Fewer key heads than query heads: heads are (group, heads of the group).
-    head = "(h g)" if key[1] != query[1] else "h"
-    mark = {"s": "^"} if call.arg("is_causal") else {}
-    return {
-        "q": _mark(["b", head, "s", "d^"], **mark),
-        "k": ["b", "h", "t^", "d^"],
-        "v": ["b", "h", "t^", "e^"],
-        "o": _mark(["b", head, "s", "e^"], **mark),
-        "l": _mark(["b", head, "s"], **mark),
-    }
+    return "(h g)" if key[1] != query[1] else "h"
+
+
+def _bias(call: Call, s: str, t: str) -> tuple[int, Dims] | None:
+    """Operand number and dims of the additive mask, where there is one."""
+    for name in ("attn_mask", "attn_bias", "bias"):
+        at = call.at(name)
+        if at is not None:
+            dims = ["b", _heads(call), s, t][4 - len(call.ins[at]) :]
+            return at, ["1" if n == 1 else d for d, n in zip(dims, call.ins[at])]
+    return None
+
+
+def _statistics(call: Call, shape: tuple[int, ...] | None, s: str) -> Dims | None:
+    # Backends differ: [b h s], [b h s 1], rows padded to some block, or nothing in inference.
+    if shape is None:
+        return None
+    rows = call.ins[call.at("query") or 0][:3]
+    if shape == rows:
+        return ["b", _heads(call), s]
+    if shape == (*rows, 1):
+        return ["b", _heads(call), s, "1"]
+    return ["b", _heads(call), "pad^"] if shape[:2] == rows[:2] else whole(shape, "l")
+
+
+def _loops(call: Call, stat: tuple[int, ...] | None, mark: str) -> tuple[str, str]:
+    """Query and key positions: whole where a causal mask counts them, or the row statistics are padded."""
+    rows = call.ins[call.at("query") or 0][:3]
+    if call.arg("is_causal") or (stat is not None and stat[:3] != rows):
+        return "s^", "t^"
+    return f"s{mark}", f"t{mark or '^'}"
 
 
 def attention(call: Call) -> str:
     """Fused attention, forward, every backend: batch and heads split, query positions too unless causal.
 
     Operands q [b h s d], k [b h t d], v [b h t e], optional mask; results the output, the row statistics, and what the
-    backend keeps for itself (seeds, offsets, debug masks), which stays whole.
+    backend keeps for itself (seeds, offsets, debug masks), which stays whole. With dropout inside, nothing splits.
     """
-    dims = _attention_dims(call)
-    ins: list[Dims] = [dims["q"], dims["k"], dims["v"]]
-    mask = _attention_mask(call, "attn_mask") or _attention_mask(call, "attn_bias")
-    if mask is not None:
-        ins.append(mask)
-    stats = _statistics(call, dims, call.outs[1])
-    outs = [dims["o"], stats]
-    outs += [None if s is None else whole(s, f"r{i}_") for i, s in enumerate(call.outs[2:])]
+    if call.arg("dropout_p"):
+        return replicated(call)
+    head, (s, t) = _heads(call), _loops(call, call.outs[1], "")
+    ins: list[Dims] = [["b", head, s, "d^"], ["b", "h", t, "d^"], ["b", "h", t, "e^"]]
+    bias = _bias(call, s, t)
+    if bias is not None:
+        ins.append(bias[1])
+    outs = [["b", head, s, "e^"], _statistics(call, call.outs[1], s)]
+    outs += [None if shape is None else whole(shape, f"r{i}_") for i, shape in enumerate(call.outs[2:])]
     return text(ins, outs)
-
-
-def _statistics(call: Call, dims: dict[str, Dims], shape: tuple[int, ...] | None) -> Dims | None:
-    # Backends differ: [b h s], [b s h] in memory but shown [b h s], padded [b h S], [b h s 1], or empty in inference.
-    if shape is None:
-        return None
-    query = call.ins[call.at("query") or 0]
-    b, h, s = dims["l"]
-    if shape == (query[0], query[1], query[2]):
-        return [b, h, s]
-    if shape == (query[0], query[1], query[2], 1):
-        return [b, h, s, "1"]
-    if len(shape) == 3 and shape[:2] == query[:2]:
-        return [b, h, "pad^"]
-    return whole(shape, "l")
 
 
 def attention_backward(call: Call) -> str:
     """Backward of fused attention: gradients of key and value are partial in the query positions, that of the query in
     the key positions (the row statistics are given). A causal mask counts positions: then both stay whole."""
-    dims = _attention_dims(call)
-    causal = call.arg("is_causal")
-    s, t = ("s^", "t^") if causal else ("s+", "t+")
-    k, v = ["b", "h", t, "d^"], ["b", "h", t, "e^"]
-    q, o = _mark(["b", dims["q"][1], "s", "d^"], s=s[1]), _mark(["b", dims["o"][1], "s", "e^"], s=s[1])
-    known: dict[str, Dims] = {"query": q, "key": k, "value": v, "out": o, "output": o}
-    known |= {"grad_out": o, "grad_out_": o, "grad_output": o}
+    stat = call.at("logsumexp")
+    if call.arg("dropout_p") or stat is None:
+        return replicated(call)
+    s, t = _loops(call, call.ins[stat], "+")
+    head = _heads(call)
+    q, k, v, o = ["b", head, s, "d^"], ["b", "h", t, "d^"], ["b", "h", t, "e^"], ["b", head, s, "e^"]
     ins: list[Dims] = [whole(shape, f"r{i}_") for i, shape in enumerate(call.ins)]
+    known = {"query": q, "key": k, "value": v} | dict.fromkeys(("out", "output", *_GRADIENTS), o)
     for name, own in known.items():
         at = call.at(name)
         if at is not None:
             ins[at] = own
-    at = call.at("logsumexp")
-    if at is not None:
-        ins[at] = _statistics(call, {"l": ["b", dims["q"][1], s]}, call.ins[at]) or []
-    for name in ("attn_mask", "attn_bias", "bias"):
-        at = call.at(name)
-        if at is not None:
-            ins[at] = [{"s": s, "t^": t}.get(d, d) for d in _attention_mask(call, name) or []]
-    outs: list[Dims | None] = [q, k, v]
-    outs += [None if shape is None else whole(shape, f"g{i}_") for i, shape in enumerate(call.outs[3:])]
-    grad = next(call.at(n) for n in ("grad_out", "grad_out_", "grad_output") if call.at(n) is not None)
-    return text(ins, outs[: len(call.outs)], call.linear((grad,)))
+    ins[stat] = _statistics(call, call.ins[stat], s) or []
+    outs: list[Dims | None] = [q, k, v, *[None] * (len(call.outs) - 3)]
+    bias = _bias(call, s, t)
+    if bias is not None:
+        ins[bias[0]] = bias[1]
+        if len(call.outs) > 3 and call.outs[3] is not None:
+            # The gradient of a mask that is shared by batch or heads adds up over them.
+            outs[3] = [{"b": "b+", "h": "h+", "(h g)": "(h+ g+)"}.get(d, d) for d in bias[1]]
+            ins[0] = [{"b": "b+", "h": "h+", "(h g)": "(h+ g+)"}.get(d, d) for d in ins[0]]
+    grad = next(call.at(n) for n in _GRADIENTS if call.at(n) is not None)
+    return text(ins, outs, call.linear((grad,)))
+
+
+_GRADIENTS = ("grad_out", "grad_out_", "grad_output")
 
 
 def random_values(call: Call) -> str:
@@ -302,18 +304,26 @@ TABLE: dict[Any, Maker | str] = {
     **_each("convolution_backward", convolution_backward),
     **_each("max_pool2d_with_indices adaptive_max_pool2d", spatial(2, False)),
     **_each("max_pool3d_with_indices adaptive_max_pool3d", spatial(3, False)),
-    **_each("max_pool2d_with_indices_backward adaptive_max_pool2d_backward avg_pool2d avg_pool2d_backward "
-            "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward reflection_pad2d replication_pad2d "
-            "reflection_pad2d_backward replication_pad2d_backward upsample_nearest2d upsample_bilinear2d "
-            "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d "
-            "upsample_nearest2d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward "
-            "_upsample_nearest_exact2d_backward", spatial(2, True)),
-    **_each("avg_pool3d avg_pool3d_backward _adaptive_avg_pool3d _adaptive_avg_pool3d_backward upsample_nearest3d "
-            "upsample_trilinear3d upsample_nearest3d_backward upsample_trilinear3d_backward "
-            "max_pool3d_with_indices_backward", spatial(3, True)),
-    **_each("upsample_nearest1d upsample_linear1d upsample_nearest1d_backward upsample_linear1d_backward "
-            "reflection_pad1d replication_pad1d reflection_pad1d_backward replication_pad1d_backward",
-            spatial(1, True)),
+    **_each(
+        "max_pool2d_with_indices_backward adaptive_max_pool2d_backward avg_pool2d avg_pool2d_backward "
+        "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward reflection_pad2d replication_pad2d "
+        "reflection_pad2d_backward replication_pad2d_backward upsample_nearest2d upsample_bilinear2d "
+        "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d "
+        "upsample_nearest2d_backward upsample_bilinear2d_backward upsample_bicubic2d_backward "
+        "_upsample_nearest_exact2d_backward",
+        spatial(2, True),
+    ),
+    **_each(
+        "avg_pool3d avg_pool3d_backward _adaptive_avg_pool3d _adaptive_avg_pool3d_backward upsample_nearest3d "
+        "upsample_trilinear3d upsample_nearest3d_backward upsample_trilinear3d_backward "
+        "max_pool3d_with_indices_backward",
+        spatial(3, True),
+    ),
+    **_each(
+        "upsample_nearest1d upsample_linear1d upsample_nearest1d_backward upsample_linear1d_backward "
+        "reflection_pad1d replication_pad1d reflection_pad1d_backward replication_pad1d_backward",
+        spatial(1, True),
+    ),
     **_each("grid_sampler_2d", grid_sampler),
     **_each("im2col col2im", columns),
     **_each("native_layer_norm", layer_norm),
@@ -324,11 +334,16 @@ TABLE: dict[Any, Maker | str] = {
     **_each("native_group_norm_backward", group_norm_backward),
     **_each("nll_loss_forward nll_loss2d_forward", nll_forward),
     **_each("nll_loss_backward nll_loss2d_backward", nll_backward),
-    **_each("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-            "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention", attention),
-    **_each("_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
-            "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward",
-            attention_backward),
+    **_each(
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
+        attention,
+    ),
+    **_each(
+        "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
+        "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward",
+        attention_backward,
+    ),
 }
 
 #: Ops of our own, by name: they are defined elsewhere and need not be loaded for the table to be read.

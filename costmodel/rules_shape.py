@@ -16,9 +16,9 @@ aten = torch.ops.aten
 def view_dims(old: Sequence[int], new: Sequence[int]) -> tuple[Dims, Dims, dict[str, int]]:
     """Dims of a view from `old` to `new`, as compounds of the factors both share, and those sizes no dim tells.
 
-    Both shapes are read as mixed-radix numbers from the left. While the sizes divide each other their common
-    factor is a loop of both. Where they do not, the greatest common divisor still is, and the rest, up to the next place where the
-    products meet, is never split.
+    Both shapes are read as mixed-radix numbers from the left. While the sizes divide each other their common factor is
+    a loop of both. Where they do not, the greatest common divisor still is, and the rest, up to the next place where
+    the products meet, is never split.
 
     >>> view_dims((2, 3, 8), (6, 2, 4))
     (['a', 'b', '(c d)'], ['(a b)', 'c', 'd'], {})
@@ -115,7 +115,7 @@ def repeat(call: Call) -> str:
 
 
 def window(whole_size: int, pieces: Sequence[tuple[int, int]]) -> tuple[str, list[str], dict[str, int]]:
-    """Dims of a tensor along which pieces (offset, length) are cut out or put in: `(z^ y)` and `(m^ y)` each; size of y.
+    """Dims of a tensor in which pieces (offset, length) lie, `(z^ y)`, of the pieces, `(m^ y)` each, and the size of y.
 
     y is the block size that offsets and lengths share: shards of y see every piece in proportion.
     """
@@ -232,8 +232,11 @@ def stack(call: Call) -> str:
     """A new dim that is never split."""
     d = wrap(call.arg("dim"), len(call.out))
     dims = names(len(call.out))
-    return text([dims[:d] + dims[d + 1 :]] * len(call.ins), [dims[:d] + [dims[d] + "^"] + dims[d + 1 :]],
-                call.linear(tuple(range(len(call.ins)))))
+    return text(
+        [dims[:d] + dims[d + 1 :]] * len(call.ins),
+        [dims[:d] + [dims[d] + "^"] + dims[d + 1 :]],
+        call.linear(tuple(range(len(call.ins)))),
+    )
 
 
 def unbind(call: Call) -> str:
@@ -305,8 +308,17 @@ def unfold(call: Call) -> str:
 
 TABLE: dict[Any, Maker | str] = {
     **dict.fromkeys(
-        (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim,
-         aten.squeeze.dims, aten.unsqueeze.default), view),
+        (
+            aten.view.default,
+            aten._unsafe_view.default,
+            aten.reshape.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.unsqueeze.default,
+        ),
+        view,
+    ),
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default), permute),
     aten.expand.default: expand,
     aten.repeat.default: repeat,
@@ -325,14 +337,38 @@ TABLE: dict[Any, Maker | str] = {
     aten.cumsum.default: whole_dims("dim"),
     **dict.fromkeys(
         (aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default),
-        whole_dims("dim", linear=False)),
+        whole_dims("dim", linear=False),
+    ),
     **dict.fromkeys((aten.tril.default, aten.triu.default), last_whole(2)),
     aten.diagonal.default: diagonal,
     aten.unfold.default: unfold,
     **dict.fromkeys(
-        (aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.scalar_tensor.default,
-         aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
-         aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default), constant),
-    **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default,
-                     aten.eye.default, aten.eye.m), ranged),
+        (
+            aten.full.default,
+            aten.zeros.default,
+            aten.ones.default,
+            aten.empty.memory_format,
+            aten.scalar_tensor.default,
+            aten.new_zeros.default,
+            aten.new_ones.default,
+            aten.new_full.default,
+            aten.new_empty.default,
+            aten.empty_like.default,
+            aten.zeros_like.default,
+            aten.ones_like.default,
+            aten.full_like.default,
+        ),
+        constant,
+    ),
+    **dict.fromkeys(
+        (
+            aten.arange.default,
+            aten.arange.start,
+            aten.arange.start_step,
+            aten.linspace.default,
+            aten.eye.default,
+            aten.eye.m,
+        ),
+        ranged,
+    ),
 }

@@ -10,13 +10,15 @@ The text is the source of Python's standard library, a byte a token: nothing is 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import logging
 import os
 import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 import autopar
 from autopar.costmodel.devices import Device, Link
@@ -40,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--procs", type=int, default=4, help="local processes to start (default 4)")
     parser.add_argument("--mesh", help="default dp=2,tp=PROCS/2")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16, help="sequences in the global batch (default 16)")
     parser.add_argument("--seq", type=int, default=128, help="tokens in a sequence (default 128)")
     args = parser.parse_args()
@@ -54,7 +56,9 @@ def main() -> None:
 
 def train(mesh: str, steps: int, batch: int, seq: int) -> None:
     """One rank's part of the demonstration; rank 0 prints."""
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    # torch warns that a norm is reduced over two mesh axes (gradient clipping): right, and fast enough here
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -77,9 +81,8 @@ def train(mesh: str, steps: int, batch: int, seq: int) -> None:
         console.print(part)
 
     ours = run(pm, batches, console, f"\ntraining on {mesh}")
-    memory = measured_memory(pm, ours)
     console.print()
-    console.print(compare(pm, ours, memory))
+    console.print(compare(pm, ours, largest(ours.working_bytes)))
     if rank == 0:
         torch.set_num_threads(os.cpu_count() or 1)
         reference = run(llama(seq), batches, console, "\nthe same steps in one process")
@@ -115,11 +118,15 @@ def windows(batch: int, seq: int) -> Iterator[dict[str, torch.Tensor]]:
 
 @dataclass
 class Run:
-    """What a training run leaves: losses, seconds of each step, bytes of optimizer state on this rank."""
+    """What a training run leaves on this rank.
 
-    losses: list[float]
-    seconds: list[float]
-    optimizer_bytes: int
+    Losses, seconds of each step, bytes of optimizer state, and bytes by which the process grew during a step (0: unknown).
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    optimizer_bytes: int = 0
+    working_bytes: int = 0
 
     @property
     def step_s(self) -> float:
@@ -132,7 +139,7 @@ def run(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], console:
     """An ordinary training loop: nothing in it knows whether the model is parallel."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(batches))
-    done = Run([], [], 0)
+    done, between_steps = Run(), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console.print(title)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -147,11 +154,15 @@ def run(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], console:
             schedule.step()
             done.losses.append(loss.item())
             done.seconds.append(time.perf_counter() - began)
+            if step == WARM_STEPS:
+                between_steps = resident(reset=True)
             progress.update(task, advance=1, description=f"loss {done.losses[-1]:.3f}")
             if step % 10 == 0 or step == len(batches) - 1:
                 progress.console.print(f"  step {step:3d}  loss {done.losses[-1]:.4f}  {done.seconds[-1]:.2f} s")
     states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     done.optimizer_bytes = sum((s.to_local() if hasattr(s, "to_local") else s).nbytes for s in states)
+    if len(batches) > WARM_STEPS + 1:
+        done.working_bytes = resident() - between_steps
     return done
 
 
@@ -171,12 +182,14 @@ def measure(mesh: autopar.Mesh) -> Device:
         axis = mesh.sizes.index(size)
         groups = [dist.new_group(ranks) for ranks in mesh.groups(axis)]
         mine = groups[[dist.get_rank() in ranks for ranks in mesh.groups(axis)].index(True)]
-        long, short = torch.ones(2**18), torch.ones(16)
+        long, short = torch.ones(2**20), torch.ones(16)
         rounds = 2 * (size - 1).bit_length()
         latency = clock(lambda: dist.all_reduce(short, group=mine)) / rounds
         moved = 2 * (size - 1) / size * long.nbytes
-        moving = clock(lambda: dist.all_reduce(long.fill_(1), group=mine)) - rounds * latency
-        link = Link(moved / max(moving, 1e-6), latency)
+        whole = clock(lambda: dist.all_reduce(long.fill_(1), group=mine))
+        link = Link(
+            moved / max(whole - rounds * latency, whole / 2), latency
+        )  # a busy machine can spoil the difference
     numbers = torch.tensor([matmul, traffic, launch, link.bandwidth, link.latency], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(numbers)
@@ -208,25 +221,42 @@ def clock(work: Callable[[], object], least: float = 0.4) -> float:
 # ---- predicted beside measured -------------------------------------------------------------------------------------
 
 
-def measured_memory(pm: autopar.runtime.module.ParallelModule, done: Run) -> dict[str, float]:
-    """Bytes by kind, the largest over the ranks."""
-    rows = pm.memory_per_rank()
-    own = torch.tensor(float(done.optimizer_bytes))
+def resident(reset: bool = False) -> int:
+    """Bytes this process holds at its peak; with `reset`, forget the peak and give what it holds now. Linux; else 0."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # hand back what was freed
+        Path("/proc/self/clear_refs").write_text("5")
+    key = "VmRSS:" if reset else "VmHWM:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def largest(value: float) -> float:
+    """The largest over the ranks."""
+    own = torch.tensor(float(value))
     if dist.is_initialized():
         dist.all_reduce(own, dist.ReduceOp.MAX)
-    return {**{k: max(row[k] for row in rows) for k in rows[0]}, "optimizer": own.item()}
+    return own.item()
 
 
-def compare(pm: autopar.runtime.module.ParallelModule, done: Run, memory: dict[str, float]) -> Table:
-    """Step time and memory per rank, predicted and measured."""
+def compare(pm: autopar.ParallelModule, done: Run, rest: float) -> Table:
+    """Step time and memory per rank, predicted and measured. `rest`: bytes by which a step grew the process."""
     table = Table(title="per rank", title_justify="left", show_edge=False)
     for name in ("", "predicted", "measured"):
-        table.add_column(name, justify="left" if not name else "right")
-    predicted = pm.predicted
-    table.add_row("step", f"{predicted['step_s'] * 1e3:.0f} ms", f"{done.step_s * 1e3:.0f} ms")
-    for kind, size in predicted["memory"].items():
-        if kind in memory:
-            table.add_row(kind, f"{size / 1e6:.1f} MB", f"{memory[kind] / 1e6:.1f} MB")
+        table.add_column(name, justify="right" if name else "left")
+    predicted, held = pm.predicted, pm.memory_per_rank()
+    expected = dict(predicted["memory"])
+    parameters, optimizer = expected["parameters"], expected["optimizer"]
+    table.add_row("step, with optimizer", f"{predicted['step_s'] * 1e3:.0f} ms", f"{done.step_s * 1e3:.0f} ms")
+    rows = (
+        ("parameters", parameters, max(row["parameters"] for row in held)),
+        ("optimizer state", optimizer, largest(done.optimizer_bytes)),
+        ("gradients, activations, temporaries", predicted["peak_bytes"] - parameters - optimizer, rest),
+    )
+    for name, guess, got in rows:
+        table.add_row(name, f"{guess / 1e6:.1f} MB", f"{got / 1e6:.1f} MB" if got else "not measured")
     return table
 
 

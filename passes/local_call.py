@@ -1,4 +1,4 @@
-"""What the local version of one op is made of: its local operands, its choices, and nodes appended with their shapes."""
+"""What the local version of one op is made of: local operands, choices, and nodes appended with their shapes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Emitter:
         self.graph, self.node, self.operands, self.call, self.mesh = graph, node, operands, call, call.mesh
         self.globals = results(node)
         self.shapes: list[Shape | None] = [
-            None if v is None else local_shape(v.shape, s, self.mesh.sizes) for v, s in zip(self.globals, call.out_specs)
+            None if v is None else local_shape(v.shape, s, self.mesh.sizes)
+            for v, s in zip(self.globals, call.out_specs)
         ]
         self._numbers: dict[fx.Node, int] = {}
         args, kwargs = self._substitute()
@@ -86,7 +87,7 @@ class Emitter:
         args = tuple(visit(a) for a in self.node.args)
         kwargs = {k: visit(v) for k, v in self.node.kwargs.items()}
         if next(feed, None) is not None:
-            raise PassError(f"{op_name(self.node)} got {len(self.operands)} local operands, more than it has arguments for")
+            raise PassError(f"{op_name(self.node)} got {len(self.operands)} local operands, more than it takes")
         return args, kwargs
 
     # ---- what was chosen ------------------------------------------------------------------------------------
@@ -126,8 +127,7 @@ class Emitter:
 
     def digits(self, number: int, dim: int) -> tuple[Radix, ...]:
         """Layout of one dim of an operand."""
-        val = self._global_operand(number)
-        return layout(val, self.call.in_specs[number], self.mesh.sizes)[dim]
+        return layout(self.global_shape(number), self.call.in_specs[number], self.mesh.sizes)[dim]
 
     def out_digits(self, dim: int, number: int = 0) -> tuple[Radix, ...]:
         """Layout of one dim of a result."""
@@ -135,7 +135,8 @@ class Emitter:
         assert val is not None
         return layout(tuple(val.shape), self.call.out_specs[number], self.mesh.sizes)[dim]
 
-    def _global_operand(self, number: int) -> Shape:
+    def global_shape(self, number: int) -> Shape:
+        """Global shape of an operand."""
         shape = []
         for dim in self.call.bound.ins[number] or ():
             n = 1

@@ -33,7 +33,8 @@ def _ops(names: str) -> list[Any]:
     return found
 
 
-#: Kernels that read their operands by raw pointer, or refuse strides. `native_layer_norm_backward` (CPU) gives silent garbage.
+#: Kernels that read their operands by raw pointer, or refuse strides. `native_layer_norm_backward` (CPU) gives silent
+#: garbage on strided statistics.
 RAW_POINTER = frozenset(
     _ops(
         "native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward _fused_rms_norm "
@@ -126,8 +127,8 @@ def _slice(e: Emitter) -> list[fx.Node | None]:
     d = e.named["dim"] % len(local)
     out = e.globals[0]
     assert out is not None
-    total = out.shape[d] if backward else math.prod(e.call.bound.sizes[f] for f in e.call.bound.ins[0][d])  # type: ignore[index]
-    start, end, step = slice(e.named["start"], e.named["end"], e.named["step"]).indices(total)
+    total = out.shape[d] if backward else e.global_shape(0)[d]
+    start, end, _ = slice(e.named["start"], e.named["end"], e.named["step"]).indices(total)
     # Step 1 may be cut: start and end are multiples of the block that is. Others see the whole dim.
     changes: dict[str, Any] = {
         "start": _scaled(start, local[d], total),

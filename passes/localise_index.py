@@ -26,7 +26,7 @@ def _count(e: Emitter, like: fx.Node, size: int) -> fx.Node:
 
 
 def global_index(e: Emitter, like: fx.Node, digits: tuple[Radix, ...]) -> fx.Node:
-    """1-D int64 tensor of the global indices that this rank holds along a dim of that layout, on the device of `like`."""
+    """1-D int64 tensor of the global indices this rank holds along a dim of that layout, on the device of `like`."""
     count, stride = 1, 1
     pieces: list[tuple[int, int]] = []
     for digit in reversed(digits):
@@ -160,8 +160,12 @@ LOCALISERS: dict[Any, Localiser] = {
         _shared("self"),
     ),
     **dict.fromkeys(
-        (aten.nll_loss_forward.default, aten.nll_loss_backward.default, aten.nll_loss2d_forward.default,
-         aten.nll_loss2d_backward.default),
+        (
+            aten.nll_loss_forward.default,
+            aten.nll_loss_backward.default,
+            aten.nll_loss2d_forward.default,
+            aten.nll_loss2d_backward.default,
+        ),
         _nll,
     ),
 }

@@ -1,7 +1,7 @@
 """Local versions of ops whose shards talk: the softmax family over a split dim.
 
-Each shard reduces its part of a row, the row results travel (small: the dim is gone), and every shard finishes its part.
-"""
+Each shard reduces its part of a row, the row results travel (small: the dim is gone), and every shard finishes its
+part."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -41,7 +42,7 @@ class Grid:
     mesh: Mesh
     rank: int
     device: torch.device
-    group_names: dict[str, str] = field(default_factory=dict)
+    group_names: Mapping[str, str] = field(default_factory=dict)
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
     timeout: float = 300.0

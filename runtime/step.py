@@ -3,7 +3,7 @@
 The two local graphs, both flat:
 
     forward(source, ...)                every source but the tangents, in the program's order
-        -> (value, ..., saved, ...)     every sink but the gradients, in the program's order, then what the backward reads
+        -> (value, ..., saved, ...)     every sink but the gradients, in order, then what the backward reads
     backward(input, ..., saved, ..., tangent, ...)
                                         the forward's arguments at `saved_inputs`, what it saved, and the tangents
         -> (grad, ...)                  the grad sinks, in the program's order; None where there is none

@@ -105,9 +105,11 @@ def test_replicates_what_it_cannot_prove(case: Case) -> None:
     bound = rules.rule_for(node)
     assert not bound.splittable()
     if rules.rule_source(node) == "replicated":
-        assert f"{name}: no rule, so every device computes all of it; to split it add e.g. " + (
-            f'autopar.register_rule("{name}", "a^ b^ -> a^ b^")  # without ^ where a dim may be split'
-        ) in rules.report()
+        assert (
+            f"{name}: no rule, so every device computes all of it; to split it add e.g. "
+            + (f'autopar.register_rule("{name}", "a^ b^ -> a^ b^")  # without ^ where a dim may be split')
+            in rules.report()
+        )
 
 
 def test_ops_that_cannot_run_here_are_replicated() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import autopar
 from autopar import cli
+from tests.zoo import HF_ARCHITECTURES, UNSUPPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -480,3 +481,10 @@ def test_ci_runs_check_then_test():
     assert text.startswith("#!/usr/bin/env bash")
     assert "set -euo pipefail" in text
     assert text.rstrip().endswith("make check\nmake test")
+
+
+def test_support_table_names_what_is_not_supported():
+    """Every family that cannot be captured or planned stands in the README, with its reason."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name, reason in UNSUPPORTED.items() if f"| {name} | {reason} |" not in readme] == []
+    assert [name for name in HF_ARCHITECTURES if not re.search(rf"\b{name}\b", readme)] == []

@@ -1,7 +1,7 @@
 """Random legal plans over whole models: the best test of rules, localisers and lowering.
 
-Every op takes a random legal choice on every axis, every parameter a random storage; 4 ranks (8 on the mesh of three axes) run in lock step and must
-give the loss, every gradient and every buffer of the unsharded graph. 200 seeds over the zoo.
+Every op takes a random legal choice on every axis, every parameter a random storage; 4 ranks (8 on the mesh of three
+axes) run in lock step and must give the loss, every gradient and every buffer of the unsharded graph. 200 seeds in all.
 """
 
 import functools

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.capture import capture
 from autopar.costmodel.planner import random_plan
+from autopar.runtime.groups import as_mesh
 
 
 class Net(nn.Module):
@@ -56,7 +57,7 @@ def compiled(model, mesh, seed=None, **options):
     """Compile under a random legal plan (seed), or the planner's own (None)."""
     plan = None
     if seed is not None:
-        plan = random_plan(capture(model, (), batch()), autopar.Mesh.parse(mesh), seed)
+        plan = random_plan(capture(model, (), batch()), as_mesh(mesh), seed)
     return autopar.compile(model, mesh, example=batch(), plan=plan, **options)
 
 
@@ -263,6 +264,29 @@ def optimisers_two(names):
                 opt.zero_grad()
             out.setdefault(name, []).append(full(module))
     return out
+
+
+def on_device_mesh():
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    return [train(compiled(net(), m, 3)) for m in (mesh, "dp=2,tp=1")]
+
+
+def test_device_mesh_is_the_same_as_its_text(ranks):
+    reference = train(net())
+    for by_mesh, by_text in ranks.run(on_device_mesh):
+        assert_same(by_mesh, reference)
+        assert_same(by_text, reference)
+
+
+def in_one_program(model, backend):
+    return train(autopar.compile(model, 2, example=batch(), backend=backend), steps=2)
+
+
+@pytest.mark.slow
+def test_inductor(ranks):
+    reference = train(net(), steps=2)
+    for result in ranks.run(in_one_program, net(), "inductor", timeout=300):
+        assert_same(result, reference)
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """The truth machine: is a sharding rule right? Split, run the local ops of every rank, recombine, compare.
 
-For one call of an op with real operands (float64 where the op allows) it tries every choice that its rule offers on an
-axis of 2, strided splits included, and pairs of choices on a 2 x 2 mesh. Operands are cut (or, for partial sums, written
-as random sums), the local graph of `passes.localise` runs for all ranks in lock-step on contiguous and on strided
-pieces, the results are put together and compared with the op on the whole operands at 1e-9. Copies must agree on all ranks.
+For one call of an op with real operands (float64 where the op allows) it tries every choice that its rule offers on
+an axis of 2, strided splits included, and pairs of choices on a 2 x 2 mesh. Operands are cut (or, for partial sums,
+written as random sums), the local graph of `passes.localise` runs for all ranks in lock-step on contiguous and on
+strided pieces, the results are put together and compared with the op on the whole operands at 1e-9. Copies must
+agree on all ranks.
 
-`check` finds rules that are too bold, `shy` those that are too timid: it offers the machine what the rule forbids and tells
-what would have been right. A choice that the shapes do not divide is reported as not tested, never as passed.
-"""
+`check` finds rules that are too bold, `shy` those that are too timid: it offers the machine what the rule forbids
+and tells what would have been right. A choice that the shapes do not divide is reported as not tested, never as
+passed."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ TOLERANCE = 1e-9
 
 @dataclass
 class Case:
-    """One call on real tensors. `same` relaxes the comparison where a result is undefined in part (number -> reason)."""
+    """One call on real tensors. Results in `skip_results` have no defined values (empty): only shapes are compared."""
 
     target: Any
     args: tuple[Any, ...]
@@ -108,10 +109,34 @@ class Prepared:
         columns = [bound.placements(c) for c in choices]
         ins = [tuple(col[0][i] for col in columns) for i in range(len(self.operands))]
         outs = [tuple(col[1][i] for col in columns) for i in range(len(self.results))]
-        tensors = [*zip(self.operands, ins), *((r, s) for r, s in zip(self.results, outs) if isinstance(r, torch.Tensor))]
-        if not all(is_valid(t.shape, s, mesh.sizes) for t, s in tensors):
+        tensors = [*zip(self.operands, ins), *zip(self.results, outs)]
+        if not all(is_valid(t.shape, s, mesh.sizes) for t, s in tensors if isinstance(t, torch.Tensor)):
             return None
         return ins, outs
+
+    def _local(
+        self, bound: BoundRule, mesh: Mesh, choices: Sequence[Choice], specs: tuple[list[Spec], list[Spec]]
+    ) -> tuple[fx.Graph, list[fx.Node], LocalCall]:
+        graph, local = fx.Graph(), []
+        for i, (x, spec) in enumerate(zip(self.operands, specs[0])):
+            node = graph.placeholder(f"x{i}")
+            node.meta["val"] = torch.empty(local_shape(x.shape, spec, mesh.sizes), dtype=x.dtype, device="meta")
+            node.meta.update(phase="fwd", module="")
+            local.append(node)
+        return graph, local, LocalCall(bound, tuple(choices), tuple(specs[0]), tuple(specs[1]), mesh)
+
+    def shapes_agree(self, bound: BoundRule, mesh: Mesh, choices: Sequence[Choice]) -> bool:
+        """Whether the local op gives results of the shapes its nodes say, judged on the meta device."""
+        specs = self.specs(bound, mesh, choices)
+        assert specs is not None
+        graph, local, call = self._local(bound, mesh, choices, specs)
+        emitted = emit(graph, self.node, local, call)
+        graph.output(tuple(emitted))
+        found = fx.GraphModule({}, graph)(*(n.meta["val"] for n in local))
+        return all(
+            n is None or (r.shape == n.meta["val"].shape and r.dtype == n.meta["val"].dtype)
+            for n, r in zip(emitted, found)
+        )
 
     def run(self, bound: BoundRule, mesh: Mesh, choices: Sequence[Choice], strided: bool, seed: int) -> str | None:
         """What is wrong under the choices, or None. The choices must be valid."""
@@ -119,14 +144,7 @@ class Prepared:
         assert specs is not None
         ins, outs = specs
         rng = torch.Generator().manual_seed(seed)
-        graph = fx.Graph()
-        local = []
-        for i, (x, spec) in enumerate(zip(self.operands, ins)):
-            node = graph.placeholder(f"x{i}")
-            node.meta["val"] = torch.empty(local_shape(x.shape, spec, mesh.sizes), dtype=x.dtype, device="meta")
-            node.meta.update(phase="fwd", module="")
-            local.append(node)
-        call = LocalCall(bound, tuple(choices), tuple(ins), tuple(outs), mesh)
+        graph, local, call = self._local(bound, mesh, choices, specs)
         pieces = [decompose(x, spec, mesh, strided, rng) for x, spec in zip(self.operands, ins)]
         try:
             emitted = emit(graph, self.node, local, call)
@@ -161,8 +179,8 @@ def compare(
                     if not close(pieces[group[0]], pieces[r], tolerance):
                         return f"copies differ along mesh axis {mesh.names[axis]}"
     layout(whole.shape, spec, mesh.sizes)
-    again = unshard([p.to(torch.float64) if p.dtype == torch.bool else p for p in pieces], whole.shape, spec, mesh.sizes)
-    again = again.to(whole.dtype)
+    pieces = [p.to(torch.float64) if p.dtype == torch.bool else p for p in pieces]
+    again = unshard(pieces, whole.shape, spec, mesh.sizes).to(whole.dtype)
     if not close(again, whole, tolerance):
         worst = (again.to(torch.complex128) - whole.to(torch.complex128)).abs().max().item()
         return f"differs from the whole op by {worst:.3g}"
@@ -176,9 +194,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def decompose(
-    x: torch.Tensor, spec: Spec, mesh: Mesh, strided: bool, rng: torch.Generator
-) -> list[torch.Tensor]:
+def decompose(x: torch.Tensor, spec: Spec, mesh: Mesh, strided: bool, rng: torch.Generator) -> list[torch.Tensor]:
     """The pieces of every rank; along partial axes, terms of a random sum."""
     plain = tuple(p if p.kind == "S" else type(p)("R") for p in spec)
     partial = [a for a, p in enumerate(spec) if p.kind == "P"]
@@ -241,7 +257,13 @@ def check(case: Case, *, bound: BoundRule | None = None, pairs: int = 12, seed: 
 
 
 def _record(
-    verdict: Verdict, prepared: Prepared, bound: BoundRule, mesh: Mesh, row: tuple[Choice, ...], strided: bool, seed: int
+    verdict: Verdict,
+    prepared: Prepared,
+    bound: BoundRule,
+    mesh: Mesh,
+    row: tuple[Choice, ...],
+    strided: bool,
+    seed: int,
 ) -> None:
     verdict.tested += 1
     fault = prepared.run(bound, mesh, row, strided, seed)

@@ -141,7 +141,10 @@ HF_ARCHITECTURES: dict[str, Builder] = {
     "qwen3": _causal("Qwen3", head_dim=8),
     "gemma": _causal("Gemma", head_dim=8),
     "gemma2": _causal("Gemma2", head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
-    "gemma3_text": _causal("Gemma3", head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
+    "gemma3_text": _entry(
+        "Gemma3ForCausalLM", "Gemma3TextConfig", lm_batch,
+        llama_like(head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
+    ),
     "phi": _causal("Phi", resid_pdrop=0.0, embd_pdrop=0.0),
     "phi3": _causal("Phi3", resid_pdrop=0.0, embd_pdrop=0.0),
     "olmo": _causal("Olmo"),

@@ -1,0 +1,113 @@
+"""The integer program against brute force on random problems, and its refusals."""
+
+import itertools
+import math
+import random
+
+import pulp
+import pytest
+
+from autopar.costmodel import ilp
+from autopar.costmodel.ilp import INF, Consumer, Flow, Group, Keep, NoOption, Problem, evaluate, solve
+from autopar.errors import SolverError
+
+
+def random_problem(seed: int) -> Problem:
+    rng = random.Random(seed)
+
+    def group() -> Group:
+        n = rng.randint(1, 3)
+        return Group([rng.random() for _ in range(n)], [0.0] * n, [float(rng.randint(0, 9)) for _ in range(n)])
+
+    groups = [group() for _ in range(5)]
+    flows, keeps = [], []
+    for _ in range(4):
+        producer, *readers = rng.sample(range(5), rng.randint(2, 4))
+        rows, cols = 3, 3
+        cost = [[rng.choice([0.0, rng.random(), rng.random(), INF]) for _ in range(cols)] for _ in range(rows)]
+        for line in cost:
+            line[0] = 0.3  # column 0 can always be reached
+        consumers = [
+            Consumer(r, [0] + [rng.randrange(cols) for _ in groups[r].cost[1:]], rng.randrange(2)) for r in readers
+        ]
+        row = [rng.randrange(rows) for _ in groups[producer].cost]
+        memory = [[float(rng.randint(0, 4)) for _ in range(cols)] for _ in range(rows)]
+        flows.append(Flow(producer, row, consumers, cost, 2.0, memory, [rng.random() < 0.5 for _ in range(rows)]))
+        keeps.append(Keep([float(rng.randint(0, 4)) for _ in range(cols)], consumers))
+    return Problem(groups, flows, keeps, fixed=1.0)
+
+
+def brute(problem: Problem) -> float:
+    best = INF
+    for choice in itertools.product(*(range(len(g.cost)) for g in problem.groups)):
+        seconds, memory = evaluate(problem, choice)
+        if problem.limit is None or memory <= problem.limit:
+            best = min(best, seconds)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_optimum_equals_brute_force(seed):
+    problem = random_problem(seed)
+    free = solve(problem, gap=1e-7)
+    assert free is not None and free.status == "optimal"
+    assert free.seconds == pytest.approx(brute(problem), rel=1e-5)
+    problem.limit = 0.8 * free.memory
+    held = solve(problem, gap=1e-7)
+    expected = brute(problem)
+    if expected == INF:
+        assert held is None
+    else:
+        assert held is not None and held.memory <= problem.limit
+        assert held.seconds == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_penalty_buys_what_a_limit_forbids():
+    problem = Problem([Group([1.0, 2.0], [0, 0], [10.0, 5.0])], limit=1.0)
+    assert solve(problem) is None
+    problem.penalty = 10.0
+    answer = solve(problem)
+    assert answer is not None and answer.choice == [1]
+
+
+def test_a_tie_is_broken_as_asked_but_not_counted():
+    answer = solve(Problem([Group([1.0, 1.0], [0.01, 0.0], [0.0, 0.0])]))
+    assert answer is not None and answer.choice == [1] and answer.seconds == 1.0
+
+
+def test_a_decision_without_partner_is_named():
+    flow = Flow(0, [0], [Consumer(1, [0])], [[INF]])
+    with pytest.raises(NoOption, match="decision 0 has no option"):
+        solve(Problem([Group([1.0], [0], [0]), Group([1.0], [0], [0])], [flow]))
+
+
+def test_cbc_agrees(monkeypatch):
+    """The fall-back of an installation without highspy."""
+    if not pulp.PULP_CBC_CMD(msg=False).available():
+        pytest.skip("this PuLP brings no CBC")
+    problem = random_problem(3)
+    expected = solve(problem, gap=1e-7)
+    monkeypatch.setattr(ilp, "highspy", None)
+    answer = solve(problem, gap=1e-7)
+    assert answer is not None and expected is not None and answer.solver == "CBC"
+    assert answer.seconds == pytest.approx(expected.seconds, rel=1e-5)
+
+
+def test_no_answer_in_time_is_an_error(monkeypatch):
+    class Late(pulp.PULP_CBC_CMD):
+        def actualSolve(self, lp, **_):
+            lp.assignStatus(pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound)
+            return pulp.LpStatusNotSolved
+
+    monkeypatch.setattr(ilp, "_solver", lambda time_limit, gap: (Late(msg=False), "CBC"))
+    with pytest.raises(SolverError, match=r"CBC found no plan in 3 s \(status Not Solved, .* time_limit="):
+        solve(random_problem(0), time_limit=3.0)
+
+
+def test_a_wrong_answer_of_the_solver_is_not_believed(monkeypatch):
+    flow = Flow(0, [0, 1], [Consumer(1, [0, 1])], [[0.0, INF], [0.5, 0.0]])
+    problem = Problem([Group([1.0, 2.0], [0, 0], [0, 0]), Group([2.0, 1.0], [0, 0], [0, 0])], [flow])
+    monkeypatch.setattr(ilp, "_read", lambda model: [0, 1])
+    with pytest.raises(SolverError, match="its own constraints forbid"):
+        solve(problem)
+    assert math.isinf(evaluate(problem, [0, 1])[0])
