@@ -190,12 +190,14 @@ class Wrapper(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs, target = self.call.arguments(list(tensors))
+        returned = self.returned
+        returned.notes.clear()
+        before = _State(self.model)
         out = self.model(*args, **kwargs)
+        returned.notes += before.settle()
         if self.loss is not None:
             out = self.loss(out, target)
-        returned = self.returned
         leaves, returned.pack = tree.flatten(out)
-        returned.notes.clear()
         leaves = [self._keep(leaf) for leaf in leaves]
         loss_path = find_loss(out, leaves)
         returned.is_tensor = [isinstance(value, torch.Tensor) for _, value in leaves]
@@ -219,6 +221,41 @@ class Wrapper(nn.Module):
                 f"return tensors in tuples, lists, dicts, dataclasses or ModelOutputs"
             )
         return leaf
+
+
+class _State:
+    """What the modules hold before a forward, to tell what it assigns: torch.export loses assignments in submodules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [(n, m, dict(m._buffers), dict(m.__dict__)) for n, m in model.named_modules()]
+
+    def settle(self) -> list[str]:
+        """Turn assigned buffers into changes in place, which a graph can express; notes on other attributes.
+
+        Raises:
+            CaptureError: a tensor that is not a buffer was replaced, so a later call would see the old one.
+        """
+        notes = []
+        for path, module, buffers, attributes in self.modules:
+            for name, old in buffers.items():
+                new = module._buffers.get(name)
+                if new is not old and old is not None and new is not None:
+                    old.copy_(new.detach())
+                    module._buffers[name] = old
+            for name, new in module.__dict__.items():
+                old, full = attributes.get(name), f"{path}.{name}".lstrip(".")
+                if new is old:
+                    continue
+                if isinstance(old, torch.Tensor):
+                    raise CaptureError(
+                        f"forward assigns the tensor attribute {full!r}, so that a later call depends on this one; make "
+                        f"it a buffer: self.register_buffer({name!r}, ..., persistent=False)"
+                    )
+                if isinstance(new, torch.Tensor):
+                    notes.append(f"forward sets attribute {full!r}; the compiled module does not")
+                elif isinstance(new, (bool, int, float, str)) and new != old:
+                    notes.append(f"forward changes attribute {full!r}; its value while capturing is fixed in the graph")
+        return notes
 
 
 def find_loss(out: Any, leaves: list[tree.Leaf]) -> str | None:

@@ -13,6 +13,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import io
+import logging
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +40,7 @@ from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, result
 from autopar.param_views import separate_parameter_views
 
 _PREFIX = "model."
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
 
 
 def capture(
@@ -158,18 +162,24 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings from inside torch's tracing say nothing about the user's code.
+    """Warnings and log lines from inside torch's tracing say nothing that `explain` does not say better.
 
     The garbage collector rests too: a trace makes millions of objects that live on, and walking them again and again
     costs a third of the time for 80 layers.
     """
     collecting = gc.isenabled()
     gc.disable()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
         if collecting:
             gc.enable()
 
@@ -179,7 +189,10 @@ def _quiet() -> Iterator[None]:
 
 def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> tuple[fx.GraphModule, dict[str, Any]]:
     """The joint graph, `desc` on placeholders and output, and tensor constants by the name torch gave them."""
-    exported = torch.export.export(wrapper, tuple(inputs), strict=False)
+    printed = io.StringIO()  # on failure torch prints the whole graph so far
+    with contextlib.redirect_stderr(printed):
+        exported = torch.export.export(wrapper, tuple(inputs), strict=False)
+    sys.stderr.write(printed.getvalue())
     module = exported.module(check_guards=False)
     _open_attention(module)
     # The stack keeps a FakeTensorMode active until it is closed: close it at once, or the user's next op breaks.
@@ -330,6 +343,13 @@ class _Places:
                 self.inputs[what.idx] = node
             elif isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.PlainAOTOutput):
                 self.tangents[what.output.idx] = node
+            elif isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.InputMutationAOTOutput):
+                buffer = what.output.mutated_input
+                name = buffer.target.removeprefix(_PREFIX) if isinstance(buffer, desc.BufferAOTInput) else "?"
+                raise CaptureError(
+                    f"forward writes a value that depends on parameters into buffer {name!r}, through which gradients "
+                    f"would flow into the next step; write it under torch.no_grad(), or detached"
+                )
             else:
                 raise CaptureError(_unexpected(what))
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sysconfig
 import traceback
 from collections.abc import Iterator
 
 from torch import nn
 
+_STDLIB = sysconfig.get_paths()["stdlib"]
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
 #: (pattern over exception type and message, reason, remedy); the first that matches is used.
 _REASONS: tuple[tuple[str, str, str], ...] = (
+    (
+        r"DynamicOutputShape|aten\.nonzero|masked_select|unique|memo disaster",
+        "the shape of a result depends on the values of a tensor (a boolean-mask index, nonzero, unique, masked_select)",
+        "keep the full shape and select with torch.where or a multiplication by the mask",
+    ),
     (
         r"GuardOnDataDependent|Could not guard|data-dependent|DataDependentOutput|_local_scalar_dense|"
         r"UserError.*(?:cond|control flow)|unbacked",
         "the code branches on the value of a tensor, or reads it as a Python number (if tensor, bool(), .item(), "
         ".tolist(), int())",
         "use torch.where for a choice by element, torch.cond for a branch, or decide from shapes and arguments",
-    ),
-    (
-        r"DynamicOutputShape|aten\.nonzero|masked_select|unique",
-        "the shape of a result depends on the values of a tensor (a boolean-mask index, nonzero, unique, masked_select)",
-        "keep the full shape and select with torch.where or a multiplication by the mask",
     ),
     (
         r"assigned during export|must be registered as buffers",
@@ -63,11 +68,17 @@ def explain(error: BaseException, model: nn.Module) -> str:
 
 
 def user_line(error: BaseException, model: nn.Module) -> str:
-    """`file:line (text)` of the innermost line of the model's own code in the traceback, or of any code not torch's."""
+    """`file:line (text)` of the innermost line of the model's own code in the traceback, else of the nearest code to it."""
     frames = list(_frames(error))
     own = {inspect.getsourcefile(type(m)) for m in model.modules() if not _is_torch(type(m).__module__)}
-    for wanted in (lambda f: f[0] in own, lambda f: "site-packages" not in f[0] and "/autopar/" not in f[0]):
-        found = [f for f in frames if wanted(f)]
+    choices = (
+        lambda path: path in own,
+        lambda path: not path.startswith(("<", _STDLIB, _HERE)) and "site-packages" not in path,
+        lambda path: "site-packages" in path and "/torch/" not in path,
+        lambda path: "/torch/nn/modules/" in path and not path.endswith("/module.py"),
+    )
+    for wanted in choices:
+        found = [f for f in frames if wanted(f[0])]
         if found:
             path, line, text = found[-1]
             return f"{path}:{line}" + (f" ({text})" if text else "")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autopar import driver, report
+from autopar.errors import AutoparError
 from autopar.plan import Plan
 from autopar.targets import Target, build
 
@@ -70,14 +71,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="4 layers instead of all")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--mesh", default="dp=8,tp=8")
-    parser.add_argument("--batch", type=int, default=64, help="global batch (default: 64)")
+    parser.add_argument("--batch", type=int, default=8, help="global batch (default: 8)")
     parser.add_argument("--device", default="h100")
     args = parser.parse_args()
-    console = Console(width=140, highlight=False)
+    console = Console(width=160, highlight=False)
     runs = []
     for name in args.models:
-        with console.status(f"planning {name} on {args.mesh} ..."):
-            runs.append(run(name, 4 if args.quick else None, args.mesh, args.batch, args.device))
+        try:
+            with console.status(f"planning {name} on {args.mesh} ..."):
+                runs.append(run(name, 4 if args.quick else None, args.mesh, args.batch, args.device))
+        except AutoparError as error:
+            console.print(f"BAD: {name}: {type(error).__name__}: {error}", markup=False)
+            return 1
         console.print(table([runs[-1]]))
         console.print(f"{name}: {report.strategy(runs[-1].plan)}\n{report.predicted_text(runs[-1].plan.predicted)}\n")
     weights = {r.name: 2 * r.parameters for r in runs}

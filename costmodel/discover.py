@@ -62,6 +62,7 @@ def discover(node: fx.Node) -> Rule | None:
     args = numbered(node)
     key = (target, _pattern(call), tuple(call.dtypes), repr(_plain(args)))
     if key not in _found:
+        import sys; print("DISC", target, call.ins, call.dtypes, file=sys.stderr, flush=True)
         _found[key] = _discover(call, args)
     return _found[key]
 

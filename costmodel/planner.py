@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autopar.costmodel.choices import Pins, Space, State
+from autopar.costmodel.choices import Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.constraints import Wishes, pin
 from autopar.costmodel.devices import Device, Link, Machine, machine
 from autopar.costmodel.edges import edges_of
-from autopar.costmodel.fold import Fold, fold
+from autopar.costmodel.fold import fold
 from autopar.costmodel.ilp import NoOption, Problem, Solution, evaluate, solve
-from autopar.costmodel.items import Items, items_of
+from autopar.costmodel.items import items_of
 from autopar.costmodel.layouts import candidates
 from autopar.costmodel.legal import check_plan
 from autopar.costmodel.lower import Axis, Prices, current, lift, lower
@@ -105,6 +105,7 @@ class _Best:
     state: State
     plan: Plan
     price: Price
+    solves: list[Solution] = field(default_factory=list)  # the last one of every axis
 
 
 @dataclass
@@ -181,6 +182,7 @@ class _Planner:
             if state is None:
                 return None
             best = self._priced(state)
+            best.solves = self.solves[-len(order) :] if order else []
             if self.memory_limit is None or best.price.peak_bytes <= self.memory_limit:
                 return best
             if not order:
@@ -296,11 +298,11 @@ class _Planner:
         )
 
     def _finish(self, best: _Best) -> Plan:
-        statuses = {s.status for s in self.solves}
-        last = self.solves[-1] if self.solves else None
+        statuses = {s.status for s in best.solves}
+        last = best.solves[-1] if best.solves else None
         if any(s.solver == "CBC" for s in self.solves):
             self.notes.append("solved by CBC, because highspy is not installed: slower, and its gap is not known")
-        gap = max((s.gap for s in self.solves), default=0.0)
+        gap = max((s.gap for s in best.solves), default=0.0)
         solver: dict[str, Any] = {
             "status": "feasible" if "feasible" in statuses else "optimal",
             "gap": gap if gap < math.inf else None,
@@ -387,4 +389,4 @@ class _Clock:
         self.into[self.key] += time.perf_counter() - self.start
 
 
-__all__ = ["Axis", "Fold", "Items", "Pins", "check_plan", "plan", "price", "random_plan"]
+__all__ = ["check_plan", "plan", "price", "random_plan"]

@@ -10,12 +10,13 @@ The text is the source of Python's standard library, a byte a token: nothing is 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
 import logging
 import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -118,10 +121,8 @@ def windows(batch: int, seq: int) -> Iterator[dict[str, torch.Tensor]]:
 
 @dataclass
 class Run:
-    """What a training run leaves on this rank.
-
-    Losses, seconds of each step, bytes of optimizer state, and bytes by which the process grew during a step (0: unknown).
-    """
+    """What a training run leaves on this rank: losses and seconds of each step, bytes of optimizer state, and the most
+    bytes that were allocated at once during a step."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -139,31 +140,45 @@ def run(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], console:
     """An ordinary training loop: nothing in it knows whether the model is parallel."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(batches))
-    done, between_steps = Run(), 0
+
+    def train_step(batch: dict[str, torch.Tensor]) -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        return loss.item()
+
+    done = Run()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console.print(title)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("loss", total=len(batches))
         for step, batch in enumerate(batches):
             began = time.perf_counter()
-            loss = model(**batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            done.losses.append(loss.item())
+            if step == WARM_STEPS - 1:
+                done.working_bytes = peak_bytes(lambda batch=batch: done.losses.append(train_step(batch)))
+            else:
+                done.losses.append(train_step(batch))
             done.seconds.append(time.perf_counter() - began)
-            if step == WARM_STEPS:
-                between_steps = resident(reset=True)
             progress.update(task, advance=1, description=f"loss {done.losses[-1]:.3f}")
             if step % 10 == 0 or step == len(batches) - 1:
                 progress.console.print(f"  step {step:3d}  loss {done.losses[-1]:.4f}  {done.seconds[-1]:.2f} s")
     states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    done.optimizer_bytes = sum((s.to_local() if hasattr(s, "to_local") else s).nbytes for s in states)
-    if len(batches) > WARM_STEPS + 1:
-        done.working_bytes = resident() - between_steps
+    done.optimizer_bytes = sum((s.to_local() if isinstance(s, DTensor) else s).nbytes for s in states)
     return done
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that `work` holds at once, beyond what is there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return max((e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"), default=0)
 
 
 # ---- what this machine can do --------------------------------------------------------------------------------------
@@ -221,18 +236,6 @@ def clock(work: Callable[[], object], least: float = 0.4) -> float:
 # ---- predicted beside measured -------------------------------------------------------------------------------------
 
 
-def resident(reset: bool = False) -> int:
-    """Bytes this process holds at its peak; with `reset`, forget the peak and give what it holds now. Linux; else 0."""
-    if not sys.platform.startswith("linux"):
-        return 0
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # hand back what was freed
-        Path("/proc/self/clear_refs").write_text("5")
-    key = "VmRSS:" if reset else "VmHWM:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def largest(value: float) -> float:
     """The largest over the ranks."""
     own = torch.tensor(float(value))
@@ -242,7 +245,7 @@ def largest(value: float) -> float:
 
 
 def compare(pm: autopar.ParallelModule, done: Run, rest: float) -> Table:
-    """Step time and memory per rank, predicted and measured. `rest`: bytes by which a step grew the process."""
+    """Step time and memory per rank, predicted and measured. `rest`: bytes that a step allocates."""
     table = Table(title="per rank", title_justify="left", show_edge=False)
     for name in ("", "predicted", "measured"):
         table.add_column(name, justify="right" if name else "left")
@@ -256,7 +259,7 @@ def compare(pm: autopar.ParallelModule, done: Run, rest: float) -> Table:
         ("gradients, activations, temporaries", predicted["peak_bytes"] - parameters - optimizer, rest),
     )
     for name, guess, got in rows:
-        table.add_row(name, f"{guess / 1e6:.1f} MB", f"{got / 1e6:.1f} MB" if got else "not measured")
+        table.add_row(name, f"{guess / 1e6:.1f} MB", f"{got / 1e6:.1f} MB")
     return table
 
 

@@ -122,7 +122,8 @@ def test_dropout_is_seeded(name):
 
 def test_dropout_statistics():
     """A fraction p is dropped, the rest scaled by 1/(1-p), and the gradient sees the same mask."""
-    model, x = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.25)), torch.ones(64, 512, 1)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.25)).double()
+    x = torch.ones(64, 512, 1, dtype=torch.float64)
     nn.init.ones_(model[0].weight)
     program = capture(model, (x,))
     got = parity.run_global(program, parity.feeds(program, model, (x,), {}))
@@ -211,6 +212,44 @@ def test_tied_frozen_unused_and_buffers():
     assert ("buffer", "calls") in sinks and ("buffer", "scale") not in sinks
 
 
+class Assigned(nn.Module):
+    """A buffer that forward replaces, in a submodule, and an attribute it sets."""
+
+    class Inner(nn.Linear):
+        """Moving average of its input."""
+
+        def __init__(self):
+            super().__init__(8, 8)
+            self.register_buffer("average", torch.ones(8))
+            self.seen = None
+            self.calls = 0
+
+        def forward(self, x):
+            """A linear layer."""
+            self.average = 0.9 * self.average + 0.1 * x.mean(0)
+            self.seen = x
+            self.calls += 1
+            return super().forward(x - self.average)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Assigned.Inner()
+
+    def forward(self, x):
+        """The loss: the submodule is called twice."""
+        return self.inner(torch.tanh(self.inner(x))).sum()
+
+
+def test_assigned_buffer_is_a_new_value():
+    model = Assigned().double()
+    program = check(model, (torch.randn(4, 8, dtype=torch.float64),))
+    assert ("buffer", "inner.average") in {(s.kind, s.name) for s in program.sinks}
+    assert program.notes == [
+        "forward sets attribute 'inner.seen'; the compiled module does not",
+        "forward changes attribute 'inner.calls'; its value while capturing is fixed in the graph",
+    ]
+
+
 class Norms(nn.Module):
     """Every kind of batch norm."""
 
@@ -218,7 +257,7 @@ class Norms(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.norms = nn.ModuleList([
-            nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, momentum=None),
+            nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, momentum=0.3),
             nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4),
         ])  # fmt: skip
         self.frozen = nn.BatchNorm2d(4)
@@ -430,13 +469,24 @@ class Numpy(nn.Linear):
         return super().forward(x).sum() + float(x.numpy().sum())
 
 
-class Attribute(nn.Linear):
+class Attribute(nn.Module):
     """Keeps a tensor on the side."""
 
+    def __init__(self, *sizes):
+        super().__init__()
+        self.linear, self.last = nn.Linear(*sizes), torch.zeros(())
+
     def forward(self, x):
-        """Assigns an attribute."""
-        self.last = super().forward(x)
-        return self.last.sum()
+        """Assigns an attribute that the next call reads."""
+        self.last = self.linear(x).sum() + self.last
+        return self.last
+
+
+class Average(nn.BatchNorm1d):
+    """Running statistics as plain averages: their weight is read out of a tensor."""
+
+    def __init__(self, *sizes):
+        super().__init__(4, momentum=None)
 
 
 class Strange(nn.Linear):
@@ -479,7 +529,8 @@ class Broken(nn.Linear):
         (Item, ["cannot capture Item at", "test_capture.py:", ".item()"]),
         (Mask, ["cannot capture Mask at", "test_capture.py:", "boolean-mask", "torch.where"]),
         (Numpy, ["cannot capture Numpy at", "test_capture.py:", "numpy"]),
-        (Attribute, ["cannot capture Attribute", "register_buffer"]),
+        (Attribute, ["assigns the tensor attribute 'last'", "self.register_buffer('last', ...", "a later call"]),
+        (Average, ["cannot capture Average at", "batchnorm.py", "float(self.num_batches_tracked)"]),
         (Strange, ["output 'it' is a", "return tensors in tuples"]),
         (InPlace, ["changes one of its arguments in place", "x.clone()"]),
         (Detached, ["no output depends on a trainable parameter", "torch.no_grad"]),

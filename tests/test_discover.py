@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from truth import Case, Prepared, check
 
 from autopar.costmodel import rules
 from autopar.costmodel.discover import discover
+from tests.truth import Case, Prepared, check
 
 _library = torch.library.Library("discovertest", "DEF")
 _runs: dict[str, int] = {}

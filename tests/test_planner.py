@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from autopar.costmodel.items import items_of
 from autopar.costmodel.layouts import candidates
 from autopar.costmodel.planner import check_plan, plan
 from autopar.costmodel.price import price
+from autopar.costmodel.rules import rule_for
 from autopar.costmodel.shuffle import random_plan
 from autopar.errors import InfeasibleError, PlanError
 from autopar.mesh import Mesh
+from autopar.passes.collectives import is_collective
+from autopar.passes.insert import insert_collectives
 from autopar.plan import Plan, Storage
 from autopar.rule import Choice
 from autopar.spec import R, S
@@ -207,6 +211,14 @@ def test_random_plans_of_the_zoo_are_legal(name):
 @pytest.mark.parametrize("name", ["gpt2", "resnet", "vit"])
 def test_plans_of_the_zoo_are_legal(name, mesh):
     check_plan(zoo(name), plan(zoo(name), Mesh.parse(mesh), device="h100"))
+
+
+def test_the_lowering_makes_the_collectives_that_were_priced():
+    mesh = Mesh.parse("dp=2,tp=2")
+    for found in (plan(block(), mesh, device=SLOW), plan(block(), mesh, constraints={"dp": "zero3"})):
+        local = insert_collectives(block(), found, rule_for)
+        made = Counter(n.target.__name__ for n in local.gm.graph.nodes if is_collective(n))
+        assert made and made == found.predicted["collectives"]
 
 
 def test_random_plans_repeat():

@@ -10,10 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from truth import LINE, Case, Prepared, check, choices, shy
-from truth_cases import HAND, automatic, num
-from truth_cases_nn import HAND as HAND_NN
-from truth_cases_nn import gpu_only
 
 from autopar.costmodel import rules
 from autopar.costmodel.rules_call import Call
@@ -21,6 +17,10 @@ from autopar.errors import PassError, RuleError
 from autopar.mesh import Mesh
 from autopar.passes.localise import LocalCall, emit
 from autopar.rule import Choice, Rule, bind
+from tests.truth import LINE, Case, Prepared, check, choices, shy
+from tests.truth_cases import HAND, automatic, num
+from tests.truth_cases_nn import HAND as HAND_NN
+from tests.truth_cases_nn import gpu_only
 
 aten = torch.ops.aten
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from truth import Case
+
+from tests.truth import Case
 
 aten = torch.ops.aten
 _rng = torch.Generator().manual_seed(20240)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from truth import Case
-from truth_cases import different, num, real, unit, whole
 
 import autopar.ops  # noqa: F401
+from tests.truth import Case
+from tests.truth_cases import different, num, real, unit, whole
 
 aten = torch.ops.aten
 
