@@ -86,7 +86,7 @@ DEVICES: dict[str, Device] = {
         _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, 25e9, 12.5e9),
         # NVIDIA L4 data sheet (2023): 121 bf16 dense, 30.3 fp32, 0.47 fp64, 300 GB/s; PCIe 4.0 x16.
         _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, 25e9, 12.5e9),
-        # One process of a small machine over gloo: orders of magnitude from our own measurements, not a data sheet.
+        # One process of a small machine over gloo: assumed orders of magnitude; the demo measures its own machine.
         Device(
             "cpu",
             {"float32": 40e9, "float64": 20e9, "bfloat16": 20e9, "float16": 10e9},

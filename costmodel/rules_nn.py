@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from autopar.costmodel.rules_call import Call, Dims, Maker, names, replicated, text, whole
+from autopar.costmodel.rules_call import Call, Dims, Maker, names, replicated, text, whole, wrap
 
 aten = torch.ops.aten
 
@@ -136,6 +136,17 @@ def rms_norm_backward(call: Call) -> str:
     full = [*lead, *norm]
     outs = [None if s is None else d for s, d in zip(call.outs, (full, norm))]
     return text([full, full, [*lead, *["1"] * inner], *[norm] * (len(call.ins) - 3)], outs, call.linear((0,)))
+
+
+def weight_norm(call: Call) -> str:
+    """_weight_norm_interface and its backward: each slice of one dim is normalised by itself."""
+    rank, backward = len(call.ins[0]), len(call.ins) == 4
+    d = wrap(call.arg("dim"), rank)
+    full = [n + "^" * (i != d) for i, n in enumerate(names(rank))]
+    gain = [n if i == d else "1" for i, n in enumerate(full)]
+    if backward:
+        return text([full, full, gain, gain], [full, gain], call.linear((0,)))
+    return text([full, gain], [full, gain])
 
 
 def _group_channels(call: Call) -> tuple[str, Dims]:
@@ -326,6 +337,7 @@ TABLE: dict[Any, Maker | str] = {
     ),
     **_each("grid_sampler_2d", grid_sampler),
     **_each("im2col col2im", columns),
+    **_each("_weight_norm_interface _weight_norm_interface_backward", weight_norm),
     **_each("native_layer_norm", layer_norm),
     **_each("native_layer_norm_backward", layer_norm_backward),
     **_each("_fused_rms_norm", rms_norm),

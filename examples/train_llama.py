@@ -51,7 +51,8 @@ def main() -> None:
     args = parser.parse_args()
     if "RANK" not in os.environ and args.procs > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.procs)]
-        raise SystemExit(subprocess.call([*command, *sys.argv], env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        settings = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "6"}  # the profiler's chatter is not for the reader
+        raise SystemExit(subprocess.call([*command, *sys.argv], env={**os.environ, **settings}))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     mesh = args.mesh or (f"dp=2,tp={world // 2}" if world % 2 == 0 else f"dp={world}")
     train(mesh, args.steps, args.batch, args.seq)

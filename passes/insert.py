@@ -63,6 +63,11 @@ class _Inserter:
 
     def run(self) -> LocalProgram:
         nodes = {n.name: n for n in self.program.gm.graph.nodes}
+        ends: list[tuple[object, Spec]] = [(sink.constant, self.whole) for sink in self.program.sinks]
+        readers: dict[fx.Node, list[int]] = {}
+        for i, sink in enumerate(self.program.sinks):
+            if sink.node is not None:
+                readers.setdefault(resolve(nodes[sink.node]).node, []).append(i)
         source_specs = [self._source(nodes[s.node], s.kind, s.name) for s in self.program.sources]
         constants = {}
         for node in self.program.gm.graph.nodes:
@@ -73,15 +78,14 @@ class _Inserter:
                 self._own(Value(node, 0), self.whole, local)
             elif is_op(node):
                 self._op(node)
-        outputs, sink_specs = [], []
-        for sink in self.program.sinks:
-            local, spec = self._sink(sink, nodes)
-            outputs.append(local)
-            sink_specs.append(spec)
-        self.graph.output(tuple(outputs))
+            # What leaves is brought home at once: an unreduced gradient need not live on.
+            for i in readers.get(node, ()):
+                sink = self.program.sinks[i]
+                ends[i] = self._sink(sink, Value(node, resolve(nodes[str(sink.node)]).index or sink.index))
+        self.graph.output(tuple(local for local, _ in ends))
         self.graph.eliminate_dead_code()
         gm = fx.GraphModule(constants, self.graph)
-        return LocalProgram(gm, self.program, self.mesh, tuple(source_specs), tuple(sink_specs))
+        return LocalProgram(gm, self.program, self.mesh, tuple(source_specs), tuple(spec for _, spec in ends))
 
     def _source(self, node: fx.Node, kind: str, name: str) -> Spec:
         spec = self.whole
@@ -149,11 +153,7 @@ class _Inserter:
         self.at[value, spec, phase] = local
         return local
 
-    def _sink(self, sink: Sink, nodes: dict[str, fx.Node]) -> tuple[object, Spec]:
-        if sink.node is None:
-            return sink.constant, self.whole
-        found = resolve(nodes[sink.node])
-        value = Value(found.node, found.index or sink.index)
+    def _sink(self, sink: Sink, value: Value) -> tuple[fx.Node, Spec]:
         phase, spec = FORWARD, self.whole
         if sink.kind == "output":
             spec = self.plan.outputs.get(sink.name, self.whole)

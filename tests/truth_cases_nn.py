@@ -156,7 +156,14 @@ def _norms() -> list[Case]:
     _, gmean, grstd = aten.native_group_norm(image, scale, scale, 4, 8, 9, 4, 1e-5)
     _, imean, irstd = aten.native_group_norm(image, None, None, 4, 8, 9, 8, 1e-5)
     every = [True] * 3
+    wide = aten._weight_norm_interface(num(8, 4, 3), num(8, 1, 1), 0)[1]
     return [
+        Case(aten._weight_norm_interface.default, (num(8, 4, 3), num(8, 1, 1), 0)),
+        Case(aten._weight_norm_interface.default, (num(4, 3, 8), num(1, 1, 8), 2)),
+        Case(
+            aten._weight_norm_interface_backward.default,
+            (num(8, 4, 3), num(8, 4, 3), num(8, 1, 1), wide, 0),
+        ),
         Case(aten.native_layer_norm.default, (x, [6], gain, shift, 1e-5)),
         Case(aten.native_layer_norm.default, (square, [3, 2], None, None, 1e-5)),
         Case(aten.native_layer_norm_backward.default, (num(4, 8, 6), x, [6], mean, rstd, gain, shift, every)),
