@@ -542,7 +542,7 @@ def test_reasons_are_named(cls, parts):
         capture(cls(4, 4), (torch.randn(8, 4),))
     message = str(caught.value)
     assert all(part in message for part in parts), message
-    assert caught.value.__cause__ is None and caught.value.__suppress_context__ or "cannot capture" not in message
+    assert (caught.value.__cause__ is None and caught.value.__suppress_context__) or "cannot capture" not in message
     assert "Traceback" not in message and len(message.splitlines()) <= 3
 
 

@@ -11,16 +11,20 @@ import pytest
 import torch
 from torch import fx
 
+from autopar.capture import capture
 from autopar.costmodel import rules
 from autopar.costmodel.rules_call import Call
 from autopar.errors import PassError, RuleError
+from autopar.graph import is_op
 from autopar.mesh import Mesh
 from autopar.passes.localise import LocalCall, emit
 from autopar.rule import Choice, Rule, bind
+from tests import zoo
 from tests.truth import LINE, Case, Prepared, check, choices, shy
 from tests.truth_cases import HAND, automatic, num
 from tests.truth_cases_nn import HAND as HAND_NN
 from tests.truth_cases_nn import gpu_only
+from tests.truth_synth import case_of
 
 aten = torch.ops.aten
 
@@ -264,3 +268,14 @@ def test_every_choice_prints_and_parses() -> None:
         bound = rules.rule_for(Prepared(case).node)
         for choice in choices(bound):
             assert Choice.parse(str(choice)) == choice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_every_call_of_the_zoo(name: str) -> None:
+    """All ops of the model have a rule in the table, and it is true at the model's own shapes and arguments."""
+    model, batch = zoo.ZOO[name](0)
+    calls = {rules.signature(n): n for n in capture(model, (), batch).gm.graph.nodes if is_op(n)}
+    assert {rules.rule_source(n) for n in calls.values()} == {"table"}
+    wrong = [w for node in calls.values() for w in check(case_of(node), pairs=4).wrong]
+    assert not wrong, "\n".join(wrong[:5])

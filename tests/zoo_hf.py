@@ -18,7 +18,6 @@ from tests.zoo_common import (
     FFN,
     HEADS,
     HIDDEN,
-    SEQ,
     VOCAB,
     Batch,
     image_batch,
