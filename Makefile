@@ -7,9 +7,10 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/.installed
-# The pins in constraints.txt name the CPU build. It is looked for in the indexes that pip knows, then in PyTorch's own.
-TORCH := torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Torch comes first, alone, at the version of constraints.txt, so that nothing later pulls another one. Where the default
+# index has only CUDA builds and a CPU build is wanted, name an index that has it: make setup TORCH_INDEX=URL.
+TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_INDEX ?=
 SITE := build/site
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -23,8 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "autopar needs Python 3.11 or later; $(PYTHON) is older. Say which: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv .venv
-	"$(BIN)/python" -m pip install --quiet "$(TORCH)" \
-	  || "$(BIN)/python" -m pip install --quiet --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"
+	"$(BIN)/python" -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH)"
 	"$(BIN)/python" -m pip install --quiet "setuptools>=77" wheel
 	"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[hf,dev]'
 	@touch $(STAMP)

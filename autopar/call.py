@@ -125,7 +125,7 @@ class Call:
                 raise BatchError(f"argument {path!r} has {value.dtype}; the model was captured with {known.dtype}")
             if not was_tensor and not _equal(known, value):
                 raise BatchError(
-                    f"argument {path!r} is {value!r}; the model was captured with {known!r}, which is fixed in the graph"
+                    f"argument {path!r} is {value!r}; the model was captured with {known!r}, now fixed in the graph"
                 )
         return [given[name] for name in self.names]
 
@@ -248,8 +248,8 @@ class _State:
                     continue
                 if isinstance(old, torch.Tensor):
                     raise CaptureError(
-                        f"forward assigns the tensor attribute {full!r}, so that a later call depends on this one; make "
-                        f"it a buffer: self.register_buffer({name!r}, ..., persistent=False)"
+                        f"forward assigns the tensor attribute {full!r}, so that a later call depends on this one; "
+                        f"make it a buffer: self.register_buffer({name!r}, ..., persistent=False)"
                     )
                 if isinstance(new, torch.Tensor):
                     notes.append(f"forward sets attribute {full!r}; the compiled module does not")

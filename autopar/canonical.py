@@ -151,8 +151,9 @@ class _Builder:
             )
         if target in _RANDOM:
             stream, self.streams = self.streams, self.streams + 1
+            size: Any = args[0]
             return self.emit(
-                node, phase, "call_function", _RANDOM[target], (self.seed, stream, list(args[0])), {}, pure=False
+                node, phase, "call_function", _RANDOM[target], (self.seed, stream, list(size)), {}, pure=False
             )
         if _is_random(target, args, kwargs):
             raise CaptureError(
@@ -169,7 +170,7 @@ class _Builder:
         self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node | tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """The node that `node` equals, or the canonical form of its call."""
-        val = node.meta.get("val")
+        val: Any = node.meta.get("val")
         if target in _IDENTITY:
             return args[0]
         if target in _CAST and _same(val, args[0]):
@@ -357,5 +358,3 @@ def where(node: fx.Node) -> str:
     if lines:
         return f"{lines[-1][0]}:{lines[-1][1]}"
     return f"module {node.meta.get('module') or '(root)'}"
-
-

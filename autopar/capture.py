@@ -1,8 +1,8 @@
 """Capture: an unmodified `nn.Module` and one call of it -> `Program`, the joint forward and backward graph.
 
-The model is run once under fake tensors (no arithmetic, nothing allocated), through `torch.export` and AOTAutograd, with
-the decompositions of `autopar/decompose.py`; the result is cleaned up by `autopar/canonical.py`. This is the only file
-that uses private torch interfaces.
+The model is run once under fake tensors (no arithmetic, nothing allocated), through `torch.export` and AOTAutograd,
+with the decompositions of `autopar/decompose.py`; the result is cleaned up by `autopar/canonical.py`. This is the only
+file that uses private torch interfaces.
 
 Weights are neither read nor copied: for the time of the capture the model's parameters and buffers are swapped for fake
 ones, also those on the meta device (from which torch would export a graph without its backward, silently).
@@ -254,8 +254,8 @@ def _assemble(
     sinks: list[tuple[Sink, fx.Node | None]] = []
     remaining = iter(outputs)
     for leaf, is_tensor in zip(returned.leaves, returned.is_tensor):
-        node = next(remaining) if is_tensor else None
-        sinks.append((Sink("output", _output_name(leaf.path), None, 0, leaf.value), node))
+        sink = Sink("output", _output_name(leaf.path), None, 0, leaf.value)
+        sinks.append((sink, next(remaining) if is_tensor else None))
     sinks += [(Sink("buffer", name, None), node) for name, node in mutated.items()]
     num_forward = len(sinks)
     sinks += [(Sink("grad", s.name, None), grads.get(s.name)) for s, _ in sources if s.trainable]
@@ -375,14 +375,12 @@ def _unexpected(what: Any) -> str:
         inner = what.mutated_input
         if isinstance(inner, desc.ParamAOTInput):
             name = inner.target.removeprefix(_PREFIX)
-            return f"forward changes parameter {name!r} in place; make it a buffer, or write the new value after the step"
+            return f"forward changes parameter {name!r} in place; make it a buffer, or write it after the step"
         return "forward changes one of its arguments in place; work on a copy: x = x.clone()"
     return f"the traced graph has a part of an unknown kind, {what.expr()}; report the model that gives it"
 
 
-def _results(
-    graph: fx.Graph, shared: dict[str, str]
-) -> tuple[list[fx.Node], dict[str, fx.Node], dict[str, fx.Node]]:
+def _results(graph: fx.Graph, shared: dict[str, str]) -> tuple[list[fx.Node], dict[str, fx.Node], dict[str, fx.Node]]:
     """Nodes of the outputs, of new buffer values by buffer, of gradients by parameter (those of tied names added)."""
     output = graph.output_node()
     outputs: dict[int, fx.Node] = {}
@@ -429,13 +427,13 @@ def _check_gradients(
     ]
     if lost:
         raise CaptureError(
-            f"{len(lost)} of {len(params)} parameters are used but get no gradient, the first is {lost[0]!r}; if that is "
-            f"meant, set requires_grad=False on them"
+            f"{len(lost)} of {len(params)} parameters are used but get no gradient, the first is {lost[0]!r}; if that "
+            f"is meant, set requires_grad=False on them"
         )
 
 
 def _reach(nodes: list[fx.Node]) -> set[fx.Node]:
-    """All that `nodes` are differentiable functions of: walks back through floating-point values, not through detach."""
+    """All that `nodes` are differentiable functions of: back through floating-point values, not through detach."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

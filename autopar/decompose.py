@@ -10,8 +10,8 @@ Three ideas:
   `autopar::uniform` / `normal`.
 
 Each function has the signature of the op it replaces and gives the same results; one that returns NotImplemented leaves
-the op as it is. Formulas for backward ops follow from the forward ones; those of batch norm are the standard ones (Ioffe
-and Szegedy, arXiv:1502.03167, section 3).
+the op as it is. Formulas for backward ops follow from the forward ones; those of batch norm are the standard ones
+(Ioffe and Szegedy, arXiv:1502.03167, section 3).
 """
 
 from __future__ import annotations
@@ -114,8 +114,10 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 def _plus(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
     """beta * bias + alpha * product; as in the fused op, beta = 0 ignores the bias, NaN included."""
     product = _scaled(product, alpha)
-    return product.expand(torch.broadcast_shapes(bias.shape, product.shape)) if beta == 0 else (
-        product + _scaled(bias, beta)
+    return (
+        product.expand(torch.broadcast_shapes(bias.shape, product.shape))
+        if beta == 0
+        else (product + _scaled(bias, beta))
     )
 
 
@@ -416,6 +418,4 @@ def _batch_norm_update_backward(
     grad: Tensor, x: Tensor, weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     mean: Tensor | None, rstd: Tensor | None, update: bool, eps: float, output_mask: Sequence[bool], reserve: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    return _batch_norm_backward(
-        grad, x, weight, running_mean, running_var, mean, rstd, update, eps, output_mask
-    )  # type: ignore[no-any-return]
+    return _batch_norm_backward(grad, x, weight, running_mean, running_var, mean, rstd, update, eps, output_mask)  # type: ignore[no-any-return]

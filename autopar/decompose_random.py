@@ -1,6 +1,7 @@
 """Decompositions of random ops: every distribution from `aten.rand` and `aten.randn` of float32.
 
-Clean-up (`autopar/canonical.py`) then gives these two a seed and a stream number: `autopar::uniform`, `autopar::normal`.
+Clean-up (`autopar/canonical.py`) then gives these two a seed and a stream number: `autopar::uniform`,
+`autopar::normal`.
 Dropout keeps an element where its uniform number is at least p, and saves that mask, as a bool, for the backward.
 """
 

@@ -18,7 +18,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         r"DynamicOutputShape|aten\.nonzero|masked_select|unique|memo disaster",
-        "the shape of a result depends on the values of a tensor (a boolean-mask index, nonzero, unique, masked_select)",
+        "the shape of a result depends on the values of a tensor (boolean-mask index, nonzero, unique, masked_select)",
         "keep the full shape and select with torch.where or a multiplication by the mask",
     ),
     (
@@ -68,7 +68,7 @@ def explain(error: BaseException, model: nn.Module) -> str:
 
 
 def user_line(error: BaseException, model: nn.Module) -> str:
-    """`file:line (text)` of the innermost line of the model's own code in the traceback, else of the nearest code to it."""
+    """`file:line (text)` of the innermost line of the model's own code in the traceback, else of code near it."""
     frames = list(_frames(error))
     own = {inspect.getsourcefile(type(m)) for m in model.modules() if not _is_torch(type(m).__module__)}
     choices = (

@@ -11,9 +11,10 @@ and likewise `normal`, `normal_at` (mean 0, standard deviation 1, float32). `see
 `stream` numbers the random op in its graph.
 
 The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the
-finaliser is Stafford's variant 13): the i-th output of the sequence that starts at `key` is mix(key + (i + 1) * GOLDEN).
-It needs no state, and only 64-bit integer arithmetic modulo 2^64, which int64 tensors give on every device. The key of a
-stream is itself a hash of seed and stream, so streams start at unrelated places of the period of 2^64.
+finaliser is Stafford's variant 13): the i-th output of the sequence that starts at `key` is
+mix(key + (i + 1) * GOLDEN). It needs no state, and only 64-bit integer arithmetic modulo 2^64, which int64 tensors give
+on every device. The key of a stream is itself a hash of seed and stream, so streams start at unrelated places of the
+period of 2^64.
 """
 
 from __future__ import annotations

@@ -43,9 +43,11 @@ def _visit(value: Any, path: str, leaves: list[Leaf]) -> Callable[[Any], Any]:
         return _container(children, leaves, _mapping(value, keys))
     if isinstance(value, (list, tuple)) and len(value):
         names = getattr(value, "_fields", None)
-        children = [(f"{path}.{n}" if path else n, v) for n, v in zip(names, value)] if names else [
-            (f"{path}[{i}]", v) for i, v in enumerate(value)
-        ]
+        children = (
+            [(f"{path}.{n}" if path else n, v) for n, v in zip(names, value)]
+            if names
+            else [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+        )
         cls = type(value)
         if names:
             return _container(children, leaves, lambda values: cls(*values))
@@ -67,7 +69,7 @@ def _container(
 
 def _mapping(value: Mapping[Any, Any], keys: list[Any]) -> Callable[[list[Any]], Any]:
     cls: Any = type(value)
-    if dataclasses.is_dataclass(cls):  # a Hugging Face ModelOutput: a mapping and a dataclass
+    if dataclasses.is_dataclass(value):  # a Hugging Face ModelOutput: a mapping and a dataclass
         return lambda values: cls(**dict(zip(keys, values)))
     if cls is dict:
         return lambda values: dict(zip(keys, values))
@@ -84,7 +86,7 @@ def _mapping(value: Mapping[Any, Any], keys: list[Any]) -> Callable[[list[Any]],
 
 def _dataclass(value: Any, fields: list[str]) -> Callable[[list[Any]], Any]:
     def make(values: list[Any]) -> Any:
-        new = copy.copy(value)
+        new: Any = copy.copy(value)
         for name, item in zip(fields, values):
             object.__setattr__(new, name, item)
         return new

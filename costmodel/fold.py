@@ -71,8 +71,8 @@ def fold(
             ]
         )
     members: list[list[int]] = [[] for _ in range(max(colour) + 1)]
-    for item, c in enumerate(colour):
-        members[c].append(item)
+    for index, c in enumerate(colour):
+        members[c].append(index)
     return Fold(items, colour, members)
 
 

@@ -63,8 +63,8 @@ def candidates(fold: Fold, sizes: Sequence[int]) -> list[tuple[Choice, ...]]:
                 offer(cls, Choice(factor))
     for cls in range(len(fold.members)):
         if fold.first(cls).kind in ("param", "input"):
-            outs = fold.first(cls).outs[0]
-            for dim in range(len(outs.shape) if outs else 0):
+            stored = fold.first(cls).outs[0]
+            for dim in range(len(stored.shape) if stored else 0):
                 for user, position in sorted(consumers.get((cls, 0), ())):
                     carry(user, S(dim), position, -1)
     while queue:

@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--procs", type=int, default=4, help="local processes to start (default 4)")
     parser.add_argument("--mesh", help="default dp=2,tp=PROCS/2")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16, help="sequences in the global batch (default 16)")
     parser.add_argument("--seq", type=int, default=128, help="tokens in a sequence (default 128)")
     args = parser.parse_args()

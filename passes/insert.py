@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,7 +64,7 @@ class _Inserter:
 
     def run(self) -> LocalProgram:
         nodes = {n.name: n for n in self.program.gm.graph.nodes}
-        ends: list[tuple[object, Spec]] = [(sink.constant, self.whole) for sink in self.program.sinks]
+        ends: list[tuple[Any, Spec]] = [(sink.constant, self.whole) for sink in self.program.sinks]
         readers: dict[fx.Node, list[int]] = {}
         for i, sink in enumerate(self.program.sinks):
             if sink.node is not None:

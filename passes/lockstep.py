@@ -37,12 +37,9 @@ def run(gm: fx.GraphModule, mesh: Mesh, inputs: Sequence[Sequence[Any]]) -> list
             for r in ranks:
                 envs[r][node] = getattr(gm, str(node.target))
         elif node.op == "output":
-            return [fx.map_arg(node.args[0], lambda n, r=r: envs[r][n]) for r in ranks]
+            return [fx.map_arg(node.args[0], envs[r].__getitem__) for r in ranks]
         else:
-            values = [
-                (fx.map_arg(node.args, lambda n, r=r: envs[r][n]), fx.map_arg(node.kwargs, lambda n, r=r: envs[r][n]))
-                for r in ranks
-            ]
+            values = [tuple(fx.map_arg(a, env.__getitem__) for a in (node.args, node.kwargs)) for env in envs]
             try:
                 found = _call(node, mesh, values)
             except Exception as error:
@@ -55,7 +52,7 @@ def run(gm: fx.GraphModule, mesh: Mesh, inputs: Sequence[Sequence[Any]]) -> list
     raise PassError("lockstep run: the graph has no output node")
 
 
-def _call(node: fx.Node, mesh: Mesh, values: Sequence[tuple[Any, Any]]) -> list[Any]:
+def _call(node: fx.Node, mesh: Mesh, values: Sequence[tuple[Any, ...]]) -> list[Any]:
     if node.target not in c.SYMBOLIC:
         return [node.target(*args, **kwargs) for args, kwargs in values]  # type: ignore[operator]
     rows = [_positional(node.target, args, kwargs) for args, kwargs in values]
@@ -100,7 +97,7 @@ def _chunk(x: torch.Tensor, parts: int, dim: int, index: int) -> torch.Tensor:
 
 
 def _reduce(pieces: Sequence[torch.Tensor], reduce: str) -> torch.Tensor:
-    op = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[reduce]
+    op: Any = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[reduce]
     return functools.reduce(op, pieces)
 
 

@@ -123,7 +123,7 @@ def _bound(node: fx.Node) -> None:
         if len(node.users) > 1:
             names = ", ".join(u.name for u in node.users)
             raise PassError(f"{node.name} ({_title(node)}) is waited for {len(node.users)} times: {names}")
-    if node.target is WAIT and node.args[0].target not in STARTS:  # type: ignore[union-attr]
+    if node.target is WAIT and node.args[0].target not in STARTS:  # type: ignore[union-attr, operator]
         raise PassError(f"{node.name} waits for {node.args[0]}, which is no collective")
 
 

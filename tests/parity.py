@@ -79,7 +79,7 @@ def run_local(local: LocalProgram, values: list[torch.Tensor]) -> dict[Key, Any]
 def max_error(got: Mapping[Key, Any], want: Mapping[Key, Any]) -> tuple[float, Key | None]:
     """Largest error relative to the largest magnitude of each tensor, and where.
 
-    A tensor that is zero up to rounding (the gradient of a key bias, say) is measured against 1e-6 of the largest of all.
+    A tensor that is zero up to rounding (the gradient of a key bias, say) is measured against 1e-6 of the largest.
     """
     worst, where = 0.0, None
     floats = [b for b in want.values() if isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()]

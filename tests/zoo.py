@@ -1,8 +1,8 @@
 """Tiny models of every family, with a batch each: `model, batch = ZOO["llama"](seed=0, dropout=0.0)`.
 
 Batch 8, sequence 8, 4 heads, hidden 32, feed-forward 64, vocabulary 64: all divisible by 4, so that meshes of 2 and 4
-split everything. Parameters are random throughout (biases and norm weights too), some labels are ignored (-100), and one
-row is ignored wholly. Models come in training mode.
+split everything. Parameters are random throughout (biases and norm weights too), some labels are ignored (-100), and
+one row is ignored wholly. Models come in training mode.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tests.zoo_common import (
 from tests.zoo_hf import HF_ARCHITECTURES, UNSUPPORTED
 
 __all__ = ["HF_ARCHITECTURES", "UNSUPPORTED", "ZOO"]
+
 
 def _gpt2(dropout: float) -> nn.Module:
     return hf.GPT2LMHeadModel(

@@ -60,14 +60,23 @@ def _encoder(name: str, model: str = "ForMaskedLM", **fields: Any) -> Builder:
     return _entry(f"{name}{model}", f"{name}Config", lm_batch, {**common, **fields})
 
 
-def _bart_like(name: str, model: str = "ForConditionalGeneration", **fields: Any) -> Builder:
+def _no_empty_row(seed: int) -> Batch:
+    """For models that look for the last real label of every row."""
+    batch = lm_batch(seed)
+    batch["labels"][:, 0] = 5
+    return batch
+
+
+def _bart_like(
+    name: str, model: str = "ForConditionalGeneration", batch: Callable[[int], Batch] = lm_batch, **fields: Any
+) -> Builder:
     common = {
         "vocab_size": VOCAB, "d_model": HIDDEN, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": FFN,
         "decoder_ffn_dim": FFN, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "dropout": 0.0,
         "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
         "decoder_start_token_id": 0, "forced_eos_token_id": None,
     }  # fmt: skip
-    return _entry(f"{name}{model}", f"{name}Config", lm_batch, {**common, **fields})
+    return _entry(f"{name}{model}", f"{name}Config", batch, {**common, **fields})
 
 
 def _vision(name: str, size: int = 16, model: str = "ForImageClassification", **fields: Any) -> Builder:
@@ -220,7 +229,7 @@ HF_ARCHITECTURES: dict[str, Builder] = {
          "vocab_size": VOCAB, "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0},
     ),
     "bart": _bart_like("Bart"),
-    "mbart": _bart_like("MBart"),
+    "mbart": _bart_like("MBart", batch=_no_empty_row),
     "pegasus": _bart_like("Pegasus"),
     "marian": _bart_like("Marian", model="MTModel"),
     # audio
