@@ -326,6 +326,8 @@ def solve(problem: Problem, time_limit: float = 30.0, gap: float = 1e-3) -> Solu
     if status == "Infeasible":
         return None
     found = model.lp.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if name == "HiGHS":
+        found = found and solver.answered(model.lp.solverModel)
     if not found or any(v is not None and v.varValue is None for x in model.x for v in x.values()):
         raise SolverError(
             f"{name} found no plan in {time_limit:.0f} s (status {status}, {len(model.lp.variables())} variables, "
@@ -399,7 +401,19 @@ class _RelaxedFirst(pulp.HiGHS):
             return
         for index in whole:
             model.changeColIntegrality(index, highspy.HighsVarType.kInteger)
-        model.run()
+        # HiGHS counts its limit over all runs: without this the search would start with what the relaxation left. On a
+        # busy machine even that may end without any answer, so it gets longer before it gives up.
+        limit = self.timeLimit
+        for seconds in (limit, 4 * limit, max(16 * limit, 10.0)):
+            model.setOptionValue("time_limit", model.getRunTime() + seconds)
+            model.run()
+            if self.answered(model) or model.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+                return
+
+    @staticmethod
+    def answered(model: Any) -> bool:
+        """Whether HiGHS holds a feasible point (a time limit may leave none)."""
+        return int(model.getInfo().primal_solution_status) == int(highspy.SolutionStatus.kSolutionStatusFeasible)
 
 
 def _solver(time_limit: float, gap: float) -> tuple[Any, str]:
