@@ -397,7 +397,7 @@ class _RelaxedFirst(pulp.HiGHS):
         whole = [v.index for v in lp.variables() if v.cat == pulp.LpInteger]
         values = model.getSolution().col_value
         infeasible = model.getModelStatus() == highspy.HighsModelStatus.kInfeasible
-        if infeasible or all(abs(values[i] - round(values[i])) < 1e-6 for i in whole):
+        if infeasible or (self.answered(model) and all(abs(values[i] - round(values[i])) < 1e-6 for i in whole)):
             return
         for index in whole:
             model.changeColIntegrality(index, highspy.HighsVarType.kInteger)
