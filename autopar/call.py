@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -162,13 +163,12 @@ def _check_argument(leaf: tree.Leaf) -> None:
 class Returned:
     """What a forward of `Wrapper` returned.
 
-    An object of its own, because torch.export puts back every attribute that a module's forward assigns.
-
     Attributes:
         leaves: every output with its path; the value is None for tensors.
         is_tensor: which of them are tensors.
         pack: list of values of `leaves` -> what the model returns.
         notes: what was dropped.
+        reached: names of the parameters that autograd reaches from the tensors returned.
     """
 
     def __init__(self) -> None:
@@ -176,6 +176,7 @@ class Returned:
         self.is_tensor: list[bool] = []
         self.pack: tree.Rebuild = list
         self.notes: list[str] = []
+        self.reached: set[str] = set()
 
 
 class Wrapper(nn.Module):
@@ -208,6 +209,7 @@ class Wrapper(nn.Module):
                 cut = self.with_grad and loss_path is not None and path != loss_path
                 # a copy of its own, so that no output is a view of another, of an input or of a parameter
                 kept.append((value.detach() if cut else value).clone())
+        returned.reached = _reached(kept, self.model)
         return tuple(kept)
 
     def _keep(self, leaf: tree.Leaf) -> tree.Leaf:
@@ -223,8 +225,26 @@ class Wrapper(nn.Module):
         return leaf
 
 
+def _reached(outputs: list[torch.Tensor], model: nn.Module) -> set[str]:
+    """Names of the parameters that a backward from `outputs` would reach."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    found: set[str] = set()
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only on the node that accumulates into a leaf
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
 class _State:
-    """What the modules hold before a forward, to tell what it assigns: torch.export loses assignments in submodules."""
+    """What the modules hold before a forward, to tell what it assigns: a trace sees changes in place only."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [(n, m, dict(m._buffers), dict(m.__dict__)) for n, m in model.named_modules()]
@@ -246,16 +266,19 @@ class _State:
                 old, full = attributes.get(name), f"{path}.{name}".lstrip(".")
                 if new is old:
                     continue
+                starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", full)
                 if isinstance(old, torch.Tensor):
                     raise CaptureError(
                         f"forward assigns the tensor attribute {full!r}, so that a later call depends on this one; "
                         f"make it a buffer: self.register_buffer({name!r}, ..., persistent=False)"
                     )
                 if isinstance(new, torch.Tensor):
-                    notes.append(f"forward sets attribute {full!r}; the compiled module does not")
-                elif isinstance(new, (bool, int, float, str)) and new != old:
-                    notes.append(f"forward changes attribute {full!r}; its value while capturing is fixed in the graph")
-        return notes
+                    notes.append(f"forward sets attribute {starred!r}; the compiled module does not")
+                elif isinstance(new, (bool, int, float, str)) and new != old and not name.startswith("_"):
+                    notes.append(
+                        f"forward changes attribute {starred!r}; its value while capturing is fixed in the graph"
+                    )
+        return list(dict.fromkeys(notes))
 
 
 def find_loss(out: Any, leaves: list[tree.Leaf]) -> str | None:

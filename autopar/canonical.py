@@ -14,6 +14,7 @@ The graph speaks of shapes, not of strides: whoever runs it makes every result c
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,16 @@ class _Builder:
             raise CaptureError(
                 f"{where(node)}: {op_name(node)} gives a number that depends on the values of a tensor, so sizes are "
                 f"not known before running; keep it a tensor (torch.where, masks) instead of .item() or int()"
+            )
+        if not isinstance(target, torch._ops.OpOverload) and target is not operator.getitem:
+            raise CaptureError(
+                f"{where(node)}: {target} holds graphs of its own (torch.cond, while_loop, scan and the like), which "
+                f"cannot be split; use torch.where for a choice, a Python loop for a repetition"
+            )
+        if target in _RANDOM and phase == BACKWARD:
+            raise CaptureError(
+                f"{where(node)}: the backward draws random numbers anew (activation checkpointing of a part with "
+                f"dropout), so its mask would not be that of the forward; switch the checkpointing off"
             )
         if target in _RANDOM:
             stream, self.streams = self.streams, self.streams + 1
@@ -331,16 +342,14 @@ def _finish(graph: fx.Graph, forward: list[fx.Node]) -> None:
     graph.lint()
 
 
-_CALL_INDEX = re.compile(r"@\d+")
+#: Where a traced op carries {anything: (path of its module, ...)}; AOTAutograd copies it to backward ops under "fwd_".
+MODULE_KEY = "nn_module_stack"
 
 
 def module_path(node: fx.Node) -> str | None:
-    """Path of the module the node was traced in, in terms of the traced module, or None if it carries none."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return None
-    path = str(list(stack.values())[-1][0])
-    return _CALL_INDEX.sub("", path)
+    """Path of the module whose forward the node is in, or is the backward of; None if it carries none."""
+    stack = node.meta.get(MODULE_KEY) or node.meta.get(f"fwd_{MODULE_KEY}")
+    return str(list(stack.values())[-1][0]) if stack else None
 
 
 def _module(node: fx.Node, made: fx.Node) -> str:

@@ -1,8 +1,8 @@
 """Capture: an unmodified `nn.Module` and one call of it -> `Program`, the joint forward and backward graph.
 
-The model is run once under fake tensors (no arithmetic, nothing allocated), through `torch.export` and AOTAutograd,
-with the decompositions of `autopar/decompose.py`; the result is cleaned up by `autopar/canonical.py`. This is the only
-file that uses private torch interfaces.
+The model is run under fake tensors (no arithmetic, nothing allocated) by AOTAutograd, which records forward and
+backward, with the decompositions of `autopar/decompose.py`; the result is cleaned up by `autopar/canonical.py`. This is
+the only file that uses private torch interfaces.
 
 Weights are neither read nor copied: for the time of the capture the model's parameters and buffers are swapped for fake
 ones, also those on the meta device (from which torch would export a graph without its backward, silently).
@@ -11,11 +11,10 @@ ones, also those on the meta device (from which torch would export a graph witho
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import hashlib
-import io
 import logging
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,11 +27,14 @@ from torch._functorch._aot_autograd import descriptors as desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.traceback import get_current_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
 from autopar.call import Call, Wrapper, input_key
-from autopar.canonical import canonicalise, module_path
+from autopar.canonical import MODULE_KEY, canonicalise, module_path
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
@@ -40,7 +42,7 @@ from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, result
 from autopar.param_views import separate_parameter_views
 
 _PREFIX = "model."
-_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def capture(
@@ -82,12 +84,12 @@ def capture(
             )
         try:
             with _quiet(), torch.set_grad_enabled(training):
-                gm, constants = _trace(wrapper, inputs)
+                gm = _trace(wrapper, inputs)
         except CaptureError:
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
             raise CaptureError(explain(error, model)) from None
-        return _assemble(model, call, wrapper, gm, constants, shared, training)
+        return _assemble(model, call, wrapper, gm, shared, training)
 
 
 # ---- fake parameters -----------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str) -> torch.Tensor
 def _fakes(model: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
     """Within, `model` has fake parameters and buffers; afterwards it is exactly as before, attributes included."""
     mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True)
-    saved: list[tuple[nn.Module, dict[str, Any]]] = []
+    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
     twins: dict[int, torch.Tensor] = {}
 
     def twin(tensor: torch.Tensor, what: str) -> torch.Tensor:
@@ -122,9 +124,9 @@ def _fakes(model: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
 
     for module in model.modules():
         state = dict(module.__dict__)
-        for table in ("_parameters", "_buffers", "_modules"):
-            state[table] = dict(state[table])
-        saved.append((module, state))
+        # tables too, hooks among them: libraries install hooks in the first forward, and a flag that they have
+        tables = {k: copy.copy(v) for k, v in state.items() if isinstance(v, (dict, list, set))}
+        saved.append((module, state, tables))
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused inference kernels would hide the ops
     try:
@@ -139,9 +141,13 @@ def _fakes(model: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
         yield mode
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, state in saved:
+        for module, state, tables in saved:
             module.__dict__.clear()
             module.__dict__.update(state)
+            for name, content in tables.items():
+                table = module.__dict__[name]
+                table.clear()
+                (table.extend if isinstance(table, list) else table.update)(content)
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -187,35 +193,76 @@ def _quiet() -> Iterator[None]:
 # ---- tracing -------------------------------------------------------------------------------------------------------
 
 
-def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> tuple[fx.GraphModule, dict[str, Any]]:
-    """The joint graph, `desc` on placeholders and output, and tensor constants by the name torch gave them."""
-    printed = io.StringIO()  # on failure torch prints the whole graph so far
-    with contextlib.redirect_stderr(printed):
-        exported = torch.export.export(wrapper, tuple(inputs), strict=False)
-    sys.stderr.write(printed.getvalue())
-    module = exported.module(check_guards=False)
-    _open_attention(module)
+def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> fx.GraphModule:
+    """The joint graph (the forward alone if nothing requires a gradient), `desc` on placeholders and output.
+
+    Not through torch.export: it differentiates the exported forward, so that the backward of a custom
+    `autograd.Function` and the hooks of tensors are lost without a word. Here autograd itself runs under the trace.
+    """
     # The stack keeps a FakeTensorMode active until it is closed: close it at once, or the user's next op breaks.
     with contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, module, tuple(inputs), decompositions=DECOMPOSITIONS)
-    return joint.graph_module, dict(exported.constants)
+        stack.enter_context(_marked_modules(wrapper.model))
+        stack.enter_context(_ExplicitAttention())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # torch.compile inside the model steps aside
+        for flag in ("_is_compiling_flag", "_is_exporting_flag"):  # libraries take their traceable paths
+            stack.enter_context(_set(torch.compiler, flag, True))
+        joint = aot_export_joint_with_descriptors(stack, wrapper, tuple(inputs), decompositions=DECOMPOSITIONS)
+    return joint.graph_module
 
 
-def _open_attention(module: fx.GraphModule) -> None:
+@contextlib.contextmanager
+def _set(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+@contextlib.contextmanager
+def _marked_modules(model: nn.Module) -> Iterator[None]:
+    """Within, every traced op carries the path of the module whose forward it is in; AOTAutograd tells the backward."""
+    paths = {id(m): n for n, m in model.named_modules()}
+    entered: list[str] = []
+
+    def mark() -> None:
+        meta = get_current_meta()
+        meta.pop(MODULE_KEY, None)
+        if entered:
+            meta[MODULE_KEY] = {"": (entered[-1], "")}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if id(module) in paths:
+            entered.append(paths[id(module)])
+            mark()
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if id(module) in paths and entered:
+            entered.pop()
+            mark()
+
+    hooks = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _ExplicitAttention(TorchFunctionMode):
     """Attention with dropout as plain ops: the fused kernels of GPUs draw their masks where nobody can split them."""
-    changed = False
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            if node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0):
-                node.target = _attention
-                changed = True
-    if changed:
-        module.recompile()
 
-
-def _attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            if args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0):
+                with sdpa_kernel(SDPBackend.MATH):
+                    return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 # ---- from the joint graph to a Program -----------------------------------------------------------------------------
@@ -226,20 +273,19 @@ def _assemble(
     call: Call,
     wrapper: Wrapper,
     gm: fx.GraphModule,
-    constants: dict[str, Any],
     shared: dict[str, str],
     training: bool,
 ) -> Program:
     graph = gm.graph
     _set_modules(graph)
     attributes = {n.target: getattr(gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    places = _Places(graph, call.names, shared, constants, attributes)
+    places = _Places(graph, shared)
     params, buffers = _own(model, shared)
     aliases = {name: tuple(n for n, first in shared.items() if first == name and n != name) for name in shared}
 
     outputs, mutated, grads = _results(graph, shared)
     if training:
-        _check_gradients(graph, params, places, grads, outputs)
+        _check_gradients(wrapper.returned.reached, shared, places, grads)
     sources: list[tuple[Source, fx.Node]] = []
     for kind, names in (("param", params), ("buffer", buffers)):
         for name, tensor in names.items():
@@ -297,7 +343,7 @@ def _set_modules(graph: fx.Graph) -> None:
     for node in graph.nodes:
         path = module_path(node)
         if path is not None:
-            node.meta["module"] = path.removeprefix("model").removeprefix(".")
+            node.meta["module"] = path
 
 
 def _output_name(path: str) -> str:
@@ -322,10 +368,7 @@ class _Places:
         tangents: position in the outputs -> placeholder.
     """
 
-    def __init__(
-        self, graph: fx.Graph, inputs: list[str], shared: dict[str, str], constants: dict[str, Any],
-        attributes: dict[Any, Any],
-    ) -> None:  # fmt: skip
+    def __init__(self, graph: fx.Graph, shared: dict[str, str]) -> None:
         self.tensors: dict[str, fx.Node] = {}
         self.inputs: dict[int, fx.Node] = {}
         self.tangents: dict[int, fx.Node] = {}
@@ -333,9 +376,7 @@ class _Places:
             what = node.meta["desc"]
             if isinstance(what, (desc.ParamAOTInput, desc.BufferAOTInput)):
                 name = what.target.removeprefix(_PREFIX)
-                if name not in shared:  # a tensor constant of the forward, which export made a buffer
-                    self._constant(graph, node, constants[what.target], attributes)
-                elif shared[name] in self.tensors:
+                if shared[name] in self.tensors:
                     node.replace_all_uses_with(self.tensors[shared[name]])
                 else:
                     self.tensors[shared[name]] = node
@@ -360,14 +401,6 @@ class _Places:
             node = graph.placeholder("unused")
         node.meta["val"] = tensor.detach()
         return node
-
-    @staticmethod
-    def _constant(graph: fx.Graph, node: fx.Node, value: Any, attributes: dict[Any, Any]) -> None:
-        with graph.inserting_before(node):
-            attributes[f"_constant_{node.name}"] = value
-            constant = graph.get_attr(f"_constant_{node.name}")
-        constant.meta = {"val": node.meta["val"]}
-        node.replace_all_uses_with(constant)
 
 
 def _unexpected(what: Any) -> str:
@@ -409,45 +442,22 @@ def _results(graph: fx.Graph, shared: dict[str, str]) -> tuple[list[fx.Node], di
     return [outputs[i] for i in sorted(outputs)], mutated, grads
 
 
-def _check_gradients(
-    graph: fx.Graph, params: dict[str, torch.Tensor], places: _Places, grads: dict[str, fx.Node], outputs: list[fx.Node]
-) -> None:
-    """Torch drops a backward without a word in some situations (the meta device): refuse rather than not train."""
+def _check_gradients(reached: set[str], shared: dict[str, str], places: _Places, grads: dict[str, fx.Node]) -> None:
+    """Torch drops a backward without a word in some situations (the meta device): refuse rather than not train.
+
+    `reached`: the parameters that autograd reaches from the outputs.
+    """
     if not places.tangents:
         raise CaptureError(
             "no output depends on a trainable parameter in a differentiable way, so there is nothing to train; return "
             "a loss computed from the parameters, or capture under torch.no_grad()"
         )
-    differentiable = [outputs[i] for i in places.tangents]
-    reached = _reach(differentiable)
-    lost = [
-        name
-        for name, tensor in params.items()
-        if tensor.requires_grad and name not in grads and places.tensors.get(name) in reached
-    ]
+    lost = sorted({shared[name] for name in reached} - set(grads))
     if lost:
         raise CaptureError(
-            f"{len(lost)} of {len(params)} parameters are used but get no gradient, the first is {lost[0]!r}; if that "
-            f"is meant, set requires_grad=False on them"
+            f"{len(lost)} of {len(reached)} parameters that the loss depends on get no gradient, the first is "
+            f"{lost[0]!r}; if that is meant, set requires_grad=False on them"
         )
-
-
-def _reach(nodes: list[fx.Node]) -> set[fx.Node]:
-    """All that `nodes` are differentiable functions of: back through floating-point values, not through detach."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and not val.is_floating_point() and not val.is_complex():
-            continue
-        if node.target is torch.ops.aten.detach.default:
-            continue
-        stack.extend(node.all_input_nodes)
-    return seen
 
 
 def _batch_dims(call: Call) -> dict[str, int]:

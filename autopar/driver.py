@@ -91,6 +91,12 @@ def compile(
     grid = connect(mesh, default_device(mesh, model), timeout)
     control = Control(grid)
     with control.together("reading the options"):
+        if grid.device.type != "cpu":
+            raise RuntimeUseError(
+                f"this version runs on CPU processes (gloo) only, not on {grid.device}: captured graphs hold the CPU's "
+                f"attention op and constants. Planning for GPUs works (autopar.plan, device=\"h100\"); to run, keep the "
+                f"model on the CPU"
+            )
         check_backend(backend)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         asked = _ask(shape, device, memory_limit, constraints, outputs, batch, loss)

@@ -26,12 +26,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         r"UserError.*(?:cond|control flow)|unbacked",
         "the code branches on the value of a tensor, or reads it as a Python number (if tensor, bool(), .item(), "
         ".tolist(), int())",
-        "use torch.where for a choice by element, torch.cond for a branch, or decide from shapes and arguments",
-    ),
-    (
-        r"assigned during export|must be registered as buffers",
-        "forward assigns a tensor to an attribute of a module",
-        "register it with register_buffer in __init__, or return it",
+        "use torch.where to choose by element, or decide from shapes and arguments",
     ),
     (
         r"non-Fake Tensor|convert all Tensors to FakeTensors|Mixing fake",
@@ -58,12 +53,18 @@ def explain(error: BaseException, model: nn.Module) -> str:
     text = f"{type(error).__name__}: {error}"
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     first = re.sub(r"\s+", " ", first)[:200]
+    if any("_higher_order_ops" in path for path, _, _ in _frames(error)):
+        return (
+            f"cannot capture {type(model).__name__} at {place}: the code holds graphs of its own (torch.cond, while_loop, "
+            f"scan and the like), which cannot be split. Change: use torch.where for a choice, a Python loop for a "
+            f"repetition. ({first})"
+        )
     for pattern, reason, remedy in _REASONS:
         if re.search(pattern, text):
             return f"cannot capture {type(model).__name__} at {place}: {reason}. Change: {remedy}. ({first})"
     return (
         f"cannot capture {type(model).__name__} at {place}: {type(error).__name__}: {first}. Change that line to "
-        f"something torch.export can trace; a plain call of the model tells whether it runs at all"
+        f"something that can be traced; a plain call of the model tells whether it runs at all"
     )
 
 

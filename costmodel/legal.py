@@ -42,7 +42,9 @@ def op_specs(rule: BoundRule, row: Sequence[Choice]) -> tuple[tuple[Spec, ...], 
 
 
 def op_fits(item: Item, rule: BoundRule, row: Sequence[Choice], sizes: tuple[int, ...]) -> bool:
-    """Whether every operand and result divides evenly under `row`."""
+    """Whether every factor, operand and result divides evenly under `row`."""
+    if not rule.fits(row, sizes):
+        return False
     ins, outs = op_specs(rule, row)
     return all(valid(m.shape, s, sizes) for m, s in zip(item.in_meta, ins)) and all(
         m is None or valid(m.shape, s, sizes) for m, s in zip(item.outs, outs)
@@ -83,6 +85,9 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
             except RuleError as error:
                 allowed = ", ".join(rule.splittable()) or "none"
                 raise PlanError(f"{item.name}: {error}; its splittable factors are: {allowed}") from None
+            if not rule.fits(row, sizes):
+                chosen, factors = " ".join(str(c) for c in row), dict(rule.sizes)
+                raise PlanError(f"{item.name}: choice '{chosen}' does not divide its factors {factors} on {plan.mesh}")
         elif item.kind == "param":
             found = ((), (_stored(plan, item),))
         elif item.kind == "input":

@@ -116,6 +116,9 @@ class _Inserter:
             columns = [bound.placements(c if n > 1 else WHOLE) for c, n in zip(choices, self.sizes)]
         except RuleError as error:
             raise PlanError(f"plan is not legal at {address}: {error}") from None
+        if not bound.fits(choices, self.sizes):
+            text, factors = " ".join(str(c) for c in choices), dict(bound.sizes)
+            raise PlanError(f"plan is not legal at {address}: '{text}' does not divide {factors} on {self.mesh}")
         in_specs = tuple(tuple(ins[i] for ins, _ in columns) for i in range(len(bound.ins)))
         out_specs = tuple(tuple(outs[i] for _, outs in columns) for i in range(len(bound.outs)))
         values, outs = operands(node), results(node)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -248,6 +249,45 @@ def test_assigned_buffer_is_a_new_value():
         "forward sets attribute 'inner.seen'; the compiled module does not",
         "forward changes attribute 'inner.calls'; its value while capturing is fixed in the graph",
     ]
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds forward, passes three times the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """Round."""
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Not the derivative of rounding."""
+        return 3 * grad
+
+
+class OwnBackward(nn.Module):
+    """What only autograd itself knows: a custom function, a hook, a checkpoint, a part without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.compiled = torch.compile(F.gelu, backend="eager")
+
+    def forward(self, x):
+        """The loss."""
+        x = StraightThrough.apply(self.layers[0](x) * 4)
+        x = self.layers[1](x)
+        x.register_hook(lambda grad: grad * 5)
+        x = torch.utils.checkpoint.checkpoint(self.layers[2], x.tanh(), use_reentrant=False)
+        with torch.no_grad():
+            scale = self.layers[3](x)
+        return (self.compiled(self.layers[3](x)) * scale).sum()
+
+
+def test_backward_is_what_autograd_says():
+    """torch.export would differentiate the forward instead, and lose all of these silently."""
+    torch.manual_seed(2)
+    check(OwnBackward().double(), (torch.randn(4, 8, dtype=torch.float64),))
 
 
 class Norms(nn.Module):

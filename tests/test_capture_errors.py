@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from autopar.capture import capture
@@ -99,15 +100,52 @@ class Broken(nn.Linear):
         return super().forward(x[:, :2]).sum()
 
 
+class Cond(nn.Linear):
+    """A branch as a graph of its own."""
+
+    def forward(self, x):
+        """torch.cond."""
+        y = super().forward(x)
+        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (y,)).sum()
+
+
+class Recomputed(nn.Linear):
+    """Dropout inside activation checkpointing."""
+
+    def forward(self, x):
+        """Would draw a second mask in the backward."""
+        run = torch.utils.checkpoint.checkpoint
+        return run(
+            lambda v: torch.dropout(super(Recomputed, self).forward(v).tanh(), 0.5, True), x, use_reentrant=False
+        ).sum()
+
+
+class Memory(nn.Linear):
+    """A buffer that carries a gradient into the next step."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("memory", torch.zeros(4))
+
+    def forward(self, x):
+        """In place, with gradients."""
+        y = super().forward(x)
+        self.memory.add_(y.sum(0))
+        return (y + self.memory).sum()
+
+
 @pytest.mark.parametrize(
     "cls, parts",
     [
-        (Branch, ["cannot capture Branch at", "test_capture_errors.py:", "if y > 0", "torch.where", "torch.cond"]),
+        (Branch, ["cannot capture Branch at", "test_capture_errors.py:", "if y > 0", "torch.where"]),
         (Item, ["cannot capture Item at", "test_capture_errors.py:", ".item()"]),
         (Mask, ["cannot capture Mask at", "test_capture_errors.py:", "boolean-mask", "torch.where"]),
         (Numpy, ["cannot capture Numpy at", "test_capture_errors.py:", "numpy"]),
         (Attribute, ["assigns the tensor attribute 'last'", "self.register_buffer('last', ...", "a later call"]),
         (Average, ["cannot capture Average at", "batchnorm.py", "float(self.num_batches_tracked)"]),
+        (Cond, ["torch.cond", "cannot be split", "torch.where"]),
+        (Recomputed, ["the backward draws random numbers anew", "checkpointing"]),
+        (Memory, ["buffer 'memory'", "torch.no_grad()"]),
         (Strange, ["output 'it' is a", "return tensors in tuples"]),
         (InPlace, ["changes one of its arguments in place", "x.clone()"]),
         (Detached, ["no output depends on a trainable parameter", "torch.no_grad"]),
