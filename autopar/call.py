@@ -262,9 +262,9 @@ class _State:
                 if new is not old and old is not None and new is not None:
                     old.copy_(new.detach())
                     module._buffers[name] = old
-            for name, new in module.__dict__.items():
+            for name, new in list(module.__dict__.items()):
                 old, full = attributes.get(name), f"{path}.{name}".lstrip(".")
-                if new is old:
+                if new is old or name.startswith("__"):
                     continue
                 starred = re.sub(r"(?<=\.)\d+(?=\.)", "*", full)
                 if isinstance(old, torch.Tensor):
@@ -278,6 +278,12 @@ class _State:
                     notes.append(
                         f"forward changes attribute {starred!r}; its value while capturing is fixed in the graph"
                     )
+                else:
+                    continue
+                if name in attributes:  # a trace calls forward more than once: each time from the same state
+                    module.__dict__[name] = old
+                else:
+                    del module.__dict__[name]
         return list(dict.fromkeys(notes))
 
 

@@ -110,7 +110,9 @@ def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str) -> torch.Tensor
 @contextlib.contextmanager
 def _fakes(model: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
     """Within, `model` has fake parameters and buffers; afterwards it is exactly as before, attributes included."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(tracked_fakes=[]), allow_non_fake_inputs=True)
+    # Without numbers read out of tensors: the line that asks for one raises, rather than something after it.
+    shapes = ShapeEnv(tracked_fakes=[], allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
     twins: dict[int, torch.Tensor] = {}
 

@@ -94,8 +94,8 @@ def compile(
         if grid.device.type != "cpu":
             raise RuntimeUseError(
                 f"this version runs on CPU processes (gloo) only, not on {grid.device}: captured graphs hold the CPU's "
-                f"attention op and constants. Planning for GPUs works (autopar.plan, device=\"h100\"); to run, keep the "
-                f"model on the CPU"
+                'attention op and constants. Planning for GPUs works (autopar.plan, device="h100"); to run, keep the '
+                "model on the CPU"
             )
         check_backend(backend)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan

@@ -55,9 +55,9 @@ def explain(error: BaseException, model: nn.Module) -> str:
     first = re.sub(r"\s+", " ", first)[:200]
     if any("_higher_order_ops" in path for path, _, _ in _frames(error)):
         return (
-            f"cannot capture {type(model).__name__} at {place}: the code holds graphs of its own (torch.cond, while_loop, "
-            f"scan and the like), which cannot be split. Change: use torch.where for a choice, a Python loop for a "
-            f"repetition. ({first})"
+            f"cannot capture {type(model).__name__} at {place}: the code holds graphs of its own (torch.cond, "
+            f"while_loop, scan and the like), which cannot be split. Change: use torch.where for a choice, a Python loop "
+            f"for a repetition. ({first})"
         )
     for pattern, reason, remedy in _REASONS:
         if re.search(pattern, text):

@@ -85,9 +85,6 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
             except RuleError as error:
                 allowed = ", ".join(rule.splittable()) or "none"
                 raise PlanError(f"{item.name}: {error}; its splittable factors are: {allowed}") from None
-            if not rule.fits(row, sizes):
-                chosen, factors = " ".join(str(c) for c in row), dict(rule.sizes)
-                raise PlanError(f"{item.name}: choice '{chosen}' does not divide its factors {factors} on {plan.mesh}")
         elif item.kind == "param":
             found = ((), (_stored(plan, item),))
         elif item.kind == "input":
@@ -102,6 +99,9 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
         ins.append(found[0])
         outs.append(found[1])
         _check_item(item, found, outs, sizes, plan)
+        if item.kind == "op" and not items.rule(item).fits(plan.choice(item.name), sizes):
+            chosen, factors = " ".join(str(c) for c in plan.choice(item.name)), dict(items.rule(item).sizes)
+            raise PlanError(f"{item.name}: choice '{chosen}' does not divide its factors {factors} on {plan.mesh}")
     return Specs(ins, outs)
 
 

@@ -121,6 +121,18 @@ def test_dropout_is_seeded(name):
     assert not torch.equal(run(1)[first], run(2)[first])
 
 
+def test_checkpointed_dropout_has_one_mask():
+    """Checkpointing is left to the planner: nothing is computed, or drawn, twice."""
+
+    class Checkpointed(nn.Linear):
+        def forward(self, x):
+            run = torch.utils.checkpoint.checkpoint
+            return run(lambda v: torch.dropout(super(Checkpointed, self).forward(v), 0.5, True), x, use_reentrant=False)
+
+    program = capture(Checkpointed(4, 4), (torch.randn(8, 4),))
+    assert sum(op_name(n) == "autopar.uniform" for n in program.gm.graph.nodes) == 1
+
+
 def test_dropout_statistics():
     """A fraction p is dropped, the rest scaled by 1/(1-p), and the gradient sees the same mask."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.25)).double()
