@@ -56,8 +56,8 @@ def explain(error: BaseException, model: nn.Module) -> str:
     if any("_higher_order_ops" in path for path, _, _ in _frames(error)):
         return (
             f"cannot capture {type(model).__name__} at {place}: the code holds graphs of its own (torch.cond, "
-            f"while_loop, scan and the like), which cannot be split. Change: use torch.where for a choice, a Python loop "
-            f"for a repetition. ({first})"
+            f"while_loop, scan and the like), which cannot be split. Change: use torch.where for a choice, a Python "
+            f"loop for a repetition. ({first})"
         )
     for pattern, reason, remedy in _REASONS:
         if re.search(pattern, text):

@@ -1,4 +1,4 @@
-"""Every Hugging Face architecture of the list captures, with a gradient for each parameter it uses."""
+"""Every Hugging Face architecture of the list captures, with a gradient for each parameter it uses, and plans."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import pytest
 import torch
 
 from autopar.capture import capture
+from autopar.costmodel.planner import check_plan, plan
+from autopar.costmodel.rules import rule_source
 from autopar.errors import CaptureError
+from autopar.graph import is_op
+from autopar.mesh import Mesh
 from tests.zoo_hf import HF_ARCHITECTURES, UNSUPPORTED
 
-#: The first of each family run always, the others in the long run.
-QUICK = {
-    "mistral", "qwen3", "gemma2", "phi3", "gpt_neox", "bloom", "qwen2_moe", "mamba", "roberta", "deberta_v2", "bart",
-    "whisper", "wav2vec2", "swin", "convnext", "vit_mae", "clip",
-}  # fmt: skip
+#: So many run always, the others in the long run.
+QUICK = list(HF_ARCHITECTURES)[:36]
 
 
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in HF_ARCHITECTURES]
 )
-def test_architecture_captures(name):
+def test_architecture_captures_and_plans(name):
     model, batch = HF_ARCHITECTURES[name](seed=0)
     program = capture(model, (), batch)
     assert [s.name for s in program.of_kind("tangent")] == ["loss"]
@@ -31,6 +32,11 @@ def test_architecture_captures(name):
     eager = {n for n, p in model.named_parameters() if p.grad is not None}
     assert {s.name for s in grads if s.node is not None} == eager
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    unknown = {str(n.target) for n in program.gm.graph.nodes if is_op(n) and rule_source(n) not in ("table", "user")}
+    assert not unknown, f"ops without a rule in the table: {unknown}"
+    found = plan(program, Mesh.parse("dp=2,tp=2"), device="h100", output_specs="free", time_limit=5)
+    check_plan(program, found)
+    assert found.solver["status"] in ("optimal", "feasible") and found.predicted["step_s"] > 0
 
 
 def test_enough_architectures():

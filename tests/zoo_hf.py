@@ -200,6 +200,16 @@ HF_ARCHITECTURES: dict[str, Builder] = {
         num_experts_per_tok=2,
     ),
     "olmoe": _causal("Olmoe", num_hidden_layers=1, num_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": _causal(
+        "DeepseekV3", first_k_dense_replace=1, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        num_key_value_heads=4, n_shared_experts=1,
+    ),
+    "gpt_oss": _causal("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+    "jamba": _causal(
+        "Jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4,
+        use_mamba_kernels=False, mamba_d_state=4,
+    ),
     # state space
     "mamba": _old_causal(
         "Mamba", "MambaForCausalLM", hidden_size=HIDDEN, num_hidden_layers=1, state_size=4, pad_token_id=0,
@@ -208,6 +218,7 @@ HF_ARCHITECTURES: dict[str, Builder] = {
         "Mamba2", "Mamba2ForCausalLM", hidden_size=HIDDEN, num_hidden_layers=1, state_size=4, num_heads=8, head_dim=8,
         n_groups=2, chunk_size=4, pad_token_id=0,
     ),
+    "recurrent_gemma": _causal("RecurrentGemma", num_hidden_layers=3, lru_width=HIDDEN, attention_window_size=8),
     # encoders
     "roberta": _encoder("Roberta"),
     "xlm_roberta": _encoder("XLMRoberta"),
@@ -222,6 +233,11 @@ HF_ARCHITECTURES: dict[str, Builder] = {
     ),
     "modernbert": _encoder("ModernBert", global_attn_every_n_layers=2, local_attention=4),
     "fnet": _encoder("FNet"),
+    "yoso": _encoder("Yoso"),
+    "xlnet": _entry(
+        "XLNetLMHeadModel", "XLNetConfig", lm_batch,
+        {"vocab_size": VOCAB, "d_model": HIDDEN, "n_layer": 1, "n_head": HEADS, "d_inner": FFN, "dropout": 0.0},
+    ),
     # encoder-decoders
     "mt5": _entry(
         "MT5ForConditionalGeneration", "MT5Config", lm_batch,
@@ -255,6 +271,8 @@ HF_ARCHITECTURES: dict[str, Builder] = {
     "swin": _vision("Swin", image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 4], window_size=4,
                     drop_path_rate=0.0),
     "convnext": _vision("ConvNext", size=32, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, drop_path_rate=0.0),
+    "convnext_v2": _vision("ConvNextV2", size=32, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2,
+                           drop_path_rate=0.0),
     "regnet": _vision("RegNet", size=32, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4),
     "mobilenet_v2": _vision("MobileNetV2", size=32, depth_multiplier=0.25, depth_divisible_by=4),
     "segformer": _vision("Segformer", size=32, num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1],
@@ -275,5 +293,12 @@ HF_ARCHITECTURES: dict[str, Builder] = {
     "siglip": _clip_like("Siglip"),
 }  # fmt: skip
 
-#: name -> reason why the architecture cannot be captured.
-UNSUPPORTED: dict[str, str] = {}
+#: name -> (builder, the reason that the error gives): what cannot be captured.
+UNSUPPORTED: dict[str, tuple[Builder, str]] = {
+    "longformer": (_encoder("Longformer", attention_window=[4, 4]), "reads it as a Python number"),
+    "ibert": (_encoder("IBert"), "branches on the value of a tensor"),
+    "bart with layerdrop": (_bart_like("Bart", encoder_layerdrop=0.5), "branches on the value of a tensor"),
+    "wav2vec2 with time masks": (
+        _wave("Wav2Vec2", mask_time_prob=0.5, mask_time_length=2), "the shape of a result depends on the values",
+    ),
+}  # fmt: skip
