@@ -18,6 +18,7 @@ from autopar.mesh import Mesh
 from autopar.passes.bind import bind
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
+from autopar.passes.edit import finished
 from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
 from autopar.passes.overlap import overlap
 from autopar.passes.partition import Parts, partition
@@ -58,7 +59,8 @@ def finish(
     """
     # Overlap is last: it orders what all others have made.
     steps = (partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups), overlap)
-    return run(gm, steps, mesh=mesh, title=title)
+    out, report = run(gm, steps, mesh=mesh, title=title)
+    return finished(out), report
 
 
 __all__ = ["LocalProgram", "Parts", "Report", "cut", "finish", "lower"]

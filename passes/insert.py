@@ -18,6 +18,7 @@ from torch import fx
 from autopar.errors import PlanError, RuleError
 from autopar.graph import BACKWARD, FORWARD, Program, Sink, Value, is_op, operands, resolve, results
 from autopar.mesh import Mesh
+from autopar.passes.edit import Draft
 from autopar.passes.localise import LocalCall, emit
 from autopar.passes.redistribute import redistribute
 from autopar.plan import Plan
@@ -85,7 +86,7 @@ class _Inserter:
                 ends[i] = self._sink(sink, Value(node, resolve(nodes[str(sink.node)]).index or sink.index))
         self.graph.output(tuple(local for local, _ in ends))
         self.graph.eliminate_dead_code()
-        gm = fx.GraphModule(constants, self.graph)
+        gm = Draft(constants, self.graph)
         return LocalProgram(gm, self.program, self.mesh, tuple(source_specs), tuple(spec for _, spec in ends))
 
     def _source(self, node: fx.Node, kind: str, name: str) -> Spec:

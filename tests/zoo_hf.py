@@ -293,12 +293,18 @@ HF_ARCHITECTURES: dict[str, Builder] = {
     "siglip": _clip_like("Siglip"),
 }  # fmt: skip
 
-#: name -> (builder, the reason that the error gives): what cannot be captured.
-UNSUPPORTED: dict[str, tuple[Builder, str]] = {
-    "longformer": (_encoder("Longformer", attention_window=[4, 4]), "reads it as a Python number"),
-    "ibert": (_encoder("IBert"), "branches on the value of a tensor"),
-    "bart with layerdrop": (_bart_like("Bart", encoder_layerdrop=0.5), "branches on the value of a tensor"),
-    "wav2vec2 with time masks": (
-        _wave("Wav2Vec2", mask_time_prob=0.5, mask_time_length=2), "the shape of a result depends on the values",
-    ),
-}  # fmt: skip
+#: name -> the reason that the error gives for what cannot be captured.
+UNSUPPORTED: dict[str, str] = {
+    "longformer": "reads it as a Python number",
+    "ibert": "branches on the value of a tensor",
+    "bart with layerdrop": "branches on the value of a tensor",
+    "wav2vec2 with time masks": "the shape of a result depends on the values",
+}
+
+#: Their builders.
+REFUSED: dict[str, Builder] = {
+    "longformer": _encoder("Longformer", attention_window=[4, 4]),
+    "ibert": _encoder("IBert"),
+    "bart with layerdrop": _bart_like("Bart", encoder_layerdrop=0.5),
+    "wav2vec2 with time masks": _wave("Wav2Vec2", mask_time_prob=0.5, mask_time_length=2),
+}
