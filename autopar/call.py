@@ -166,6 +166,7 @@ class Returned:
     Attributes:
         leaves: every output with its path; the value is None for tensors.
         is_tensor: which of them are tensors.
+        cut: which of them would have a gradient, were there no loss beside them.
         pack: list of values of `leaves` -> what the model returns.
         notes: what was dropped.
         reached: names of the parameters that autograd reaches from the tensors returned.
@@ -174,6 +175,7 @@ class Returned:
     def __init__(self) -> None:
         self.leaves: list[tree.Leaf] = []
         self.is_tensor: list[bool] = []
+        self.cut: list[bool] = []
         self.pack: tree.Rebuild = list
         self.notes: list[str] = []
         self.reached: set[str] = set()
@@ -204,9 +206,11 @@ class Wrapper(nn.Module):
         returned.is_tensor = [isinstance(value, torch.Tensor) for _, value in leaves]
         returned.leaves = [tree.Leaf(p, None if t else v) for (p, v), t in zip(leaves, returned.is_tensor)]
         kept = []
+        returned.cut = []
         for path, value in leaves:
+            cut = self.with_grad and loss_path is not None and path != loss_path
+            returned.cut.append(cut and isinstance(value, torch.Tensor) and value.requires_grad)
             if isinstance(value, torch.Tensor):
-                cut = self.with_grad and loss_path is not None and path != loss_path
                 # a copy of its own, so that no output is a view of another, of an input or of a parameter
                 kept.append((value.detach() if cut else value).clone())
         returned.reached = _reached(kept, self.model)

@@ -34,6 +34,7 @@ _DROP = {
     aten._assert_async.default,
     aten._assert_async.msg,
     aten._assert_scalar.default,
+    aten._linalg_check_errors.default,
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
@@ -213,6 +214,8 @@ class _Builder:
             return args[0]
         if target is aten.expand.default:
             return target, (args[0], list(val.shape)), {}
+        if target in _LAZY:
+            return _LAZY[target], args, kwargs
         if target is aten.sum.default:
             return aten.sum.dim_IntList, (args[0], list(range(args[0].meta["val"].dim()))), kwargs
         if target is aten.copy.default:  # what was there before does not matter
@@ -276,6 +279,9 @@ _SHAPE_ONLY = {
     aten.squeeze.dims,
 }
 
+
+#: Views that only set a bit, which neither collectives nor views of complex numbers as real ones can read -> the op.
+_LAZY = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
 
 #: Ops on strides -> (what the result equals if all of the base is covered, size, stride, offset).
 _STRIDED: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, Any, Any, Any]]] = {

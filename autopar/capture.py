@@ -16,7 +16,6 @@ import gc
 import hashlib
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -40,6 +39,8 @@ from autopar.errors import CaptureError
 from autopar.explain import explain
 from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, results, set_addresses
 from autopar.param_views import separate_parameter_views
+from autopar.shared_memory import check_memory, overlaps
+from autopar.tree import batched
 
 _PREFIX = "model."
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
@@ -65,8 +66,8 @@ def capture(
 
     Returns:
         The program. If the output has a scalar floating-point loss (`loss`, the output itself, or the first element
-        of a tuple), gradients start from it alone and all other outputs are detached; otherwise every differentiable
-        output has a tangent.
+        of a tuple), gradients start from it alone and all other outputs are cut off (`Sink.cut`); otherwise every
+        differentiable output has a tangent.
 
     Raises:
         CaptureError: the model cannot be traced; names the line of the user's code and what to change.
@@ -74,6 +75,7 @@ def capture(
     """
     call = Call(model, args, kwargs or {}, loss)
     wrapper = Wrapper(model, call, loss, training)
+    overlapping = overlaps(_named_tensors(model))
     with _fakes(model, training) as mode:
         shared = _tied(model)
         inputs = [_fake(mode, t, f"input {n!r}") for n, t in zip(call.names, call.tensors)]
@@ -89,7 +91,9 @@ def capture(
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
             raise CaptureError(explain(error, model)) from None
-        return _assemble(model, call, wrapper, gm, shared, training)
+        program = _assemble(model, call, wrapper, gm, shared, training)
+        check_memory(overlapping, program)
+        return program
 
 
 # ---- fake parameters -----------------------------------------------------------------------------------------------
@@ -205,6 +209,9 @@ def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> fx.GraphModule:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_marked_modules(wrapper.model))
         stack.enter_context(_ExplicitAttention())
+        # The check for singular matrices would be traced as a token, which a graph that is cut up cannot pass on.
+        check = torch._library.simple_registry.singleton.find("aten::_linalg_check_errors").effect
+        stack.enter_context(_set(check, "_effect", None))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # torch.compile inside the model steps aside
         for flag in ("_is_compiling_flag", "_is_exporting_flag"):  # libraries take their traceable paths
             stack.enter_context(_set(torch.compiler, flag, True))
@@ -264,6 +271,11 @@ class _ExplicitAttention(TorchFunctionMode):
             if args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0):
                 with sdpa_kernel(SDPBackend.MATH):
                     return func(*args, **kwargs)
+        if func is nn.functional.multilabel_margin_loss:
+            raise CaptureError(
+                "multilabel_margin_loss: torch traces it as another function than it runs; use "
+                "multilabel_soft_margin_loss, or write the margins out with clamp"
+            )
         return func(*args, **kwargs)
 
 
@@ -301,8 +313,8 @@ def _assemble(
     sources += [(Source("tangent", paths[i], ""), node) for i, node in places.tangents.items()]
     sinks: list[tuple[Sink, fx.Node | None]] = []
     remaining = iter(outputs)
-    for leaf, is_tensor in zip(returned.leaves, returned.is_tensor):
-        sink = Sink("output", _output_name(leaf.path), None, 0, leaf.value)
+    for leaf, is_tensor, cut in zip(returned.leaves, returned.is_tensor, returned.cut):
+        sink = Sink("output", _output_name(leaf.path), None, 0, leaf.value, cut)
         sinks.append((sink, next(remaining) if is_tensor else None))
     sinks += [(Sink("buffer", name, None), node) for name, node in mutated.items()]
     num_forward = len(sinks)
@@ -388,7 +400,9 @@ class _Places:
                 self.tangents[what.output.idx] = node
             elif isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.InputMutationAOTOutput):
                 buffer = what.output.mutated_input
-                name = buffer.target.removeprefix(_PREFIX) if isinstance(buffer, desc.BufferAOTInput) else "?"
+                if not isinstance(buffer, desc.BufferAOTInput):
+                    raise CaptureError(_unexpected(what.output))
+                name = buffer.target.removeprefix(_PREFIX)
                 raise CaptureError(
                     f"forward writes a value that depends on parameters into buffer {name!r}, through which gradients "
                     f"would flow into the next step; write it under torch.no_grad(), or detached"
@@ -464,11 +478,8 @@ def _check_gradients(reached: set[str], shared: dict[str, str], places: _Places,
 
 def _batch_dims(call: Call) -> dict[str, int]:
     """Dim 0 of every input that has the most common leading size."""
-    sizes = Counter(t.shape[0] for t in call.tensors if t.dim())
-    if not sizes:
-        return {}
-    batch = sizes.most_common(1)[0][0]
-    return {name: 0 for name, t in zip(call.names, call.tensors) if t.dim() and t.shape[0] == batch}
+    names = batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)})
+    return {name: 0 for name in call.names if name in names}
 
 
 def _fingerprint(program: Program) -> str:

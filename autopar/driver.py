@@ -5,6 +5,7 @@ capture -> plan -> insert collectives and the other passes -> cut forward from b
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import warnings
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar import passes
+from autopar import passes, tree
+from autopar.call import TARGET, Call
 from autopar.capture import capture
 from autopar.costmodel import planner, rules
 from autopar.costmodel.devices import DEVICES, Device
@@ -29,7 +31,7 @@ from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
-from autopar.spec import R, S, Spec
+from autopar.spec import R, S, Spec, format_spec
 
 OUTPUTS = ("auto", "full", "sharded")
 #: Axes of these names, or constrained to one of these strategies, split the batch when ranks bring their own.
@@ -73,8 +75,9 @@ def compile(
         constraints: {pattern of parameter or module names: placement} and {mesh axis: strategy}; see `plan`.
         plan: a plan to run as it is, or the path of its file, instead of planning.
         batch: "global": every rank passes the whole batch. "local": every rank passes its own piece along dim 0 (see
-            `ParallelModule.sampler_args`), over the axes called dp, data or fsdp, or constrained to a data-parallel
-            strategy; "local:AXIS[,AXIS]" names them.
+            `ParallelModule.sampler_args`) of every tensor whose dim 0 is as long as that of most arguments; what is
+            passed besides must be equal on all ranks. The batch is split over the axes called dp, data or fsdp, or
+            constrained to a data-parallel strategy; "local:AXIS[,AXIS]" names them.
         outputs: "full": plain whole tensors; "sharded": DTensors as the plan leaves them; "auto": sharded beside a
             scalar loss (which is always whole), else full.
         backend: "eager" or "inductor".
@@ -99,6 +102,8 @@ def compile(
             )
         check_backend(backend)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        if given is not None and not isinstance(given, Plan):
+            raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
         asked = _ask(shape, device, memory_limit, constraints, outputs, batch, loss)
         call = _arguments(example)
         empty = skeleton(model)
@@ -110,7 +115,7 @@ def compile(
     )
     control.same("the options of compile", asked.text(), "pass the same options on every rank")
     control.same(
-        "the plan", given and given.to_json(), "give every rank the same plan file", lambda a, b: "other contents"
+        "the plan", given and _decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
     )
     build = _Builder(control, asked, given)
     options = Options(check, backend, asked.data_axes, init)
@@ -147,9 +152,9 @@ def plan_model(
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
     began = time.perf_counter()
-    program = capture(model, *asked.whole_batch(*call), loss=loss, training=training)
+    program, pieces = asked.capture(model, *call, training)
     captured = time.perf_counter() - began
-    found = _plan(program, asked)
+    found = _plan(program, asked, pieces)
     return replace(found, target=dict(target or {}), solver={"capture_s": captured, **found.solver})
 
 
@@ -203,30 +208,25 @@ class _Asked:
             count *= size if name in self.data_axes else 1
         return count
 
-    def whole_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the global call, given those of one rank."""
-        if self.pieces == 1:
-            return args, kwargs
-        first = next((t for t in [*args, *kwargs.values()] if isinstance(t, torch.Tensor) and t.dim()), None)
-        if first is None:
-            raise BatchError('batch="local" needs a tensor argument whose dim 0 is the batch; there is none')
-
-        def grow(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == first.shape[0]:
-                return value.repeat(self.pieces, *[1] * (value.dim() - 1))
-            return value
-
-        return tuple(grow(a) for a in args), {k: grow(v) for k, v in kwargs.items()}
-
-    def input_specs(self, program: Program) -> dict[str, Spec] | None:
-        """Where local batches lie: split along dim 0 over the data axes."""
+    def capture(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    ) -> tuple[Program, dict[str, Spec] | None]:
+        """The program of the global call, given the arguments of one rank, and where local batches lie in it."""
         if not self.data_axes:
-            return None
+            return capture(model, args, kwargs, loss=self.loss, training=training), None
+        call = Call(model, args, kwargs, self.loss)
+        local = tree.batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)})
+        if not local:
+            raise BatchError('batch="local" needs a tensor argument whose dim 0 is the batch; there is none')
+        pairs = list(zip(call.names, call.tensors))
+        grown = [t.repeat(self.pieces, *[1] * (t.dim() - 1)) if name in local else t for name, t in pairs]
+        args, kwargs, target = call.arguments(grown)
+        if self.loss is not None:
+            kwargs = {**kwargs, TARGET: target}
+        program = capture(model, args, kwargs, loss=self.loss, training=training)
         whole: Spec = (R,) * len(self.mesh.sizes)
         split = tuple(S(0) if name in self.data_axes else R for name in self.mesh.names)
-        sizes = {s.name: tuple(program.node(s.node).meta["val"].shape) for s in program.of_kind("input")}
-        batch = next((shape[0] for shape in sizes.values() if shape), 0)
-        return {name: split if shape and shape[0] == batch else whole for name, shape in sizes.items()}
+        return program, {name: split if name in local else whole for name in call.names}
 
 
 class _Builder:
@@ -240,29 +240,29 @@ class _Builder:
     ) -> Lowered:
         control, grid = self.control, self.control.grid
         with control.together("capture"):
-            program = capture(model, *self.asked.whole_batch(args, kwargs), loss=self.asked.loss, training=training)
+            program, pieces = self.asked.capture(model, args, kwargs, training)
         control.same(
             "the captured program",
-            program.fingerprint,
+            program.digest(),
             "the model's code must take the same path on every rank (no branches on the rank)",
         )
-        plan = self._plan(program, first)
-        with control.together("lowering"):
-            lowered = lower(program, plan, grid.mesh.coordinates(grid.rank), grid.group_names)
-        return lowered
+        with torch.autocast(grid.device.type, enabled=False):  # it is in the program, and not for what follows
+            plan = self._plan(program, pieces, first)
+            with control.together("lowering"):
+                return lower(program, plan, grid.mesh.coordinates(grid.rank), grid.group_names)
 
-    def _plan(self, program: Program, first: Plan | None) -> Plan:
+    def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
             with self.control.together("checking the plan"):
-                _check_given(self.given, program, self.asked)
+                _check_given(self.given, program, self.asked, pieces)
             return self.given
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
-        text = self.control.share("planning", lambda: _plan(program, self.asked, first).to_json())
+        text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first).to_json())
         return Plan.from_json(text, "the plan of rank 0")
 
 
-def _plan(program: Program, asked: _Asked, first: Plan | None = None) -> Plan:
-    """Plan `program`; with `first`, parameters stay where that plan stores them."""
+def _plan(program: Program, asked: _Asked, pieces: dict[str, Spec] | None, first: Plan | None = None) -> Plan:
+    """Plan `program`, of which local batches come in `pieces`; with `first`, parameters stay where that stores them."""
     free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program))
     found = planner.plan(
         program,
@@ -270,13 +270,13 @@ def _plan(program: Program, asked: _Asked, first: Plan | None = None) -> Plan:
         device=asked.device,
         memory_limit=asked.memory_limit,
         constraints=dict(asked.constraints),
-        input_specs=asked.input_specs(program),
+        input_specs=pieces,
         output_specs="free" if free else "replicated",
     )
     return found if first is None else replace(found, storage=first.storage)
 
 
-def _check_given(plan: Plan, program: Program, asked: _Asked) -> None:
+def _check_given(plan: Plan, program: Program, asked: _Asked, pieces: dict[str, Spec] | None) -> None:
     if plan.mesh != asked.mesh:
         raise PlanError(
             f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
@@ -287,6 +287,19 @@ def _check_given(plan: Plan, program: Program, asked: _Asked) -> None:
             f"{program.fingerprint[:12]}): other layers, sizes or dtypes, or another mode; plan again for this model"
         )
     planner.check_plan(program, plan)
+    whole: Spec = (R,) * len(plan.mesh.sizes)
+    for name, spec in (pieces or {}).items():
+        given = plan.inputs.get(name, whole)
+        if any(g != p for g, p, axis in zip(given, spec, plan.mesh.names) if axis in asked.data_axes):
+            raise PlanError(
+                f"local batches bring input {name} as {format_spec(spec, 1, plan.mesh.names)}, the plan takes it as "
+                f'{format_spec(given, 1, plan.mesh.names)}; make the plan with batch="local", or pass global batches'
+            )
+
+
+def _decisions(plan: Plan) -> str:
+    """What of a plan changes the graphs; seconds and notes differ where every rank makes the same plan itself."""
+    return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
 
 
 def _has_loss(program: Program) -> bool:
@@ -312,7 +325,12 @@ def _ask(
         raise RuntimeUseError(f"outputs={outputs!r} does not exist; choose one of {', '.join(OUTPUTS)}")
     if isinstance(device, str) and device not in DEVICES:
         raise ConstraintError(f"no device preset {device!r}; choose one of {', '.join(DEVICES)}")
-    constraints = constraints or {}
+    constraints = {} if constraints is None else constraints
+    texts = [*constraints.keys(), *constraints.values()] if isinstance(constraints, Mapping) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConstraintError(
+            f'cannot read constraints {constraints!r}; pass a dict of texts, such as {{"dp": "zero3"}}'
+        )
     axes = _data_axes(mesh, batch, constraints)
     return _Asked(mesh, device or detect_device(), parse_bytes(memory_limit), constraints, outputs, axes, loss)
 
@@ -358,9 +376,11 @@ def parse_bytes(text: float | str | None) -> int | None:
     Raises:
         ConstraintError: it cannot be read.
     """
-    if text is None or isinstance(text, (int, float)):
-        return None if text is None else int(text)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", text)
+    if text is None:
+        return None
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and math.isfinite(text):
+        return int(text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?\s*", text) if isinstance(text, str) else None
     if not match:
         raise ConstraintError(f'cannot read memory limit {text!r}; write bytes, or e.g. "24GB" or "24GiB"')
     power = "kMGT".index(match[2].replace("K", "k")) + 1 if match[2] else 0

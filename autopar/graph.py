@@ -15,6 +15,7 @@ resolved to (producer, output index). Rules, planner and passes all use this ord
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import re
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Source:
 class Sink:
     """An element of the output. kind: output, buffer (its new value), grad (of parameter `name`).
 
-    With node None the value is `constant`.
+    With node None the value is `constant`. `cut`: it depends on parameters, but gradients start from the loss alone.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Sink:
     node: str | None
     index: int = 0
     constant: Any = None
+    cut: bool = False
 
 
 @dataclass
@@ -101,6 +103,17 @@ class Program:
         if name not in self._by_name:
             self._by_name.update((n.name, n) for n in self.gm.graph.nodes)
         return self._by_name[name]
+
+    def digest(self) -> str:
+        """Hash of all that it computes: also how the ops are wired, their numbers, and constant tensors."""
+        digest = hashlib.sha256()
+        for node in self.gm.graph.nodes:
+            what = op_name(node) if node.op == "call_function" else node.target
+            digest.update(f"{node.name} {what} {node.args} {node.kwargs}\n".encode())
+            if node.op == "get_attr" and not (constant := getattr(self.gm, str(node.target))).is_meta:
+                digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(repr([(s.kind, s.name, s.node, s.index) for s in self.sinks]).encode())
+        return f"{self.fingerprint[:12]}-{digest.hexdigest()[:12]}"
 
     def of_kind(self, kind: str) -> list[Source]:
         """Sources of one kind, in order."""

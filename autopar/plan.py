@@ -27,6 +27,10 @@ GATHER = ("once", "twice")
 REDUCE = ("reduce_scatter", "all_reduce")
 
 
+#: Predicted figures that are numbers by kind; the others are single numbers.
+_TABLES = ("memory", "collectives")
+
+
 @dataclass(frozen=True)
 class Storage:
     """Where a parameter, its gradient and its optimizer state lie, and how it travels."""
@@ -110,7 +114,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PlanError(f"{where} is not JSON: {error}; write it again with `autopar plan ... -o`") from None
         if not isinstance(data, dict) or "autopar_plan" not in data:
             raise PlanError(f"{where} is not an autopar plan (no 'autopar_plan' key)")
@@ -145,6 +149,12 @@ class Plan:
                 if len(row) != len(mesh.sizes):
                     raise PlanError(f"{len(row)} choices for {len(mesh.sizes)} mesh axes")
                 choices[k] = row
+            predicted = section("predicted")
+            for k, v in predicted.items():
+                key = f"predicted {k}"
+                numbers = list(v.values()) if isinstance(v, dict) else [] if k == "device" else [v]
+                if not all(isinstance(n, (int, float)) for n in numbers) or (k in _TABLES) != isinstance(v, dict):
+                    raise PlanError(f"cannot read {v!r}")
             return cls(
                 mesh=mesh,
                 fingerprint=str(data["fingerprint"]),
@@ -152,7 +162,7 @@ class Plan:
                 storage=storage,
                 inputs={k: spec(v) for k, v in section("inputs").items()},
                 outputs={k: spec(v) for k, v in section("outputs").items()},
-                predicted=section("predicted"),
+                predicted=predicted,
                 solver=section("solver"),
                 target=section("target"),
                 notes=tuple(data["notes"]),
@@ -163,8 +173,15 @@ class Plan:
             raise PlanError(f"{where} is damaged at {key}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON file.
+
+        Raises:
+            PlanError: it cannot be written.
+        """
+        try:
+            Path(path).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write plan {path}: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -64,7 +64,7 @@ class Choice(NamedTuple):
             return WHOLE
         if re.fullmatch(r"\+\d+", text):
             return cls(through=int(text[1:]))
-        match = re.fullmatch(r"([A-Za-z][A-Za-z0-9_]*)(?:@(\d+))?", text)
+        match = re.fullmatch(r"([A-Za-z][A-Za-z0-9_]*)(?:@([1-9]\d*))?", text)
         if not match:
             raise RuleError(f"cannot read choice {text!r}; write -, FACTOR, FACTOR@OUTER or +GROUP")
         return cls(match[1], int(match[2] or 1))

@@ -140,6 +140,11 @@ def build(target: Target, *, real: bool = False, shrink: Callable[[dict[str, Any
             f"cannot read target {target.text!r}; "
             "write hf:CONFIG.json, hf:MODEL_TYPE (e.g. hf:llama) or file.py:function"
         )
+    if target.settings:
+        raise TargetError(
+            f"--set changes Hugging Face configurations; {target.text} has none: change the function, or let it take "
+            f"batch= and seq="
+        )
     return _build_function(Path(path), function, target)
 
 
@@ -166,6 +171,8 @@ def hf_config(target: Target, shrink: Callable[[dict[str, Any]], None] | None = 
     """
     hf, name = transformers(), target.text.removeprefix("hf:")
     path = Path(name)
+    if not name:
+        raise TargetError("hf: names no model; write hf:CONFIG.json or hf:MODEL_TYPE (e.g. hf:llama)")
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
@@ -174,7 +181,7 @@ def hf_config(target: Target, shrink: Callable[[dict[str, Any]], None] | None = 
             config = hf.AutoConfig.for_model(data.pop("model_type"), **data)
         except KeyError:
             raise TargetError(f"{path} has no 'model_type'; it is not a Hugging Face configuration") from None
-        except ValueError as error:
+        except Exception as error:  # of any kind: from JSON, or from the checks of a configuration class
             raise TargetError(f"cannot read {path}: {error}") from None
     elif name.endswith(".json") or "/" in name:
         raise TargetError(f"{path} does not exist; give a config.json, a folder that holds one, or a model type")
@@ -208,8 +215,9 @@ def _with_settings(
         shrink(data)
     try:
         changed = hf.AutoConfig.for_model(config.model_type, **data)
-    except (TypeError, ValueError) as error:
-        raise TargetError(f"{type(config).__name__} refuses {dict(settings)}: {error}") from None
+    except Exception as error:  # of any kind: configuration classes check themselves
+        text = " ".join(str(error).split())
+        raise TargetError(f"{type(config).__name__} refuses {dict(settings)}: {text}") from None
     if getattr(changed, "use_cache", False):
         changed.use_cache = False  # a cache is for generation; training returns none
     return changed
@@ -250,6 +258,8 @@ def _build_hf(config: Any, target: Target, real: bool) -> Built:
     try:
         with nullcontext() if real else torch.device("meta"):
             model = cls(config)
+    except Exception as error:  # of any kind: sizes that do not go together
+        raise TargetError(f"{cls.__name__} cannot be built: {type(error).__name__}: {error}") from error
     finally:
         torch.set_default_dtype(before)
     model.train()
@@ -304,7 +314,7 @@ def _build_function(path: Path, name: str, target: Target) -> Built:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{path} raised {type(error).__name__} while it was loaded: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -313,7 +323,7 @@ def _build_function(path: Path, name: str, target: Target) -> Built:
     kwargs = {k: given[k] for k in inspect.signature(function).parameters if k in given}
     try:
         result = function(**kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{path}:{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(result, tuple) or len(result) not in (2, 3) or not isinstance(result[0], torch.nn.Module):
         raise TargetError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -21,6 +22,19 @@ class Leaf(NamedTuple):
 
 
 Rebuild = Callable[[list[Any]], Any]
+
+
+def batched(shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
+    """Names of the tensors that have the batch as dim 0: those with the most common length there, the first's at a tie.
+
+    >>> sorted(batched({"x": (4, 8), "scale": (), "mask": (8, 8), "y": (4,)}))
+    ['x', 'y']
+    """
+    lengths = Counter(shape[0] for shape in shapes.values() if len(shape))
+    if not lengths:
+        return frozenset()
+    batch = lengths.most_common(1)[0][0]
+    return frozenset(name for name, shape in shapes.items() if len(shape) and shape[0] == batch)
 
 
 def flatten(value: Any, path: str = "") -> tuple[list[Leaf], Rebuild]:

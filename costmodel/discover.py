@@ -1,13 +1,14 @@
 """Find the rule of an op nobody gave one for, by running it.
 
-The op runs on small random operands. For every way to split one dim of some operands (all of one size) it runs on
-two halves: contiguous ones, and ones drawn at random from the dim. If every result is the concatenation of the two
-along some dim, or their sum, maximum or minimum, the split is a factor. Factors must hold alone and in pairs. An
-operand in which sums pass through is a linear group. What is not proven stays whole, so a rule found here may be
-timid, but is only as bold as what ran.
+The op runs on small random operands, positive ones and, if it takes them, ones of both signs. For every way to split
+one dim of some operands (all of one size) it runs on two halves: contiguous ones, and ones drawn at random from the
+dim. If every result is the concatenation of the two along some dim, or their sum, maximum or minimum, the split is a
+factor. Factors must hold alone and in pairs. An operand in which sums pass through is a linear group. What is not
+proven stays whole, so a rule found here may be timid, but is only as bold as what ran.
 
-The rule is found for the shapes of the call if they are small, else for smaller shapes of the same pattern; once
-per op, pattern of shapes, dtypes and other arguments."""
+The rule is found for the shapes of the call if they are small, else for smaller shapes of the same pattern; once per
+op, pattern of shapes, dtypes and other arguments.
+"""
 
 from __future__ import annotations
 
@@ -74,13 +75,21 @@ def _trusting(target: Any) -> bool:
 
 def _discover(call: Call, args: tuple[Any, ...]) -> Rule | None:
     for shapes in _candidate_shapes(call):
-        try:
-            trial = _Trial(call, args, shapes)
-        except REFUSALS:
-            continue
-        if trial.trustworthy:
-            return trial.rule()
+        for bound in sorted({_index_bound(call, shapes), 2}, reverse=True):
+            try:
+                trial = _Trial(call, args, shapes, bound)
+            except REFUSALS:
+                continue
+            if trial.trustworthy:
+                return trial.rule()
     return None
+
+
+def _index_bound(call: Call, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Integers below it are indices into any dim of the floating operands; 0 and 1 alone would tell little."""
+    if all(floats(d) or d == torch.bool for d in call.dtypes):
+        return 2
+    return max(2, min((n for s, d in zip(shapes, call.dtypes) if floats(d) for n in s if n > 1), default=2))
 
 
 def _candidate_shapes(call: Call) -> Iterator[list[tuple[int, ...]]]:
@@ -96,14 +105,15 @@ def _candidate_shapes(call: Call) -> Iterator[list[tuple[int, ...]]]:
 class _Trial:
     """The op on one set of shapes."""
 
-    def __init__(self, call: Call, args: tuple[Any, ...], shapes: Sequence[tuple[int, ...]]) -> None:
-        self.call, self.args = call, args
+    def __init__(self, call: Call, args: tuple[Any, ...], shapes: Sequence[tuple[int, ...]], bound: int) -> None:
+        self.call, self.args, self.bound = call, args, bound
         self.rng = torch.Generator().manual_seed(1)
         self.wide = all(d != torch.float32 for d in call.dtypes) or self._accepts_double(shapes)
         self.operands = [self._values(s, d) for s, d in zip(shapes, call.dtypes)]
         self.second = [self._values(s, d) for s, d in zip(shapes, call.dtypes)]
         self.results, self.again = self.run(self.operands), self.run(self.operands)
         self.results2 = self.run(self.second)
+        self.samples = [(self.operands, self.results), (self.second, self.results2), *self._signed()]
 
     @property
     def trustworthy(self) -> bool:
@@ -139,11 +149,25 @@ class _Trial:
         if dtype == torch.bool:
             return torch.rand(shape, generator=self.rng) < 0.5
         if not floats(dtype):
-            return torch.randint(0, 2, shape, generator=self.rng).to(dtype)
+            return torch.randint(0, self.bound, shape, generator=self.rng).to(dtype)
         if dtype.is_complex:
             return torch.complex(self._values(shape, torch.float64), self._values(shape, torch.float64)).to(dtype)
         x = torch.rand(shape, generator=self.rng, dtype=torch.float64) + 0.1
         return x if self.wide and dtype == torch.float32 else x.to(dtype)
+
+    def _signed(self) -> list[tuple[Tensors, Tensors]]:
+        """Samples with floats of both signs, and big ones: what holds of small positive numbers need not hold."""
+        found: list[tuple[Tensors, Tensors]] = []
+        for scale in (4, 64) if any(floats(x.dtype) for x in self.operands) else ():
+            signed = [self._noise(x) * scale if floats(x.dtype) else x for x in self.second]
+            try:
+                found.append((signed, self.run(signed)))
+            except REFUSALS:
+                continue
+        return found
+
+    def _noise(self, like: torch.Tensor) -> torch.Tensor:
+        return self._values(tuple(like.shape), like.dtype) * 3 - 1.7
 
     def _accepts_double(self, shapes: Sequence[tuple[int, ...]]) -> bool:
         self.wide = True
@@ -210,7 +234,7 @@ class _Trial:
         order = torch.randperm(size, generator=self.rng)
         halves = [torch.arange(size).chunk(2), order.chunk(2)]
         agreed: set[Split] | None = None
-        for operands, results in ((self.operands, self.results), (self.second, self.results2)):
+        for operands, results in self.samples:
             for pair in halves:
                 ways = self._recombine(operands, results, row, pair)
                 agreed = ways if agreed is None else agreed & ways
@@ -235,7 +259,8 @@ class _Trial:
                     ):
                         ways.append(("cat", d))
             if first.shape == second.shape == want.shape and want.dtype != torch.bool:
-                merges = ("sum",) if want.is_complex() else ("sum", "max", "min")
+                # Of pieces that are equal anything is the maximum.
+                merges = ("sum",) if want.is_complex() or self.same(first, second) else ("sum", "max", "min")
                 ways += [(k, -1) for k in merges if self.same(_MERGES[k](first, second), want)]
             every.append(ways)
         return {
@@ -279,13 +304,17 @@ class _Trial:
         return held
 
     def _additive(self, group: tuple[int, ...]) -> bool:
-        noise = {i: self._values(tuple(self.operands[i].shape), self.operands[i].dtype) * 3 - 1.7 for i in group}
-        try:
-            first = self.run([x - noise[i] if i in noise else x for i, x in enumerate(self.operands)])
-            second = self.run([noise.get(i, x) for i, x in enumerate(self.operands)])
-        except REFUSALS:
-            return False
-        return all(self.same(a + b, want) for a, b, want in zip(first, second, self.results))
+        exact = all(self.operands[i].dtype in (torch.float64, torch.complex128) for i in group)
+        for scale in (1, 64) if exact else (1,):  # big ones too: a bound (clamp) may lie far out
+            noise = {i: self._noise(self.operands[i]) * scale for i in group}
+            try:
+                first = self.run([x - noise[i] if i in noise else x for i, x in enumerate(self.operands)])
+                second = self.run([noise.get(i, x) for i, x in enumerate(self.operands)])
+            except REFUSALS:
+                return False
+            if not all(self.same(a + b, want) for a, b, want in zip(first, second, self.results)):
+                return False
+        return True
 
 
 def _disjoint(a: Split, b: Split) -> bool:

@@ -161,8 +161,9 @@ def _check_names(items: Items, plan: Plan) -> None:
     names = {kind: {i.name for i in items.items if i.kind == kind} for kind in ("input", "output", "buffer")}
     for what, given in (("input", plan.inputs), ("output", plan.outputs)):
         for name, spec in given.items():
-            if name not in names[what] and what == "input":
-                raise PlanError(f"the plan names the input {name!r}; the program has {', '.join(sorted(names[what]))}")
+            if name not in names[what]:
+                has = ", ".join(sorted(names[what])) or "none"
+                raise PlanError(f"the plan names the {what} {name!r}; the program has {has}")
             if len(spec) != len(plan.mesh.sizes) or not storage_shards(tuple(spec)):
                 raise PlanError(
                     f"{what} {name}: {format_placements(tuple(spec))} must be whole or a plain shard per axis"

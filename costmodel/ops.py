@@ -52,6 +52,8 @@ def global_flops(node: fx.Node) -> float:
     if "grouped_mm" in name:
         left, right = _args(node)[:2]
         out = node.meta["val"]
+        if isinstance(out, tuple):  # the backward of both operands: (t k), (g k n)
+            return 4.0 * left.numel() * right.shape[-1]
         return 2.0 * out.numel() * left.shape[-1] if out.ndim == 2 else 2.0 * left.numel() * right.shape[-1]
     formula = flop_registry.get(target._overloadpacket)
     if formula is None:

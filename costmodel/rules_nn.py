@@ -272,7 +272,7 @@ def attention_backward(call: Call) -> str:
     if call.arg("dropout_p") or stat is None:
         return replicated(call)
     s, t = _loops(call, call.ins[stat], "+")
-    head = _heads(call)
+    head = _heads(call).replace("g", "g+")  # the query heads of a group add up in its key head
     q, k, v, o = ["b", head, s, "d^"], ["b", "h", t, "d^"], ["b", "h", t, "e^"], ["b", head, s, "e^"]
     ins: list[Dims] = [whole(shape, f"r{i}_") for i, shape in enumerate(call.ins)]
     known = {"query": q, "key": k, "value": v} | dict.fromkeys(("out", "output", *_GRADIENTS), o)
@@ -287,12 +287,13 @@ def attention_backward(call: Call) -> str:
         ins[bias[0]] = bias[1]
         if len(call.outs) > 3 and call.outs[3] is not None:
             # The gradient of a mask that is shared by batch or heads adds up over them.
-            outs[3] = [{"b": "b+", "h": "h+", "(h g)": "(h+ g+)"}.get(d, d) for d in bias[1]]
-            ins[0] = [{"b": "b+", "h": "h+", "(h g)": "(h+ g+)"}.get(d, d) for d in ins[0]]
+            outs[3] = [_SHARED.get(d, d) for d in bias[1]]
+            ins[0] = [_SHARED.get(d, d) for d in ins[0]]
     grad = next(call.at(n) for n in _GRADIENTS if call.at(n) is not None)
     return text(ins, outs, call.linear((grad,)))
 
 
+_SHARED = {"b": "b+", "h": "h+", "(h g)": "(h+ g+)", "(h g+)": "(h+ g+)"}
 _GRADIENTS = ("grad_out", "grad_out_", "grad_output")
 
 
@@ -358,5 +359,11 @@ TABLE: dict[Any, Maker | str] = {
     ),
 }
 
-#: Ops of our own, by name: they are defined elsewhere and need not be loaded for the table to be read.
-NAMED: dict[str, Maker | str] = {"autopar::uniform": random_values, "autopar::normal": random_values}
+#: Ops of our own and of Transformers, by name: defined elsewhere, and not loaded for the table to be read.
+NAMED: dict[str, Maker | str] = {
+    "autopar::uniform": random_values,
+    "autopar::normal": random_values,
+    # input (t k), expert weights (g k n), offsets (g): tokens are cut at run-time offsets, so they and the experts stay
+    "transformers::grouped_mm_fallback": "t^ k+, g^ k n, g^ -> t^ n ; linear 0 | 1",
+    "transformers::grouped_mm_fallback_backward": "t^ k, g^ k n+, g^, t^ n+ -> t^ k, g^ k n ; linear 3",
+}

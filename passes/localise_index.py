@@ -5,6 +5,7 @@ A shard answers for the indices it holds and gives zero for the others, so that 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,10 +80,19 @@ def to_local(e: Emitter, index: fx.Node, digits: tuple[Radix, ...]) -> tuple[fx.
 
 
 def masked(e: Emitter, index: fx.Node, digits: tuple[Radix, ...], other: int) -> tuple[fx.Node, fx.Node]:
-    """(whether held, the local index with `other` in place of foreign ones)."""
+    """(whether foreign, the local index with `other` in place of foreign ones); wrong ones are left to the kernel."""
     held, local = to_local(e, index, digits)
     foreign = e.add(aten.logical_not.default, held)
-    return foreign, e.add(aten.masked_fill.Scalar, local, foreign, other)
+    local = e.add(aten.masked_fill.Scalar, local, foreign, other)
+    wrong, total = _wrong(e, index, digits)
+    return foreign, e.add(aten.masked_fill.Scalar, local, wrong, total)
+
+
+def _wrong(e: Emitter, index: fx.Node, digits: tuple[Radix, ...]) -> tuple[fx.Node, int]:
+    """(whether no rank holds the index, an index that every shard's kernel refuses): a wrong id is no zero row."""
+    total = math.prod(digit.size for digit in digits)
+    negative = e.add(aten.lt.Scalar, index, 0)
+    return e.add(aten.logical_or.default, negative, e.add(aten.ge.Scalar, index, total)), total
 
 
 def _zeroed(e: Emitter, x: fx.Node, foreign: fx.Node) -> list[fx.Node | None]:
@@ -144,9 +154,13 @@ def _nll(e: Emitter) -> list[fx.Node | None]:
         return e.same()
     rank = len(e.named["self"].meta["val"].shape)
     target, ignore = e.named["target"], e.named["ignore_index"]
-    held, local = to_local(e, target, e.digits(e.operand("self"), 0 if rank == 1 else 1))
+    digits = e.digits(e.operand("self"), 0 if rank == 1 else 1)
+    held, local = to_local(e, target, digits)
     held = e.add(aten.logical_and.default, held, e.add(aten.ne.Scalar, target, ignore))
     local = e.add(aten.masked_fill.Scalar, local, e.add(aten.logical_not.default, held), IGNORED)
+    wrong, total = _wrong(e, target, digits)
+    wrong = e.add(aten.logical_and.default, wrong, e.add(aten.ne.Scalar, target, ignore))
+    local = e.add(aten.masked_fill.Scalar, local, wrong, total)
     return e.same(target=e.add(aten.contiguous.default, local), ignore_index=IGNORED)
 
 

@@ -97,7 +97,16 @@ def connect(mesh: MeshLike, device: torch.device, timeout: float = 300.0) -> Gri
     key = (plain, device, timeout, id(mesh) if isinstance(mesh, DeviceMesh) else None)
     world, grid = _grids.get(key, (None, None))
     if grid is None or world is not dist.group.WORLD:
-        grid = _adopt(mesh, plain, device, timeout) if isinstance(mesh, DeviceMesh) else _make(plain, device, timeout)
+        try:
+            if isinstance(mesh, DeviceMesh):
+                grid = _adopt(mesh, plain, device, timeout)
+            else:
+                grid = _make(plain, device, timeout)
+        except RuntimeError as error:
+            raise MeshError(
+                f"the processes of mesh {plain} could not connect within {timeout:g} s: every one of them has to call "
+                f"autopar.compile ({str(error).splitlines()[0]})"
+            ) from error
         _grids[key] = (dist.group.WORLD, grid)
     return grid
 

@@ -9,6 +9,7 @@ values where they should, and which seed. Only if a row differs is a second, lar
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,11 +54,15 @@ def _weights(count: int, salt: int, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Argument:
-    """One tensor or value of a call, as compared between ranks: `form` is dtype and shape, or the value itself."""
+    """One tensor or value of a call, as compared between ranks: `form` is dtype and shape, or the value itself.
+
+    `piece`: of a local batch, so that ranks with other parts of it hold other values.
+    """
 
     name: str
     form: str
     content: int = 0
+    piece: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,22 @@ class Call:
     parts: tuple[int, ...] = field(default=())
 
 
+@contextmanager
+def answered(grid: Grid) -> Iterator[None]:
+    """Turn what the transport raises when a rank is gone or late into a RankMismatchError; other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or re.search("gloo|nccl|[Cc]onnection|[Tt]imed out", str(error))
+        if grid.control is None or isinstance(error, AutoparError) or not lost:
+            raise
+        raise RankMismatchError(
+            f"rank {grid.rank}: not every rank of mesh {grid.mesh} answered within {grid.timeout:g} s: one has "
+            f"stopped, or does not call the module (or backward) as often as the others; see its own output "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
 class Control:
     """The conversation between the ranks of one grid; with one process, it answers at once."""
 
@@ -95,7 +116,7 @@ class Control:
             return [list(row)]
         mine = torch.tensor(row, dtype=torch.int64)
         out = [torch.empty_like(mine) for _ in range(self.grid.size)]
-        with self._answered():
+        with answered(self.grid):
             dist.all_gather(out, mine, group=self.grid.control)
         return [t.tolist() for t in out]
 
@@ -104,20 +125,9 @@ class Control:
         if self.grid.control is None or self.grid.size == 1:
             return [value]
         out: list[Any] = [None] * self.grid.size
-        with self._answered():
+        with answered(self.grid):
             dist.all_gather_object(out, value, group=self.grid.control)
         return out
-
-    @contextmanager
-    def _answered(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise RankMismatchError(
-                f"rank {self.grid.rank}: not every rank of mesh {self.grid.mesh} answered within "
-                f"{self.grid.timeout:g} s: one has stopped, or does not call the module as often as the others; "
-                f"see its own output ({str(error).splitlines()[0]})"
-            ) from error
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -176,7 +186,7 @@ class Control:
             except Exception as error:
                 failure = error
                 box[1] = (type(error).__name__, str(error))
-        with self._answered():
+        with answered(self.grid):
             dist.broadcast_object_list(box, group_src=0, group=self.grid.control)
         if failure is not None:
             raise failure
@@ -195,11 +205,12 @@ class Control:
         """
         if call is None:
             assert failure is not None
-            row = [1, 0, 0, 0, 0]
+            row = [1, 0, 0, 0, 0, 0]
         else:
             structure = hash64(*((a.name, a.form) for a in call.arguments)) if check else 0
+            shared = hash64(structure, *(a.content for a in call.arguments if not a.piece)) if check else 0
             content = hash64(*(a.content for a in call.arguments)) if check else 0
-            row = [int(failure is not None), hash64(call.mode), structure, content, call.seed]
+            row = [int(failure is not None), hash64(call.mode), shared, content, call.seed, structure]
         rows = self.rows(row)
         if any(r[0] for r in rows):
             self._report("the step", failure)
@@ -220,6 +231,7 @@ _VALUES_GLOBAL = (
     'pass the same global batch on every rank (seed shuffling alike), or compile with batch="local" and give each rank '
     "its own"
 )
+_VALUES_WHOLE = "it is no piece of the batch (its dim 0 is not the batch's), so it must be the same on every rank"
 _VALUES_LOCAL = (
     "ranks that share a data coordinate must get the same local batch: use DistributedSampler(..., **pm.sampler_args)"
 )
@@ -246,10 +258,12 @@ def _difference(calls: list[Call], parts: Sequence[int]) -> AutoparError:
             return BatchError(f"argument {name!r} differs between ranks: {_by_value(forms)}; {remedy}")
     for i, name in enumerate(names[0]):
         for part in dict.fromkeys(parts):
-            same = [rank for rank, p in enumerate(parts) if p == part]
+            same = [rank for rank, p in enumerate(parts) if p == part or not calls[0].arguments[i].piece]
             other = [r for r in same if calls[r].arguments[i].content != calls[same[0]].arguments[i].content]
             if other:
-                remedy = _VALUES_LOCAL if local else _VALUES_GLOBAL
+                remedy = _VALUES_GLOBAL
+                if local:
+                    remedy = _VALUES_LOCAL if calls[0].arguments[i].piece else _VALUES_WHOLE
                 return BatchError(
                     f"argument {name!r} ({calls[0].arguments[i].form}) holds other values on {ranks_text(other)} than "
                     f"on rank {same[0]}; {remedy}"

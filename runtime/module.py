@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from autopar.errors import BatchError, RuntimeUseError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
-from autopar.runtime.handshake import Argument, Call, Control, checksum
+from autopar.runtime.handshake import Argument, Call, Control, answered, checksum
 from autopar.runtime.step import Lowered, Step, local_of
-from autopar.runtime.storage import Init, Loader, build_tree, fill_tree, placements
+from autopar.runtime.storage import Init, Loader, build_tree, fill_tree, first_difference, placements, same_fields
 
 #: Captures, plans and lowers one call, the same on every rank: (skeleton, args, kwargs, with backward, first plan).
 Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered]
@@ -60,6 +61,23 @@ class _State:
     forms: list[tuple[bool, tuple[Argument, ...]]] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
     last: Step | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        """For copy.deepcopy of the module (averages of weights): programs and groups are shared, values are not."""
+        return replace(
+            self,
+            shells=copy.deepcopy(self.shells, memo),
+            model=copy.deepcopy(self.model, memo),
+            steps=dict(self.steps),
+            forms=list(self.forms),
+            missing=set(self.missing),
+        )
+
+    def __reduce__(self) -> Any:
+        raise RuntimeUseError(
+            "a compiled module cannot be pickled, for it holds process groups; save pm.state_dict() or "
+            "pm.full_state_dict(), and pm.plan.save(path), and compile again where you load them"
+        )
 
 
 class ParallelModule(nn.Module):
@@ -143,7 +161,8 @@ class ParallelModule(nn.Module):
         """The state dict as plain whole tensors on the host, on every rank; a collective call, one tensor at a time."""
         out = {}
         for name, value in self.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            with answered(self._state.grid):
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
             out[name] = whole.detach().cpu().clone()
         return out
 
@@ -161,11 +180,15 @@ class ParallelModule(nn.Module):
         call: Call | None = None
         failure: Exception | None = None
         step: Step | None = None
+        inputs: list[torch.Tensor] = []
         try:
             if state.missing:
                 raise RuntimeUseError(_missing_text(state.missing))
             call, key = self._describe(args, kwargs)
             step = state.steps.get(key)
+            if step is not None:
+                inputs = step.program.flatten(args, kwargs)
+            inputs = step.program.flatten(args, kwargs) if step is not None else []
         except Exception as error:  # told to the other ranks before it is raised here
             failure = error
         check = state.options.check
@@ -183,8 +206,9 @@ class ParallelModule(nn.Module):
                 seed = state.control.agree(_with_seed(call), check=False)
             if state.missing:
                 raise RuntimeUseError(_missing_text(state.missing))
+            inputs = step.program.flatten(args, kwargs)
         state.last = step
-        inputs = step.pieces(step.program.flatten(args, kwargs))
+        inputs = step.pieces(inputs)
         params = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
         return step.program.pack(step(params, buffers, inputs, seed))
@@ -234,17 +258,26 @@ class ParallelModule(nn.Module):
             raise RuntimeUseError(
                 "assign=True would replace the sharded parameters; use load_state_dict(..., assign=False)"
             )
-        own, state, ready = self.state_dict(), self._state, {}
-        for name, value in state_dict.items():
-            mine = own.get(name)
-            if isinstance(mine, DTensor) and isinstance(value, DTensor):
-                value = value.redistribute(mine.device_mesh, mine.placements)
-            elif isinstance(mine, DTensor) and isinstance(value, torch.Tensor) and value.shape == mine.shape:
-                value = _scatter(value.detach(), mine, state.grid)
-            ready[name] = value
-        result = super().load_state_dict(ready, strict=strict)
-        state.missing -= set(ready)
-        return result
+        return super().load_state_dict(state_dict, strict=strict)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Bring every value into our placements; nn.Module calls it also for a module that holds this one."""
+        own, state, loaded = self.state_dict(keep_vars=True), self._state, set()
+        for name, mine in own.items():
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, torch.Tensor) or value.shape != mine.shape:
+                continue  # nn.Module says so
+            loaded.add(id(mine))
+            with torch.no_grad():
+                if isinstance(mine, DTensor) and isinstance(value, DTensor) and value.device_mesh == mine.device_mesh:
+                    value = value.redistribute(mine.device_mesh, mine.placements)
+                elif isinstance(value, DTensor):
+                    value = value.full_tensor()
+                if isinstance(mine, DTensor) and not isinstance(value, DTensor):
+                    value = _scatter(value.detach(), mine, state.grid)
+            state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        state.missing = {name for name in state.missing if name not in own or id(own[name]) not in loaded}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise RuntimeUseError(
@@ -266,6 +299,7 @@ class ParallelModule(nn.Module):
         """The call as the ranks compare it, and the key of its program."""
         state = self._state
         names = list(state.names)
+        order = list(inspect.signature(state.skeleton.forward).parameters)
         at: dict[str, Any] = {}
         if names and names[-1].startswith("*"):
             rest = names.pop()[1:]
@@ -280,18 +314,24 @@ class ParallelModule(nn.Module):
             if name in at:
                 raise BatchError(f"argument {name!r} is given twice, by position and by name")
         at.update(kwargs)
+        at = dict(sorted(at.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
         leaves = tree.flatten(at)[0] if at else []
-        arguments = tuple(sorted((self._argument(leaf.path, leaf.value) for leaf in leaves), key=lambda a: a.name))
+        shapes = {leaf.path: tuple(leaf.value.shape) for leaf in leaves if isinstance(leaf.value, torch.Tensor)}
+        pieces = tree.batched(shapes) if state.options.data_axes else frozenset()
+        found = (self._argument(leaf.path, leaf.value, leaf.path in pieces) for leaf in leaves)
+        arguments = tuple(sorted(found, key=lambda a: a.name))
         grads = torch.is_grad_enabled() and any(p.requires_grad for p in self._any_parameters())
         flags = tuple(m.training for m in state.shells.values())
         trainable = tuple(p.requires_grad for p in self._any_parameters())
-        mode = f"{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"
+        kind = state.grid.device.type
+        cast = f"autocast to {torch.get_autocast_dtype(kind)}, " if torch.is_autocast_enabled(kind) else ""
+        mode = f"{cast}{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"
         parts = tuple(_part(state.grid.mesh, r, state.options.data_axes)[0] for r in range(state.grid.size))
         forms = tuple((a.name, a.form) for a in arguments)
-        key = (grads, forms, flags, trainable)
+        key = (grads, forms, flags, trainable, cast)
         return Call(arguments, mode, part=parts[state.grid.rank], parts=parts), key
 
-    def _argument(self, name: str, value: Any) -> Argument:
+    def _argument(self, name: str, value: Any, piece: bool) -> Argument:
         if isinstance(value, DTensor):
             raise BatchError(f"argument {name!r} is a DTensor; pass plain tensors")
         if isinstance(value, torch.Tensor):
@@ -299,17 +339,20 @@ class ParallelModule(nn.Module):
                 raise BatchError(
                     f"argument {name!r} requires a gradient; gradients of inputs are not computed: pass {name}.detach()"
                 )
+            if value.is_meta or value.layout is not torch.strided:
+                what = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+                raise BatchError(f"argument {name!r} is {what}; pass dense tensors that hold values")
             form = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-            return Argument(
-                name, form, checksum(value) if self._state.options.check and self._state.grid.size > 1 else 0
-            )
-        plain = value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
-        return Argument(name, repr(value) if plain else type(value).__name__)
+            compared = self._state.options.check and self._state.grid.size > 1
+            return Argument(name, form, checksum(value) if compared else 0, piece)
+        text = repr(value)
+        return Argument(name, type(value).__name__ if " at 0x" in text else text)
 
     def _any_parameters(self) -> Iterator[nn.Parameter]:
         """Ours, or the skeleton's before the first plan."""
         return self.parameters() if self._state.plan is not None else self._state.skeleton.parameters()
 
+    @torch.inference_mode(False)
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step:
         state = self._state
         for module, shell in zip(state.skeleton.modules(), state.shells.values()):
@@ -327,6 +370,8 @@ class ParallelModule(nn.Module):
                     placements(storage.spec)
             loader = Loader(state.grid, state.control, state.options.init)
             assert state.model is not None
+            with state.control.together("taking the values"):
+                _check_unchanged(state.skeleton, state.model)
             fill_tree(state.shells, state.skeleton, state.model, lowered.plan, loader)
             state.missing, state.model, state.plan = loader.missing, None, lowered.plan
         self._warn_again(call)
@@ -361,6 +406,16 @@ def _part(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> tuple[int, int]:
         if name in axes:
             part, count = part * size + at, count * size
     return part, count
+
+
+def _check_unchanged(skeleton: nn.Module, model: nn.Module) -> None:
+    """Between compile and the first call the values of the model may change, not its parameters."""
+    was, now = ([f[:4] + (True,) for f in same_fields(m)] for m in (skeleton, model))
+    if was != now:
+        raise RuntimeUseError(
+            f"the model has changed between autopar.compile and the first call ({first_difference(was, now)}; there: "
+            f"when it was compiled); compile it again"
+        )
 
 
 def _with_seed(call: Call | None) -> Call | None:

@@ -24,6 +24,7 @@ from autopar.errors import PlanError, RuntimeUseError
 from autopar.graph import Program, Sink
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
+from autopar.runtime.handshake import answered
 from autopar.runtime.storage import as_dtensor
 from autopar.spec import R, Spec, shard
 
@@ -129,7 +130,7 @@ class Step:
             else:
                 flat.append(next(inputs))
         saved = [flat[i].clone() if self._keep[i] else flat[i] for i in self.saved_inputs]
-        results = list(self.forward(*flat))
+        results = list(self._run(self.forward, flat))
         count = len(self.values)
         for sink, value in zip(self.values, results):
             if sink.kind == "buffer" and sink.node is not None:
@@ -159,9 +160,14 @@ class Step:
             elif isinstance(given, DTensor):
                 given = given.full_tensor()
             tangents.append(given.to(want.dtype).contiguous())
-        results = self.backward(*saved, *tangents)
+        results = self._run(self.backward, [*saved, *tangents])
         taken = _Taken([*saved, *tangents])
         return {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
+
+    def _run(self, graph: Any, flat: Sequence[Any]) -> Any:
+        """The graph says itself where it casts: autocast is off. A rank that is gone is told from a bad value."""
+        with torch.autocast(self.grid.device.type, enabled=False), answered(self.grid):
+            return graph(*flat)
 
     def _shape(self, sink: Sink) -> tuple[int, ...]:
         value = self.program.node(str(sink.node)).meta["val"]
@@ -186,18 +192,28 @@ class _Run(torch.autograd.Function):
         ctx.step, ctx.names, ctx.like = step, names, [(p.shape, p.stride()) for p in params]
         ctx.placed = [p.placements if isinstance(p, DTensor) else None for p in params]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
+        # DTensors too, which know that they were changed since, as an optimizer step before the backward does.
+        read = [feed.params[s.name] for s in (step.sources[i] for i in step.saved_inputs) if s.kind == "param"]
+        ctx.num_saved = len(saved)
+        ctx.save_for_backward(*saved, *read)
         step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in saved}.values())
         wanted = {s.name for s in step.tangents}
-        ctx.sinks = [s.name for s in step.values if s.kind == "output" and s.node is not None]
-        ctx.mark_non_differentiable(*(o for n, o in zip(ctx.sinks, outputs) if n not in wanted))
+        ctx.sinks = [s for s in step.values if s.kind == "output" and s.node is not None]
+        ctx.mark_non_differentiable(*(o for s, o in zip(ctx.sinks, outputs) if s.name not in wanted and not s.cut))
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         step: Step = ctx.step
-        local = step.run_backward(ctx.saved_tensors, dict(zip(ctx.sinks, grads)))
+        for sink, grad in zip(ctx.sinks, grads):
+            if sink.cut and grad is not None:
+                raise RuntimeUseError(
+                    f"a gradient arrives at output {sink.name!r}, but beside a loss in the output only that loss is "
+                    f"differentiated: put everything that is to be minimised in it (inside the model, or with loss= of "
+                    f"autopar.compile), or use {sink.name}.detach()"
+                )
+        local = step.run_backward(ctx.saved_tensors[: ctx.num_saved], dict(zip((s.name for s in ctx.sinks), grads)))
         out: list[Any] = []
         for name, (shape, stride), placed in zip(ctx.names, ctx.like, ctx.placed):
             grad = local.get(name)

@@ -39,7 +39,7 @@ CAPTURE = {
 FRONT = {
     "autopar": {"autopar.driver"},
     **dict.fromkeys(CAPTURE, CAPTURE),
-    "autopar.driver": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
+    "autopar.driver": {"autopar.call", "autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
     "autopar.report": set(),
     "autopar.targets": set(),
     "autopar.shrink": {"autopar.targets"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401
 
 import autopar.ops  # noqa: F401
 from tests.truth import Case
@@ -186,10 +187,11 @@ def _attention() -> list[Case]:
     forward = aten._scaled_dot_product_flash_attention_for_cpu
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     out = []
-    for causal, mask in ((False, None), (True, None), (False, real(2, 1, 4, 6)), (False, real(4, 6))):
+    masks = ((False, None, 4), (True, None, 4), (False, real(2, 1, 4, 6), 4), (False, real(4, 6), 4))
+    for causal, mask, heads in (*masks, (True, None, 2), (False, None, 2)):  # fewer key heads: grouped
         q = real(2, 4, 4, 8)
         t = 4 if causal else 6
-        k, v = real(2, 4, t, 8), real(2, 4, t, 8)
+        k, v = real(2, heads, t, 8), real(2, heads, t, 8)
         extra = {} if mask is None else {"attn_mask": mask}
         result, stat = forward(q, k, v, 0.0, causal, **extra)
         out.append(Case(forward.default, (q, k, v, 0.0, causal), extra))
@@ -202,6 +204,14 @@ def _random() -> list[Case]:
     return [
         Case(torch.ops.autopar.uniform.default, (seed, 1, [4, 12])),
         Case(torch.ops.autopar.normal.default, (seed, 2, [8, 2, 6])),
+    ]
+
+
+def _experts() -> list[Case]:
+    x, w, grad, offs = num(16, 8), num(2, 8, 12), num(16, 12), torch.tensor([5, 16])
+    return [
+        Case(torch.ops.transformers.grouped_mm_fallback.default, (x, w, offs)),
+        Case(torch.ops.transformers.grouped_mm_fallback_backward.default, (x, w, offs, grad)),
     ]
 
 
@@ -268,4 +278,4 @@ def gpu_only() -> list[Case]:
     return cases
 
 
-HAND: list[Case] = [*_losses(), *_convolutions(), *_spatial(), *_norms(), *_attention(), *_random()]
+HAND: list[Case] = [*_losses(), *_convolutions(), *_spatial(), *_norms(), *_attention(), *_random(), *_experts()]
