@@ -12,6 +12,8 @@ STAMP := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
 SITE := build/site
+# Two test files at a time: a file that starts ranks keeps them to itself.
+PARALLEL ?= -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -33,10 +35,10 @@ demo: setup ## plan and train a small Llama on 4 local processes, beside one pro
 	"$(BIN)/python" examples/train_llama.py
 
 test: setup ## every test that is not marked slow
-	"$(BIN)/python" -m pytest -m "not slow"
+	"$(BIN)/python" -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup ## every test, the long sweeps too
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest $(PARALLEL)
 
 check: setup wheel ## ruff, mypy on the installed wheel, house rules, the smallest tests; under a minute
 	"$(BIN)/ruff" check .

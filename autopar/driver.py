@@ -276,17 +276,26 @@ def _plan(program: Program, asked: _Asked, pieces: dict[str, Spec] | None, first
     return found if first is None else replace(found, storage=first.storage)
 
 
-def _check_given(plan: Plan, program: Program, asked: _Asked, pieces: dict[str, Spec] | None) -> None:
-    if plan.mesh != asked.mesh:
-        raise PlanError(
-            f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
-        )
+def check_plan(program: Program, plan: Plan) -> None:
+    """Raise unless `plan`, perhaps edited, was made for `program` and is legal for it.
+
+    Raises:
+        PlanError: says what does not fit.
+    """
     if plan.fingerprint != program.fingerprint:
         raise PlanError(
             f"the plan is for another model (fingerprint {plan.fingerprint[:12]}, this one has "
             f"{program.fingerprint[:12]}): other layers, sizes or dtypes, or another mode; plan again for this model"
         )
     planner.check_plan(program, plan)
+
+
+def _check_given(plan: Plan, program: Program, asked: _Asked, pieces: dict[str, Spec] | None) -> None:
+    if plan.mesh != asked.mesh:
+        raise PlanError(
+            f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
+        )
+    check_plan(program, plan)
     whole: Spec = (R,) * len(plan.mesh.sizes)
     for name, spec in (pieces or {}).items():
         given = plan.inputs.get(name, whole)

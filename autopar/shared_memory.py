@@ -19,8 +19,8 @@ def overlaps(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, str]]
     pieces: dict[int, dict[int, tuple[int, int, str]]] = {}
     for name, t in named:
         if type(t) in (torch.Tensor, nn.Parameter, nn.Buffer) and not t.is_meta and t.layout is torch.strided:
-            begin = t.storage_offset() * t.itemsize
-            end = begin + t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())))
+            begin = int(t.storage_offset()) * t.itemsize
+            end = begin + t.itemsize * (1 + sum((int(n) - 1) * int(s) for n, s in zip(t.shape, t.stride())))
             memory = t.untyped_storage().data_ptr()
             if memory and t.numel():
                 pieces.setdefault(memory, {}).setdefault(id(t), (begin, end, name))

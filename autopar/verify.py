@@ -110,7 +110,8 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         progress: told what happens, in a few words.
 
     Raises:
-        PlanError: the plan was not made by `autopar plan`, so its model cannot be built again.
+        PlanError: the plan was not made by `autopar plan`, so its model cannot be built again, or it has been edited
+            to something that is not legal, or its model has changed since.
         VerifyError: a process failed.
         AutoparError: the small model cannot be built, captured or run.
     """
@@ -123,6 +124,9 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
     target = targets.Target.from_dict(plan.target)
     small = replace(target, batch=min(target.batch, SMALL_BATCH), seq=min(target.seq, SMALL_SEQ), dtype="fp64")
     mesh = shrink.shrink_mesh(plan.mesh, procs)
+    progress(f"checking the plan against {target.text} ...")
+    whole = targets.build(target)
+    driver.check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
     progress(f"building a small model of {target.text} ...")
     model, kwargs, args, loss = _build(small, mesh)
     _randomise(model)

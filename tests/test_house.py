@@ -33,8 +33,11 @@ MAX_LINES = 500
 BASE = {f"autopar.{m}" for m in ("errors", "mesh", "spec", "rule", "graph", "plan", "ops", "reshard", "tree")}
 #: Capture and its parts.
 CAPTURE = {
-    f"autopar.{m}" for m in ("capture", "call", "canonical", "decompose", "decompose_random", "explain", "param_views")
-}
+    f"autopar.{m}"
+    for m in (
+        "capture", "call", "canonical", "decompose", "decompose_random", "explain", "param_views", "shared_memory",
+    )
+}  # fmt: skip
 #: The rest of the front door, and what each may use besides the plain data.
 FRONT = {
     "autopar": {"autopar.driver"},
