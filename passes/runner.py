@@ -158,8 +158,11 @@ def _count(gm: fx.GraphModule) -> Counter[str]:
 
 def _dump(folder: Path | None, number: int, name: str, gm: fx.GraphModule) -> None:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:02d}-{name}.txt").write_text(describe(gm), encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number:02d}-{name}.txt").write_text(describe(gm), encoding="utf-8")
+        except OSError as error:
+            raise PassError(f"cannot write the stages to {folder}: {error}; set {DUMP} to a folder of yours") from None
 
 
 def _text(arg: Any) -> str:
