@@ -28,6 +28,7 @@ from autopar.errors import (
     SolverError,
     SpecError,
 )
+from autopar.explain import explain as _explain_capture
 from autopar.mesh import Mesh
 from autopar.plan import Plan, Storage
 from autopar.rule import Choice, Rule
@@ -43,7 +44,7 @@ def compile(model: Any, mesh: Any, **options: Any) -> ParallelModule:
     """Plan `model` on `mesh` and return it as a module that runs on this process's part; see `autopar.driver.compile`.
 
     Every process of the mesh calls it with the same arguments. Options: example, loss, device, memory_limit,
-    constraints, plan, batch, outputs, backend, check, timeout, init.
+    constraints, plan, batch, shared, outputs, backend, check, timeout, init.
     """
     from autopar import driver
 
@@ -53,7 +54,7 @@ def compile(model: Any, mesh: Any, **options: Any) -> ParallelModule:
 def plan_model(model: Any, mesh: Any, **options: Any) -> Plan:
     """Only decide: needs no process group, no device and no weights; see `autopar.driver.plan_model`.
 
-    Options: example, loss, device, memory_limit, constraints, outputs, batch.
+    Options: example, loss, device, memory_limit, constraints, outputs, batch, shared.
     """
     from autopar import driver
 
@@ -62,6 +63,21 @@ def plan_model(model: Any, mesh: Any, **options: Any) -> Plan:
 
 #: `autopar.plan(model, mesh, ...)`. It hides the submodule of that name; `from autopar.plan import Plan` still works.
 plan = plan_model
+
+
+def explain_plan(plan: Plan, name: str, model: Any = None, **options: Any) -> str:
+    """Why `plan` splits a parameter, module or op as it does, and what else would cost; see `autopar.answers.explain`.
+
+    Options: example, loss, quick, everything.
+    """
+    from autopar import answers
+
+    return answers.explain(plan, name, model, **options)
+
+
+#: `autopar.explain(plan, NAME, model, example=...)`. It hides a submodule about failed captures, as `plan` does.
+explain: Any = explain_plan
+del _explain_capture
 
 
 def register_rule(op: Any, rule: Any) -> None:
@@ -103,6 +119,8 @@ __all__ = [
     "SpecError",
     "Storage",
     "compile",
+    "explain",
+    "explain_plan",
     "plan",
     "plan_model",
     "register_rule",

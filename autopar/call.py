@@ -17,7 +17,10 @@ from autopar.errors import BatchError, CaptureError
 #: Keyword under which the target of `loss=` is passed.
 TARGET = "target"
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None), tuple, list, dict)
+#: Numbers that depend on a batch size which is a symbol; `autopar/symbolic.py` makes numbers of them.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None), tuple, list, dict, *SYMBOLIC)
 
 
 def input_key(

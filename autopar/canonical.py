@@ -212,6 +212,8 @@ class _Builder:
             return target, (parts or args[0], *args[1:]), kwargs
         if target in _SHAPE_ONLY and _same_shape(val, args[0]):
             return args[0]
+        if target is aten.slice_scatter.default and _same(val, args[1]):  # all of it is written
+            return args[1]
         if target is aten.expand.default:
             return target, (args[0], list(val.shape)), {}
         if target in _LAZY:

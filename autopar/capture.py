@@ -13,33 +13,35 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import hashlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors as desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import get_current_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
-from autopar.call import Call, Wrapper, input_key
-from autopar.canonical import MODULE_KEY, canonicalise, module_path
+from autopar.assemble import ROLE, Role, Traced, assemble
+from autopar.call import Call, Wrapper
+from autopar.canonical import MODULE_KEY, module_path
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
-from autopar.graph import Program, Sink, Source, is_op, op_name, resolve, results, set_addresses
-from autopar.param_views import separate_parameter_views
+from autopar.graph import Program
 from autopar.shared_memory import check_memory, overlaps
+from autopar.symbolic import Batches
 from autopar.tree import batched
 
 _PREFIX = "model."
@@ -73,34 +75,124 @@ def capture(
         CaptureError: the model cannot be traced; names the line of the user's code and what to change.
         BatchError: the arguments do not fit the model's forward.
     """
-    call = Call(model, args, kwargs or {}, loss)
+    traced, check, _ = _traced(model, args, kwargs or {}, loss, training, symbolic=False)
+    program = assemble(traced)
+    check(program)
+    return program
+
+
+def capture_batches(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    training: bool = True,
+) -> Batches:
+    """As `capture`, with the batch as a symbol: one trace whose `at(size)` gives the program of any batch size.
+
+    The batch is dim 0 of the tensor arguments of the most common leading length; their length in the example is the
+    first the trace tries, and it must be 2 or more (1 broadcasts, and is another program).
+
+    Raises:
+        CaptureError: as `capture`, or there is no batch of 2 or more.
+        BatchError: as `capture`.
+    """
+    traced, check, batch = _traced(model, args, kwargs or {}, loss, training, symbolic=True)
+    assert batch is not None
+    shapes, symbol = batch.node.shape_env, batch.node._expr  # .expr would be the number it turned out to be
+
+    def number(value: Any, size: int) -> int | float | bool:
+        kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+        return kind(value.node.expr.xreplace({symbol: sympy.Integer(size)}))
+
+    def allowed(size: int) -> bool:
+        # A symbol with a replacement was found to have one value only; the bounds hold what torch has assumed.
+        if symbol in shapes.replacements:
+            return bool(shapes.replacements[symbol] == size)
+        bounds = shapes.var_to_range[symbol]
+        if not bool(bounds.lower <= size) or not bool(size <= bounds.upper):
+            return False
+        facts = [guard.expr for guard in shapes.guards]
+        facts += [later.expr for found in shapes.deferred_runtime_asserts.values() for later in found]
+        return all(fact.xreplace({symbol: sympy.Integer(size)}) == sympy.true for fact in facts)
+
+    return Batches(traced, number, allowed, check)
+
+
+def _traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+    training: bool,
+    symbolic: bool,
+) -> tuple[Traced, Callable[[Program], None], torch.SymInt | None]:
+    """The traced call, the last check of its program, and the symbol of the batch."""
+    call = Call(model, args, kwargs, loss)
     wrapper = Wrapper(model, call, loss, training)
     overlapping = overlaps(_named_tensors(model))
+    names = batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)})
     with _fakes(model, training) as mode:
-        shared = _tied(model)
-        inputs = [_fake(mode, t, f"input {n!r}") for n, t in zip(call.names, call.tensors)]
+        tied = _tied(model)
+        batch = _symbol(mode, [t for n, t in zip(call.names, call.tensors) if n in names]) if symbolic else None
+        inputs = [
+            _fake(mode, t, f"input {n!r}", batch if n in names else None) for n, t in zip(call.names, call.tensors)
+        ]
         if training and not any(p.requires_grad for p in model.parameters()):
             raise CaptureError(
                 "no parameter requires a gradient, so there is nothing to train; unfreeze one, or capture under "
                 "torch.no_grad() (training=False)"
             )
         try:
-            with _quiet(), torch.set_grad_enabled(training):
+            with _quiet(), torch.set_grad_enabled(training), _sizes_as_text():
                 gm = _trace(wrapper, inputs)
         except CaptureError:
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
             raise CaptureError(explain(error, model)) from None
-        program = _assemble(model, call, wrapper, gm, shared, training)
-        check_memory(overlapping, program)
-        return program
+        _set_roles(gm.graph)
+        _set_modules(gm.graph)
+        traced = Traced(
+            gm=gm,
+            inputs=list(call.names),
+            flatten=call.flatten,
+            batch_dims={name: 0 for name in call.names if name in names},
+            returned=wrapper.returned,
+            tied=tied,
+            params={n: t for n, t in model.named_parameters(remove_duplicate=False) if tied[n] == n},
+            buffers={n: t for n, t in model.named_buffers(remove_duplicate=False) if tied[n] == n},
+            training=training,
+        )
+    return traced, lambda program: check_memory(overlapping, program), batch
+
+
+def _symbol(mode: FakeTensorMode, examples: list[torch.Tensor]) -> torch.SymInt:
+    """A symbol for the batch, which torch first takes for the length that `examples` have.
+
+    Raises:
+        CaptureError: a length that the trace would take for special.
+    """
+    if not examples:
+        raise CaptureError("no argument is a tensor with a dim 0 that could be the batch")
+    size, source, shapes = int(examples[0].shape[0]), ConstantSource("batch"), mode.shape_env
+    if size < 2:
+        raise CaptureError(f"a batch of {size} cannot stand for others: tensors of one row broadcast; pass 2 or more")
+    assert shapes is not None
+    symbol = shapes.create_symbol(size, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    found = shapes.create_symintnode(symbol, hint=size, source=source)
+    assert isinstance(found, torch.SymInt)
+    return found
 
 
 # ---- fake parameters -----------------------------------------------------------------------------------------------
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """A contiguous fake twin of a real, fake or meta tensor. Meta tensors are taken to live on the CPU."""
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str, batch: torch.SymInt | None = None) -> torch.Tensor:
+    """A contiguous fake twin of a real, fake or meta tensor, dim 0 as long as `batch`, if given.
+
+    Meta tensors are taken to live on the CPU.
+    """
     if tensor.layout is not torch.strided:
         raise CaptureError(f"{what} is {tensor.layout}; only dense tensors are supported: use .to_dense()")
     plain = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
@@ -108,7 +200,8 @@ def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str) -> torch.Tensor
         raise CaptureError(f"{what} is a {type(tensor).__name__}, a tensor subclass; only plain tensors are supported")
     device = "cpu" if tensor.is_meta else tensor.device
     with mode:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        shape = tensor.shape if batch is None else (batch, *tensor.shape[1:])
+        return torch.empty(shape, dtype=tensor.dtype, device=device)
 
 
 @contextlib.contextmanager
@@ -230,6 +323,29 @@ def _set(holder: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _sizes_as_text() -> Iterator[None]:
+    """Within, text made of a symbolic number is text of its value, and the trace holds for that value only.
+
+    Torch prints the symbol's name and notes nothing, so that a model that looks up "n=6" would go astray in silence.
+    """
+    kinds: dict[Any, Any] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+    def text_of(symbolic: Any) -> Callable[[Any], str]:
+        plain, before = kinds[symbolic], symbolic.__repr__
+
+        def text(value: Any) -> str:
+            asking = sys._getframe(1).f_globals.get("__name__", "")
+            return before(value) if asking.partition(".")[0] == "torch" else repr(plain(value))  # torch: messages
+
+        return text
+
+    with contextlib.ExitStack() as stack:
+        for symbolic in kinds:
+            stack.enter_context(_set(symbolic, "__repr__", text_of(symbolic)))
+        yield
+
+
+@contextlib.contextmanager
 def _marked_modules(model: nn.Module) -> Iterator[None]:
     """Within, every traced op carries the path of the module whose forward it is in; AOTAutograd tells the backward."""
     paths = {id(m): n for n, m in model.named_modules()}
@@ -279,77 +395,7 @@ class _ExplicitAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# ---- from the joint graph to a Program -----------------------------------------------------------------------------
-
-
-def _assemble(
-    model: nn.Module,
-    call: Call,
-    wrapper: Wrapper,
-    gm: fx.GraphModule,
-    shared: dict[str, str],
-    training: bool,
-) -> Program:
-    graph = gm.graph
-    _set_modules(graph)
-    attributes = {n.target: getattr(gm, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    places = _Places(graph, shared)
-    params, buffers = _own(model, shared)
-    aliases = {name: tuple(n for n, first in shared.items() if first == name and n != name) for name in shared}
-
-    outputs, mutated, grads = _results(graph, shared)
-    if training:
-        _check_gradients(wrapper.returned.reached, shared, places, grads)
-    sources: list[tuple[Source, fx.Node]] = []
-    for kind, names in (("param", params), ("buffer", buffers)):
-        for name, tensor in names.items():
-            node = places.tensors.get(name) or places.add(graph, tensor)
-            trainable = kind == "param" and training and tensor.requires_grad
-            sources.append((Source(kind, name, "", trainable, aliases[name]), node))
-    sources += [(Source("input", n, ""), places.inputs[i]) for i, n in enumerate(call.names)]
-
-    returned = wrapper.returned
-    paths = [_output_name(leaf.path) for leaf, is_tensor in zip(returned.leaves, returned.is_tensor) if is_tensor]
-    sources += [(Source("tangent", paths[i], ""), node) for i, node in places.tangents.items()]
-    sinks: list[tuple[Sink, fx.Node | None]] = []
-    remaining = iter(outputs)
-    for leaf, is_tensor, cut in zip(returned.leaves, returned.is_tensor, returned.cut):
-        sink = Sink("output", _output_name(leaf.path), None, 0, leaf.value, cut)
-        sinks.append((sink, next(remaining) if is_tensor else None))
-    sinks += [(Sink("buffer", name, None), node) for name, node in mutated.items()]
-    num_forward = len(sinks)
-    sinks += [(Sink("grad", s.name, None), grads.get(s.name)) for s, _ in sources if s.trainable]
-
-    clean = canonicalise(
-        graph,
-        [(node, f"{source.kind}_{source.name}") for source, node in sources],
-        [node for _, node in sinks],
-        num_forward,
-    )
-    parameters = {n for (s, _), n in zip(sources, clean.placeholders) if s.kind == "param"}
-    if separate_parameter_views(clean.graph, parameters):
-        set_addresses(clean.graph)
-    final_sources = [replace(s, node=n.name) for (s, _), n in zip(sources, clean.placeholders)]
-    if clean.seed is not None:
-        final_sources.append(Source("seed", "seed", clean.seed.name))
-    final_sinks = [
-        sink if node is None else replace(sink, node=resolve(node).node.name, index=resolve(node).index)
-        for (sink, _), node in zip(sinks, clean.results)
-    ]
-    used = {n.target for n in clean.graph.nodes if n.op == "get_attr"}
-    program = Program(
-        gm=fx.GraphModule({str(k): v for k, v in attributes.items() if k in used}, clean.graph),
-        sources=tuple(final_sources),
-        sinks=tuple(final_sinks),
-        training=training,
-        fingerprint="",
-        pack=returned.pack,
-        flatten=call.flatten,
-        batch_dims=_batch_dims(call),
-        notes=list(returned.notes),
-    )
-    program.fingerprint = _fingerprint(program)
-    return program
+# ---- what torch calls the parts of a joint graph -------------------------------------------------------------------
 
 
 def _set_modules(graph: fx.Graph) -> None:
@@ -360,63 +406,45 @@ def _set_modules(graph: fx.Graph) -> None:
             node.meta["module"] = path
 
 
-def _output_name(path: str) -> str:
-    """ "loss", "logits[0]"; of an output without names: "output", "output[0]"."""
-    return path if path and not path.startswith("[") else f"output{path}"
+def _set_roles(graph: fx.Graph) -> None:
+    """A `Role` on every placeholder, and the list of them on the output, from torch's descriptors."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta[ROLE] = _role_in(node.meta["desc"])
+    output = graph.output_node()
+    output.meta[ROLE] = [_role_out(what) for what in output.meta["desc"]]
 
 
-def _own(model: nn.Module, shared: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Parameters and buffers by name, each memory once."""
-    return (
-        {n: t for n, t in model.named_parameters(remove_duplicate=False) if shared[n] == n},
-        {n: t for n, t in model.named_buffers(remove_duplicate=False) if shared[n] == n},
-    )
+def _role_in(what: Any) -> Role:
+    if isinstance(what, (desc.ParamAOTInput, desc.BufferAOTInput)):
+        return Role("state", what.target.removeprefix(_PREFIX))
+    if isinstance(what, desc.PlainAOTInput):
+        return Role("input", index=what.idx)
+    if isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.PlainAOTOutput):
+        return Role("tangent", index=what.output.idx)
+    if isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.InputMutationAOTOutput):
+        buffer = what.output.mutated_input
+        if not isinstance(buffer, desc.BufferAOTInput):
+            raise CaptureError(_unexpected(what.output))
+        name = buffer.target.removeprefix(_PREFIX)
+        raise CaptureError(
+            f"forward writes a value that depends on parameters into buffer {name!r}, through which gradients "
+            f"would flow into the next step; write it under torch.no_grad(), or detached"
+        )
+    raise CaptureError(_unexpected(what))
 
 
-class _Places:
-    """The placeholders of the joint graph by what they stand for.
-
-    Attributes:
-        tensors: parameter or buffer name -> its placeholder; those of tied names have been merged.
-        inputs: position in the call -> placeholder.
-        tangents: position in the outputs -> placeholder.
-    """
-
-    def __init__(self, graph: fx.Graph, shared: dict[str, str]) -> None:
-        self.tensors: dict[str, fx.Node] = {}
-        self.inputs: dict[int, fx.Node] = {}
-        self.tangents: dict[int, fx.Node] = {}
-        for node in [n for n in graph.nodes if n.op == "placeholder"]:
-            what = node.meta["desc"]
-            if isinstance(what, (desc.ParamAOTInput, desc.BufferAOTInput)):
-                name = what.target.removeprefix(_PREFIX)
-                if shared[name] in self.tensors:
-                    node.replace_all_uses_with(self.tensors[shared[name]])
-                else:
-                    self.tensors[shared[name]] = node
-            elif isinstance(what, desc.PlainAOTInput):
-                self.inputs[what.idx] = node
-            elif isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.PlainAOTOutput):
-                self.tangents[what.output.idx] = node
-            elif isinstance(what, desc.TangentAOTInput) and isinstance(what.output, desc.InputMutationAOTOutput):
-                buffer = what.output.mutated_input
-                if not isinstance(buffer, desc.BufferAOTInput):
-                    raise CaptureError(_unexpected(what.output))
-                name = buffer.target.removeprefix(_PREFIX)
-                raise CaptureError(
-                    f"forward writes a value that depends on parameters into buffer {name!r}, through which gradients "
-                    f"would flow into the next step; write it under torch.no_grad(), or detached"
-                )
-            else:
-                raise CaptureError(_unexpected(what))
-
-    @staticmethod
-    def add(graph: fx.Graph, tensor: torch.Tensor) -> fx.Node:
-        """A placeholder for a tensor the graph does not use."""
-        with graph.inserting_before(next(iter(graph.nodes))):
-            node = graph.placeholder("unused")
-        node.meta["val"] = tensor.detach()
-        return node
+def _role_out(what: Any) -> Role | None:
+    if isinstance(what, desc.PlainAOTOutput):
+        return Role("output", index=what.idx)
+    if isinstance(what, desc.InputMutationAOTOutput) and isinstance(what.mutated_input, desc.BufferAOTInput):
+        return Role("buffer", what.mutated_input.target.removeprefix(_PREFIX))
+    if isinstance(what, desc.GradAOTOutput):
+        of = what.grad_of
+        return Role("grad", of.target.removeprefix(_PREFIX)) if isinstance(of, desc.ParamAOTInput) else None
+    if what is None:
+        return None
+    raise CaptureError(_unexpected(what))
 
 
 def _unexpected(what: Any) -> str:
@@ -427,72 +455,3 @@ def _unexpected(what: Any) -> str:
             return f"forward changes parameter {name!r} in place; make it a buffer, or write it after the step"
         return "forward changes one of its arguments in place; work on a copy: x = x.clone()"
     return f"the traced graph has a part of an unknown kind, {what.expr()}; report the model that gives it"
-
-
-def _results(graph: fx.Graph, shared: dict[str, str]) -> tuple[list[fx.Node], dict[str, fx.Node], dict[str, fx.Node]]:
-    """Nodes of the outputs, of new buffer values by buffer, of gradients by parameter (those of tied names added)."""
-    output = graph.output_node()
-    outputs: dict[int, fx.Node] = {}
-    mutated: dict[str, fx.Node] = {}
-    grads: dict[str, fx.Node] = {}
-    for node, what in zip(output.args[0], output.meta["desc"]):  # type: ignore[arg-type]
-        if node is None:  # the gradient of something that has none
-            continue
-        if isinstance(what, desc.PlainAOTOutput):
-            outputs[what.idx] = node
-        elif isinstance(what, desc.InputMutationAOTOutput) and isinstance(what.mutated_input, desc.BufferAOTInput):
-            mutated[shared[what.mutated_input.target.removeprefix(_PREFIX)]] = node
-        elif isinstance(what, desc.GradAOTOutput):
-            if not isinstance(what.grad_of, desc.ParamAOTInput):
-                continue
-            name = shared[what.grad_of.target.removeprefix(_PREFIX)]
-            if name in grads:
-                with graph.inserting_before(output):
-                    total = graph.call_function(torch.ops.aten.add.Tensor, (grads[name], node))
-                total.meta["val"] = node.meta["val"]
-                grads[name] = total
-            else:
-                grads[name] = node
-        else:
-            raise CaptureError(_unexpected(what))
-    return [outputs[i] for i in sorted(outputs)], mutated, grads
-
-
-def _check_gradients(reached: set[str], shared: dict[str, str], places: _Places, grads: dict[str, fx.Node]) -> None:
-    """Torch drops a backward without a word in some situations (the meta device): refuse rather than not train.
-
-    `reached`: the parameters that autograd reaches from the outputs.
-    """
-    if not places.tangents:
-        raise CaptureError(
-            "no output depends on a trainable parameter in a differentiable way, so there is nothing to train; return "
-            "a loss computed from the parameters, or capture under torch.no_grad()"
-        )
-    lost = sorted({shared[name] for name in reached} - set(grads))
-    if lost:
-        raise CaptureError(
-            f"{len(lost)} of {len(reached)} parameters that the loss depends on get no gradient, the first is "
-            f"{lost[0]!r}; if that is meant, set requires_grad=False on them"
-        )
-
-
-def _batch_dims(call: Call) -> dict[str, int]:
-    """Dim 0 of every input that has the most common leading size."""
-    names = batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)})
-    return {name: 0 for name in call.names if name in names}
-
-
-def _fingerprint(program: Program) -> str:
-    """Names, shapes and dtypes of what goes in, and the ops in order; neither weights nor device."""
-    digest = hashlib.sha256()
-    vals = {n.name: n.meta["val"] for n in program.gm.graph.nodes if n.op == "placeholder"}
-    for source in program.sources:
-        val = vals[source.node]
-        digest.update(f"{source.kind} {source.name} {tuple(val.shape)} {val.dtype} {source.trainable}\n".encode())
-    for node in program.gm.graph.nodes:
-        if is_op(node):
-            digest.update(f"{op_name(node)} {[tuple(r.shape) for r in results(node) if r is not None]}\n".encode())
-    return digest.hexdigest()
-
-
-__all__ = ["capture", "input_key"]

@@ -1,4 +1,4 @@
-"""The command `autopar`: plan a model, read a plan, prove a plan.
+"""The command `autopar`: plan a model, read a plan, ask about it, prove it.
 
 Exit codes: 0 done; 1 the plan is not equal to one device, or no plan fits; 2 bad usage or an error of ours (on stderr).
 With `--json` stdout carries JSON only; tables, progress and errors never mix with it.
@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
-from autopar import driver, report, targets, verify
+from autopar import cli_calibrate, cli_explain, driver, options, report, targets, verify
+from autopar.cli_tools import emit, positive
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, PlanError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
@@ -27,6 +28,7 @@ examples:
   autopar plan hf:path/to/config.json --mesh dp=8 --memory 40GB --constraint dp=zero3 -o plan.json
   autopar plan train.py:build --mesh tp=4 --batch 32
   autopar show plan.json
+  autopar explain plan.json mlp.down_proj.weight
   autopar verify plan.json
 """
 
@@ -76,10 +78,8 @@ def parser() -> argparse.ArgumentParser:
         "--mesh", required=True, metavar="AXES", help="named axes with sizes, e.g. dp=2,tp=4, or a number"
     )
     plan.add_argument("--device", default="cpu", metavar="NAME", help="device preset, e.g. h100, a100 (default: cpu)")
-    plan.add_argument("--batch", type=_positive, default=8, metavar="N", help="global batch size (default: 8)")
-    plan.add_argument(
-        "--seq", type=_positive, default=512, metavar="N", help="sequence length in tokens (default: 512)"
-    )
+    plan.add_argument("--batch", type=positive, default=8, metavar="N", help="global batch size (default: 8)")
+    plan.add_argument("--seq", type=positive, default=512, metavar="N", help="sequence length in tokens (default: 512)")
     plan.add_argument("--dtype", choices=list(targets.DTYPES), default="fp32", help="of the weights (default: fp32)")
     plan.add_argument("--memory", metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
     plan.add_argument(
@@ -116,17 +116,13 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("plan", type=Path, metavar="PLAN.json", help="a file written by `autopar plan`")
     check.add_argument(
-        "--procs", type=_positive, metavar="N", help="local processes at most (default: 4; 8 for a mesh of three axes)"
+        "--procs", type=positive, metavar="N", help="local processes at most (default: 4; 8 for a mesh of three axes)"
     )
     check.add_argument("--json", action="store_true", help="print the certificate as JSON")
     check.set_defaults(run=_verify)
+    cli_explain.add(commands)
+    cli_calibrate.add(commands)
     return top
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    mesh = Mesh.parse(int(args.mesh) if args.mesh.isdecimal() else args.mesh)
+    mesh = int(args.mesh) if args.mesh.isdecimal() else Mesh.parse(args.mesh)
     constraints = parse_constraints(args.constraints)
     target = targets.Target(args.target, args.batch, args.seq, args.dtype, targets.parse_settings(args.settings))
     if args.output is not None and not args.output.parent.is_dir():
@@ -161,7 +157,7 @@ def _plan(args: argparse.Namespace) -> int:
             example=built.example,
             loss=built.loss,
             device=args.device,
-            memory_limit=driver.parse_bytes(args.memory),
+            memory_limit=options.parse_bytes(args.memory),
             constraints=constraints,
             target=target.to_dict(),
         )
@@ -170,7 +166,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(plan.to_json())
         return 0
-    _print(report.show(plan))
+    emit(report.show(plan))
     if args.output is not None:
         print(f"written to {args.output}; read it with `autopar show`, prove it with `autopar verify`")
     return 0
@@ -189,7 +185,7 @@ def _show(args: argparse.Namespace) -> int:
         }
         print(json.dumps(data, indent=2))
     else:
-        _print(report.show(plan))
+        emit(report.show(plan))
     return 0
 
 
@@ -200,14 +196,5 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(certificate) | {"equal": certificate.equal}, indent=2))
     else:
-        _print(verify.table(certificate))
+        emit(verify.table(certificate))
     return 0 if certificate.equal else 1
-
-
-def _print(parts: Sequence[Any]) -> None:
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
-    if not console.is_terminal:
-        sys.stdout.write(report.text(parts, width=120))
-        return
-    for part in parts:
-        console.print(part)

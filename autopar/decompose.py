@@ -29,6 +29,7 @@ aten = torch.ops.aten
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 _NONE, _MEAN, _SUM = 0, 1, 2  # the `reduction` argument of losses
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def decomposes(*ops: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -56,12 +57,19 @@ def _count(x: Tensor, dims: Sequence[int]) -> int:
     return math.prod(x.shape[d] for d in dims) if x.dim() else 1
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Half-precision input is computed with in float32, as the fused ops do."""
+    return x.to(torch.float32) if x.dtype in _HALF else x
+
+
 @decomposes(aten.mean.dim)
 def _mean_dim(
     x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    dims = _dims(x, dim)
-    return aten.div.Scalar(aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype), _count(x, dims))
+    dims, want = _dims(x, dim), dtype or x.dtype
+    # The sum of float16 numbers may be out of range where their mean is not.
+    total = aten.sum.dim_IntList(x, dims, keepdim, dtype=torch.float32 if want in _HALF else dtype)
+    return aten.div.Scalar(total, _count(x, dims)).to(want)
 
 
 @decomposes(aten.mean.default)
@@ -70,13 +78,16 @@ def _mean(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _variance(x: Tensor, dim: Any, correction: float | None, keepdim: bool) -> tuple[Tensor, Tensor]:
-    dims = _dims(x, dim)
+    dims, wide = _dims(x, dim), _wide(x)
     count = _count(x, dims)
-    mean = aten.div.Scalar(aten.sum.dim_IntList(x, dims, True), count)
-    centred = x - mean
-    total = aten.sum.dim_IntList(centred * centred, dims, keepdim)
-    var = aten.div.Scalar(total, max(count - (1 if correction is None else correction), 0))
-    return var, mean if keepdim else mean.reshape(var.shape)
+    mean = aten.div.Scalar(aten.sum.dim_IntList(wide, dims, True), count)
+    centred = wide - mean
+    square = centred.abs() ** 2 if x.is_complex() else centred * centred
+    var = aten.div.Scalar(
+        aten.sum.dim_IntList(square, dims, keepdim), max(count - (1 if correction is None else correction), 0)
+    )
+    mean = mean if keepdim else mean.reshape(var.shape)
+    return (var.to(x.dtype), mean.to(x.dtype)) if x.dtype in _HALF else (var, mean)
 
 
 @decomposes(aten.var.correction)
@@ -204,7 +215,10 @@ def _nll(op: torch._ops.OpOverload) -> Callable[..., Any]:
         if reduction != _MEAN:
             return NotImplemented
         loss, total_weight = op(x, target, weight, _SUM, ignore_index)
-        return loss / total_weight, total_weight
+        if x.dtype in _HALF:  # as for a mean: the sum may be out of range
+            each, _ = op(x, target, weight, _NONE, ignore_index)
+            loss = aten.sum.dim_IntList(each, list(range(each.dim())), dtype=torch.float32)
+        return (loss / total_weight).to(x.dtype), total_weight
 
     return forward
 
@@ -233,8 +247,7 @@ def _reduced(each: Tensor, reduction: int) -> Tensor:
     """The losses of all elements, reduced."""
     if reduction == _NONE:
         return each
-    total = aten.sum.dim_IntList(each, list(range(each.dim())))
-    return aten.div.Scalar(total, each.numel()) if reduction == _MEAN else total
+    return _mean(each) if reduction == _MEAN else aten.sum.dim_IntList(each, list(range(each.dim())))
 
 
 def _pointwise_loss(op: torch._ops.OpOverload, at: int) -> Callable[..., Any]:
@@ -300,11 +313,6 @@ def _bce_with_logits(
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     """View a vector over channels so that it broadcasts against `x` of shape [N, C, ...]."""
     return v.view([1, -1] + [1] * (x.dim() - 2))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Half-precision input is normalised in float32, as the fused ops do."""
-    return x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _batch_norm(

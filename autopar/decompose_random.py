@@ -7,16 +7,19 @@ Dropout keeps an element where its uniform number is at least p, and saves that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from autopar.decompose import decomposes
+from autopar.errors import CaptureError
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+
+#: Bits of the significand of short floats, the hidden one included.
+_SIGNIFICAND = {torch.float16: 11, torch.bfloat16: 8}
 
 
 def _uniform(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -25,6 +28,30 @@ def _uniform(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def _normal(shape: Sequence[int], device: torch.device) -> Tensor:
     return aten.randn(list(shape), dtype=torch.float32, device=device)
+
+
+def _uniform_of(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Tensor:
+    """In [0, 1) in `dtype` too: a 16-bit float would round the largest numbers up to 1."""
+    _check_real(dtype)
+    uniform, bits = _uniform(shape, device), _SIGNIFICAND.get(dtype)
+    return (uniform if bits is None else torch.floor(uniform * 2.0**bits) * 2.0**-bits).to(dtype)
+
+
+def _normal_of(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Tensor:
+    _check_real(dtype)
+    return _normal(shape, device).to(dtype)
+
+
+def _check_real(dtype: torch.dtype) -> None:
+    if dtype.is_complex:
+        raise CaptureError(
+            f"random numbers of {dtype} are not supported; draw both parts: torch.complex(torch.randn(...), ...)"
+        )
+
+
+def _positive(shape: Sequence[int], device: torch.device) -> Tensor:
+    """In (0, 1), for logarithms: the one number in 2^24 that is zero becomes half of the next."""
+    return aten.clamp_min(_uniform(shape, device), 2.0**-25)
 
 
 def _device(device: Any) -> torch.device:
@@ -52,7 +79,7 @@ def _rand(
     pin_memory: bool | None = None,
 ) -> Tensor:  # fmt: skip
     dtype = dtype or torch.get_default_dtype()
-    return NotImplemented if dtype == torch.float32 else _uniform(size, _device(device)).to(dtype)
+    return NotImplemented if dtype == torch.float32 else _uniform_of(dtype, size, _device(device))
 
 
 @decomposes(aten.randn.default)
@@ -61,17 +88,17 @@ def _randn(
     pin_memory: bool | None = None,
 ) -> Tensor:  # fmt: skip
     dtype = dtype or torch.get_default_dtype()
-    return NotImplemented if dtype == torch.float32 else _normal(size, _device(device)).to(dtype)
+    return NotImplemented if dtype == torch.float32 else _normal_of(dtype, size, _device(device))
 
 
 @decomposes(aten.rand_like.default)
 def _rand_like(x: Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
-    return _uniform(x.shape, torch.device(device or x.device)).to(dtype or x.dtype)
+    return _uniform_of(dtype or x.dtype, x.shape, torch.device(device or x.device))
 
 
 @decomposes(aten.randn_like.default)
 def _randn_like(x: Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
-    return _normal(x.shape, torch.device(device or x.device)).to(dtype or x.dtype)
+    return _normal_of(dtype or x.dtype, x.shape, torch.device(device or x.device))
 
 
 @decomposes(aten.bernoulli.p)
@@ -116,7 +143,7 @@ def _normal_float(
 
 @decomposes(aten.exponential.default)
 def _exponential(x: Tensor, lambd: float = 1.0, *, generator: None = None) -> Tensor:
-    return (torch.log1p(-_uniform(x.shape, x.device)) * (-1.0 / lambd)).to(x.dtype)
+    return (torch.log1p(-_positive(x.shape, x.device)) * (-1.0 / lambd)).to(x.dtype)
 
 
 def _integers(low: int, high: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -166,5 +193,5 @@ def _multinomial(weights: Tensor, num_samples: int, replacement: bool = False, *
         uniform = _uniform((*weights.shape[:-1], num_samples), weights.device)
         ladder = torch.cumsum(weights, -1)
         return torch.searchsorted(ladder, uniform.to(ladder.dtype) * ladder[..., -1:]).clamp(max=weights.shape[-1] - 1)
-    keys = torch.log(_uniform(weights.shape, weights.device) + math.ldexp(1.0, -25)).to(weights.dtype) / weights
+    keys = torch.log(_positive(weights.shape, weights.device)).to(weights.dtype) / weights
     return torch.topk(keys, num_samples, dim=-1).indices

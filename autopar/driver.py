@@ -5,40 +5,31 @@ capture -> plan -> insert collectives and the other passes -> cut forward from b
 
 from __future__ import annotations
 
-import math
-import re
 import time
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from autopar import passes, tree
-from autopar.call import TARGET, Call
-from autopar.capture import capture
-from autopar.costmodel import planner, rules
-from autopar.costmodel.devices import DEVICES, Device
-from autopar.errors import BatchError, ConstraintError, PlanError, RuntimeUseError
+from autopar import passes
+from autopar.checks import refuse_old_norms
+from autopar.costmodel import planner, rules, search
+from autopar.costmodel.devices import Device
+from autopar.errors import BatchError, MeshError, PlanError, RuntimeUseError
 from autopar.graph import Program
 from autopar.mesh import Mesh
+from autopar.options import Asked, Example, arguments, ask
 from autopar.plan import Plan
-from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device
+from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Programs
+from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
-from autopar.spec import R, S, Spec, format_spec
-
-OUTPUTS = ("auto", "full", "sharded")
-#: Axes of these names, or constrained to one of these strategies, split the batch when ranks bring their own.
-DATA_NAMES = ("dp", "ddp", "data", "fsdp", "zero")
-DATA_STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-
-Example = tuple[Any, ...] | Mapping[str, Any] | torch.Tensor
+from autopar.spec import R, Spec, format_spec
 
 
 def compile(
@@ -52,6 +43,7 @@ def compile(
     constraints: Mapping[str, str] | None = None,
     plan: Plan | str | Path | None = None,
     batch: str = "global",
+    shared: Sequence[str] = (),
     outputs: str = "auto",
     backend: str = "eager",
     check: bool = True,
@@ -65,19 +57,25 @@ def compile(
 
     Args:
         model: any module that `torch.export` can trace, in the mode (train or eval) it is to start in.
-        mesh: "dp=2,tp=4", an int, an `autopar.Mesh`, or a torch DeviceMesh. A mesh of one runs in a plain process;
+        mesh: "dp=2,tp=4", an `autopar.Mesh`, or a torch DeviceMesh; or a number of devices, or "auto" for all that
+            run: then axes and sizes are searched too, which needs `example`. A mesh of one runs in a plain process;
             otherwise processes come from torchrun, and torch.distributed is initialised if it is not yet.
         example: arguments of one call, (positional, ...) or {name: value}; only shapes and dtypes matter. Without it
             the model is captured at its first call, and has no parameters until then.
         loss: `loss(output, target)`; calls then take one more keyword, `target`, and return the loss.
         device: preset of the cost model ("cpu", "h100", ...), or a description; default: what this machine has.
         memory_limit: bytes per device, or text such as "24GB".
-        constraints: {pattern of parameter or module names: placement} and {mesh axis: strategy}; see `plan`.
+        constraints: {pattern of parameter names or op addresses: placement} and {mesh axis: strategy}. Patterns win
+            over strategies, and where two patterns match the same name, on each mesh axis the later wins over the
+            earlier; see `autopar.costmodel.constraints`.
         plan: a plan to run as it is, or the path of its file, instead of planning.
         batch: "global": every rank passes the whole batch. "local": every rank passes its own piece along dim 0 (see
-            `ParallelModule.sampler_args`) of every tensor whose dim 0 is as long as that of most arguments; what is
-            passed besides must be equal on all ranks. The batch is split over the axes called dp, data or fsdp, or
-            constrained to a data-parallel strategy; "local:AXIS[,AXIS]" names them.
+            `ParallelModule.sampler_args`) of every tensor whose dim 0 is as long as that of most arguments and that
+            `shared` does not name; what is passed besides must be equal on all ranks. The batch is split over the
+            axes called dp, data or fsdp, or constrained to a data-parallel strategy; "local:AXIS[,AXIS]" names them.
+        shared: names of tensor arguments that are no batch though they may be as long: every rank passes them whole
+            and equal. Names as in messages ("mask", "batch.mask", "args[1]"), globs, or the name of a container. With
+            global batches it only says that strategies do not follow their dim 0.
         outputs: "full": plain whole tensors; "sharded": DTensors as the plan leaves them; "auto": sharded beside a
             scalar loss (which is always whole), else full.
         backend: "eager" or "inductor".
@@ -89,7 +87,19 @@ def compile(
         MeshError: the mesh does not match the processes.
         RankMismatchError: the ranks passed different models or options, or another rank failed; on every rank.
         CaptureError, ConstraintError, InfeasibleError, PlanError: as they say.
+
+    Warns (UserWarning): a tensor taken for a piece of a local batch is the same on every rank; `forward` draws from
+    Python's or numpy's global generator; a new shape is captured and planned again.
     """
+    count = _devices(mesh)
+    if count is not None:
+        given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        if not isinstance(given, Plan):
+            given = _searched(
+                count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
+                constraints=constraints, outputs=outputs, batch=batch, shared=shared,
+            )  # fmt: skip
+        mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
     grid = connect(mesh, default_device(mesh, model), timeout)
     control = Control(grid)
@@ -104,8 +114,9 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
-        asked = _ask(shape, device, memory_limit, constraints, outputs, batch, loss)
-        call = _arguments(example)
+        asked = ask(shape, device, memory_limit, constraints, outputs, batch, loss, shared)
+        call = arguments(example)
+        refuse_old_norms(model)
         empty = skeleton(model)
     control.same(
         "the model",
@@ -117,8 +128,9 @@ def compile(
     control.same(
         "the plan", given and _decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
     )
-    build = _Builder(control, asked, given)
-    options = Options(check, backend, asked.data_axes, init)
+    # passes/fuse.py and inplace.py stay off: gradients that are views of one bucket cannot be deep-copied.
+    build = _Builder(control, asked, given, eager=False)
+    options = Options(check, backend, asked.data_axes, init, asked.shared)
     module = ParallelModule(model, empty, grid, control, build, options)
     if call is not None:
         module.prepare(*call[0], **call[1])
@@ -136,26 +148,43 @@ def plan_model(
     constraints: Mapping[str, str] | None = None,
     outputs: str = "auto",
     batch: str = "global",
+    shared: Sequence[str] = (),
     training: bool = True,
     target: Mapping[str, Any] | None = None,
+    progress: search.Progress | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
-    Args: as `compile`. training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
+    Args: as `compile` (of `constraints`, too, later patterns win over earlier ones that match the same name). With a
+        number as `mesh` the plan is the best of all shapes of so many devices, the others are in `solver["meshes"]`.
+        training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
+        progress: called with what is being done and the part done, 0 to 1.
 
     Raises:
         CaptureError, ConstraintError, InfeasibleError: as they say.
     """
+    count = _devices(mesh)
+    if mesh == "auto":
+        raise MeshError('mesh="auto" means the processes that run; to plan, say how many devices there are: mesh=64')
+    if count is not None and batch != "global":
+        raise MeshError(
+            f"mesh={count}: local batches are pieces along axes that the search has yet to choose; name the axes "
+            f'("dp={count}"), or pass global batches'
+        )
     shape = as_mesh(mesh)
-    asked = _ask(shape, device, memory_limit, constraints, outputs, batch, loss)
-    call = _arguments(example)
+    asked = ask(shape, device, memory_limit, constraints, outputs, batch, loss, shared)
+    call = arguments(example)
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
     began = time.perf_counter()
-    program, pieces = asked.capture(model, *call, training)
-    captured = time.perf_counter() - began
-    found = _plan(program, asked, pieces)
-    return replace(found, target=dict(target or {}), solver={"capture_s": captured, **found.solver})
+    captured, pieces = asked.capture(model, *call, training, Programs())
+    seconds = time.perf_counter() - began
+    if count is None:
+        found = _plan(captured.program, asked, pieces, progress=progress)
+    else:
+        options = _planner_options(captured.program, asked)
+        found = search.best_plan(search.search(captured.program, count, **options, progress=progress))
+    return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
 
 
 def register_rule(op: Any, rule: Any) -> None:
@@ -163,8 +192,10 @@ def register_rule(op: Any, rule: Any) -> None:
     rules.register(op, rule)
 
 
-def lower(program: Program, plan: Plan, coordinates: tuple[int, ...], group_names: Mapping[str, str]) -> Lowered:
-    """This rank's forward and backward graphs of `program` under `plan`.
+def lower(
+    program: Program, plan: Plan, coordinates: tuple[int, ...], group_names: Mapping[str, str], eager: bool = False
+) -> Lowered:
+    """This rank's forward and backward graphs of `program` under `plan`; `eager`: to run op by op.
 
     Raises:
         PlanError: the plan is not legal for the program; names the op.
@@ -172,108 +203,123 @@ def lower(program: Program, plan: Plan, coordinates: tuple[int, ...], group_name
     local, _ = passes.lower(program, plan, rules.rule_for)
     parts = passes.cut(local)
     title = "-".join(map(str, coordinates))
-    forward, _ = passes.finish(parts.forward, plan.mesh, coordinates, group_names, f"forward-{title}")
+    forward, _ = passes.finish(parts.forward, plan.mesh, coordinates, group_names, f"forward-{title}", eager)
     if not program.training:
         return Lowered(program, plan, forward, None)
-    backward, _ = passes.finish(parts.backward, plan.mesh, coordinates, group_names, f"backward-{title}")
+    backward, _ = passes.finish(parts.backward, plan.mesh, coordinates, group_names, f"backward-{title}", eager)
     return Lowered(program, plan, forward, backward, parts.saved_inputs)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The options of a compilation, read and checked."""
-
-    mesh: Mesh
-    device: str | Device
-    memory_limit: int | None
-    constraints: Mapping[str, str]
-    outputs: str
-    data_axes: tuple[str, ...]
-    loss: Callable[[Any, Any], torch.Tensor] | None
-
-    def text(self) -> str:
-        """For comparison between ranks."""
-        name = self.device if isinstance(self.device, str) else self.device.name
-        return (
-            f"mesh {self.mesh}, device {name}, memory limit {self.memory_limit}, constraints {dict(self.constraints)}, "
-            f"outputs {self.outputs}, local batches over {self.data_axes or 'no axis'}, "
-            f"{'with' if self.loss else 'without'} loss="
-        )
-
-    @property
-    def pieces(self) -> int:
-        """Number of pieces in which ranks bring the batch."""
-        count = 1
-        for name, size in zip(self.mesh.names, self.mesh.sizes):
-            count *= size if name in self.data_axes else 1
-        return count
-
-    def capture(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
-    ) -> tuple[Program, dict[str, Spec] | None]:
-        """The program of the global call, given the arguments of one rank, and where local batches lie in it."""
-        if not self.data_axes:
-            return capture(model, args, kwargs, loss=self.loss, training=training), None
-        call = Call(model, args, kwargs, self.loss)
-        local = tree.batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)})
-        if not local:
-            raise BatchError('batch="local" needs a tensor argument whose dim 0 is the batch; there is none')
-        pairs = list(zip(call.names, call.tensors))
-        grown = [t.repeat(self.pieces, *[1] * (t.dim() - 1)) if name in local else t for name, t in pairs]
-        args, kwargs, target = call.arguments(grown)
-        if self.loss is not None:
-            kwargs = {**kwargs, TARGET: target}
-        program = capture(model, args, kwargs, loss=self.loss, training=training)
-        whole: Spec = (R,) * len(self.mesh.sizes)
-        split = tuple(S(0) if name in self.data_axes else R for name in self.mesh.names)
-        return program, {name: split if name in local else whole for name in call.names}
+#: What a user who waited is told, by how a program came about.
+_NEWS = {
+    TRACED: "autopar has captured and planned again: {changes}. Keep shapes fixed (pad, or drop the last batch) to "
+    "avoid the wait",
+    TRACED_BATCHES: "autopar has captured the model again, now for every batch size: {changes}. Further batch sizes "
+    "are not captured again",
+    KNOWN: "",
+}
 
 
 class _Builder:
     """Makes the lowered program of one call, in step with the other ranks."""
 
-    def __init__(self, control: Control, asked: _Asked, given: Plan | None) -> None:
-        self.control, self.asked, self.given = control, asked, given
+    def __init__(self, control: Control, asked: Asked, given: Plan | None, eager: bool) -> None:
+        self.control, self.asked, self.given, self.eager = control, asked, given, eager
+        self.programs = Programs()
+        self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, first: Plan | None
     ) -> Lowered:
         control, grid = self.control, self.control.grid
         with control.together("capture"):
-            program, pieces = self.asked.capture(model, args, kwargs, training)
+            captured, pieces = self.asked.capture(model, args, kwargs, training, self.programs)
+        program = captured.program
         control.same(
             "the captured program",
             program.digest(),
             "the model's code must take the same path on every rank (no branches on the rank)",
         )
         with torch.autocast(grid.device.type, enabled=False):  # it is in the program, and not for what follows
-            plan = self._plan(program, pieces, first)
+            plan = self._plan(program, pieces, first, self.plans.get(captured.form))
+            self.plans[captured.form] = plan
             with control.together("lowering"):
-                return lower(program, plan, grid.mesh.coordinates(grid.rank), grid.group_names)
+                lowered = lower(program, plan, grid.mesh.coordinates(grid.rank), grid.group_names, self.eager)
+        return replace(lowered, news=_NEWS[captured.how])
 
-    def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None) -> Plan:
+    def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
             with self.control.together("checking the plan"):
                 _check_given(self.given, program, self.asked, pieces)
             return self.given
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
-        text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first).to_json())
+        text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
         return Plan.from_json(text, "the plan of rank 0")
 
 
-def _plan(program: Program, asked: _Asked, pieces: dict[str, Spec] | None, first: Plan | None = None) -> Plan:
-    """Plan `program`, of which local batches come in `pieces`; with `first`, parameters stay where that stores them."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program))
-    found = planner.plan(
+def _plan(
+    program: Program,
+    asked: Asked,
+    pieces: dict[str, Spec] | None,
+    first: Plan | None = None,
+    similar: Plan | None = None,
+    progress: search.Progress | None = None,
+) -> Plan:
+    """Plan `program`, of which local batches come in `pieces`; with `first`, parameters stay where that stores them.
+
+    The decisions of `similar`, a plan for another batch size, are kept where they are legal and fit: a last batch that
+    is shorter than the others should not wait for a solver.
+    """
+    if similar is not None:
+        kept = planner.transfer(program, similar, device=asked.device, memory_limit=asked.memory_limit)
+        if kept is not None:
+            return kept
+    return planner.plan(
         program,
         asked.mesh,
-        device=asked.device,
-        memory_limit=asked.memory_limit,
-        constraints=dict(asked.constraints),
+        **_planner_options(program, asked),
         input_specs=pieces,
-        output_specs="free" if free else "replicated",
+        storage=first.storage if first is not None else None,
+        progress=progress,
     )
-    return found if first is None else replace(found, storage=first.storage)
+
+
+def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
+    """What does not depend on the mesh."""
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program))
+    return {
+        "device": asked.device,
+        "memory_limit": asked.memory_limit,
+        "constraints": dict(asked.constraints),
+        "output_specs": "free" if free else "replicated",
+    }
+
+
+def _devices(mesh: MeshLike) -> int | None:
+    """The number of devices whose shape is to be searched; None where the mesh is given or there is one shape only."""
+    count = running() if mesh == "auto" else mesh
+    if isinstance(count, bool) or not isinstance(count, int):
+        return None
+    return count if mesh == "auto" or search.choices(count) > 1 else None
+
+
+def _searched(count: int, timeout: float, model: nn.Module, example: Example | None, **options: Any) -> Plan:
+    """The best plan on any shape of the running processes, found by rank 0. A collective call."""
+    flat = Mesh((search.NAMES[0]), (count,))
+    control = Control(connect(flat, default_device(flat, model), timeout))
+    with control.together("reading the options"):
+        if example is None:
+            raise MeshError(
+                f"mesh={count}: the best shape of {count} devices is searched, which needs example=; or name the axes, "
+                f'such as "dp={count}"'
+            )
+        if options["batch"] != "global":
+            raise MeshError(f'mesh={count} with batch="local": name the axes, such as "dp={count}"')
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    text = control.share(
+        "choosing the mesh", lambda: plan_model(model, count, example=example, training=training, **options).to_json()
+    )
+    return Plan.from_json(text, "the plan of rank 0")
 
 
 def check_plan(program: Program, plan: Plan) -> None:
@@ -290,7 +336,7 @@ def check_plan(program: Program, plan: Plan) -> None:
     planner.check_plan(program, plan)
 
 
-def _check_given(plan: Plan, program: Program, asked: _Asked, pieces: dict[str, Spec] | None) -> None:
+def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, Spec] | None) -> None:
     if plan.mesh != asked.mesh:
         raise PlanError(
             f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
@@ -319,90 +365,3 @@ def _has_loss(program: Program) -> bool:
             if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
                 return True
     return False
-
-
-def _ask(
-    mesh: Mesh,
-    device: str | Device | None,
-    memory_limit: float | str | None,
-    constraints: Mapping[str, str] | None,
-    outputs: str,
-    batch: str,
-    loss: Callable[[Any, Any], torch.Tensor] | None,
-) -> _Asked:
-    if outputs not in OUTPUTS:
-        raise RuntimeUseError(f"outputs={outputs!r} does not exist; choose one of {', '.join(OUTPUTS)}")
-    if isinstance(device, str) and device not in DEVICES:
-        raise ConstraintError(f"no device preset {device!r}; choose one of {', '.join(DEVICES)}")
-    constraints = {} if constraints is None else constraints
-    texts = [*constraints.keys(), *constraints.values()] if isinstance(constraints, Mapping) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ConstraintError(
-            f'cannot read constraints {constraints!r}; pass a dict of texts, such as {{"dp": "zero3"}}'
-        )
-    axes = _data_axes(mesh, batch, constraints)
-    return _Asked(mesh, device or detect_device(), parse_bytes(memory_limit), constraints, outputs, axes, loss)
-
-
-def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[str, ...]:
-    if batch == "global":
-        return ()
-    if batch.startswith("local:"):
-        names = tuple(n.strip() for n in batch.removeprefix("local:").split(","))
-        for name in names:
-            mesh.axis(name)
-        return tuple(n for n in mesh.names if n in names)
-    if batch != "local":
-        raise RuntimeUseError(f'batch={batch!r} does not exist; write "global", "local" or "local:AXIS"')
-    found = tuple(
-        n
-        for n in mesh.names
-        if constraints.get(n) in DATA_STRATEGIES or (n not in constraints and n.rstrip("0123456789") in DATA_NAMES)
-    )
-    if not found:
-        raise ConstraintError(
-            f'batch="local" on mesh {mesh}: no axis is called {", ".join(DATA_NAMES)} or constrained to a '
-            f'data-parallel strategy; name the axes that split the batch: batch="local:{mesh.names[0]}"'
-        )
-    return found
-
-
-def _arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if example is None:
-        return None
-    if isinstance(example, torch.Tensor):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    raise BatchError(f"example is a {type(example).__name__}; pass a tuple of positional or a dict of named arguments")
-
-
-def parse_bytes(text: float | str | None) -> int | None:
-    """Bytes of 24e9, "24GB" (10**9) or "24GiB" (2**30).
-
-    Raises:
-        ConstraintError: it cannot be read.
-    """
-    if text is None:
-        return None
-    if isinstance(text, (int, float)) and not isinstance(text, bool) and math.isfinite(text):
-        return int(text)
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?\s*", text) if isinstance(text, str) else None
-    if not match:
-        raise ConstraintError(f'cannot read memory limit {text!r}; write bytes, or e.g. "24GB" or "24GiB"')
-    power = "kMGT".index(match[2].replace("K", "k")) + 1 if match[2] else 0
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def detect_device() -> str:
-    """Preset of this machine's accelerator, or "cpu". Warns where there is no preset for it."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    name = torch.cuda.get_device_name().lower().replace(" ", "")
-    for preset in DEVICES:
-        if preset in name:
-            return preset
-    warnings.warn(f"no cost preset for {name!r}: planned as for h100; pass device= with a description of yours")
-    return "h100"

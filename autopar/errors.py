@@ -12,6 +12,10 @@ class MeshError(AutoparError, ValueError):
     """A mesh that cannot be parsed, or that does not match the processes that exist."""
 
 
+class ProfileError(AutoparError, ValueError):
+    """A measured device that is missing, damaged, or of another machine."""
+
+
 class SpecError(AutoparError, ValueError):
     """A placement that does not fit the tensor or the mesh."""
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,37 @@ import torch
 from torch import fx
 
 FORWARD, BACKWARD = "fwd", "bwd"
+
+aten = torch.ops.aten
+#: Ops whose results share the operand's memory, or pieces of it: no kernel runs, and computing them again is free.
+VIEWS: frozenset[Any] = frozenset(
+    {
+        aten.view.default,
+        aten.view.dtype,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.expand.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.narrow.default,
+        aten.diagonal.default,
+        aten.unfold.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.alias.default,
+        aten.detach.default,
+        aten.view_as_real.default,
+        aten.view_as_complex.default,
+    }
+)
+#: Ops through which a parameter is still seen as itself: in another way, or in another precision.
+LOOKS: frozenset[Any] = VIEWS | {aten._to_copy.default, aten.clone.default}
 
 
 class Value(NamedTuple):
@@ -152,6 +183,19 @@ def results(node: fx.Node) -> list[torch.Tensor | None]:
     val = node.meta["val"]
     vals = list(val) if isinstance(val, (tuple, list)) else [val]
     return [v if isinstance(v, torch.Tensor) else None for v in vals]
+
+
+def named_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an op by schema name, defaults filled in, in schema order."""
+    named: dict[str, Any] = {}
+    for i, spec in enumerate(target._schema.arguments):
+        if i < len(args) and not spec.kwarg_only:
+            named[spec.name] = args[i]
+        elif spec.name in kwargs:
+            named[spec.name] = kwargs[spec.name]
+        elif spec.has_default_value():
+            named[spec.name] = spec.default_value
+    return named
 
 
 def op_name(node: fx.Node) -> str:

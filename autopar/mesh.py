@@ -37,7 +37,7 @@ class Mesh:
 
     @classmethod
     def parse(cls, text: str | int | Mesh) -> Mesh:
-        """`"dp=2,tp=4"`, or an int `n` meaning `dp=n`.
+        """`"dp=2,tp=4"`, or an int `n` meaning `dp=n`. (`autopar.compile` and `plan` search the shape of an int.)
 
         Raises:
             MeshError: the text is not of that form.

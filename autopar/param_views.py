@@ -10,24 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopar.graph import BACKWARD, FORWARD, is_op, operands, resolve
-
-aten = torch.ops.aten
-#: Ops that only look at their operand in another way, or in another precision.
-LOOKS = frozenset(
-    {
-        aten.view.default,
-        aten.permute.default,
-        aten.expand.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten._to_copy.default,
-        aten.clone.default,
-    }
-)
+from autopar.graph import BACKWARD, FORWARD, LOOKS, is_op, operands
 
 
 def separate_parameter_views(graph: fx.Graph, parameters: set[fx.Node]) -> int:
@@ -58,6 +41,7 @@ def separate_parameter_views(graph: fx.Graph, parameters: set[fx.Node]) -> int:
                     node.replace_input_with(used, copy(used, node))
         elif node.meta["phase"] == FORWARD and node.target in LOOKS:
             source = operands(node)
-            if len(source) == 1 and (source[0].node in parameters or resolve(source[0].node).node in derived):
+            one = len(source) == 1 and isinstance(node.meta["val"], torch.Tensor)  # a split is left to the forward
+            if one and (source[0].node in parameters or source[0].node in derived):
                 derived.add(node)
     return len(copies)

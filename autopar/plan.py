@@ -118,7 +118,7 @@ class Plan:
             raise PlanError(f"{where} is not JSON: {error}; write it again with `autopar plan ... -o`") from None
         if not isinstance(data, dict) or "autopar_plan" not in data:
             raise PlanError(f"{where} is not an autopar plan (no 'autopar_plan' key)")
-        if data["autopar_plan"] != SCHEMA:
+        if data["autopar_plan"] != SCHEMA or isinstance(data["autopar_plan"], bool):
             raise PlanError(
                 f"{where} has plan schema {data['autopar_plan']}, this autopar reads {SCHEMA}; make the plan again"
             )
@@ -153,7 +153,7 @@ class Plan:
             for k, v in predicted.items():
                 key = f"predicted {k}"
                 numbers = list(v.values()) if isinstance(v, dict) else [] if k == "device" else [v]
-                if not all(isinstance(n, (int, float)) for n in numbers) or (k in _TABLES) != isinstance(v, dict):
+                if not all(type(n) in (int, float) for n in numbers) or (k in _TABLES) != isinstance(v, dict):
                     raise PlanError(f"cannot read {v!r}")
             return cls(
                 mesh=mesh,

@@ -123,8 +123,8 @@ def _module(address: str) -> str:
     return address.partition(":")[2].rpartition("/")[0]
 
 
-def layers(plan: Plan) -> list[Layer]:
-    """The forward of a plan by module, in program order; repeated modules and equal neighbours folded."""
+def layers(plan: Plan, merged: bool = True) -> list[Layer]:
+    """The forward of a plan by module, in program order; repeated modules folded, and equal neighbours (`merged`)."""
     stored: dict[str, dict[str, list[str]]] = {}
     copies: dict[str, set[str]] = {}
     for name, storage in plan.storage.items():
@@ -149,7 +149,7 @@ def layers(plan: Plan) -> list[Layer]:
         )
         places = tuple(f"{', '.join(leaves)}: {words}" for words, leaves in stored.get(module, {}).items())
         rows.append(Layer(module or "(loss)", len(copies.get(module, ())) or _copies(module, copies), places, splits))
-    return _merge(rows)
+    return _merge(rows) if merged else rows
 
 
 def _copies(module: str, copies: Mapping[str, set[str]]) -> int:
@@ -236,7 +236,7 @@ def _spec(spec: Spec, names: Sequence[str]) -> str:
 
 def layer_table(plan: Plan) -> Table:
     """One row per module, repeated layers folded: what each axis splits in its main op, where its parameters lie."""
-    table = _table()
+    table = plain_table()
     table.add_column("module", overflow="fold", ratio=4)
     for name, size in zip(plan.mesh.names, plan.mesh.sizes):
         table.add_column(f"{name}={size} splits", overflow="fold", ratio=3)
@@ -258,8 +258,9 @@ def layer_table(plan: Plan) -> Table:
     return table
 
 
-def _table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def plain_table() -> Table:
+    """A table as all of ours look."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
 
 _PARTS = {"compute_s": "compute", "comm_s": "communication", "update_s": "optimizer"}
@@ -269,10 +270,18 @@ def predicted_text(predicted: Mapping[str, Any]) -> str:
     """Predicted seconds, bytes and collectives of one rank, in three lines."""
     lines = []
     if "step_s" in predicted:
-        parts = [f"{word} {seconds(predicted[key])}" for key, word in _PARTS.items() if key in predicted]
+        waited = predicted.get("exposed_s")
+        if waited is None:
+            parts = [f"{word} {seconds(predicted[key])}" for key, word in _PARTS.items() if key in predicted]
+        else:
+            update = predicted.get("update_s", 0.0)
+            busy = predicted["step_s"] - waited - update
+            parts = [f"compute {seconds(busy)}", f"waiting {seconds(waited)}", f"optimizer {seconds(update)}"]
         on = f" on {predicted['device']}" if "device" in predicted else ""
         lines.append(
-            f"predicted step{on}: {seconds(predicted['step_s'])}" + (f" = {' + '.join(parts)}" if parts else "")
+            f"predicted step{on}: {seconds(predicted['step_s'])}"
+            + (f" = {' + '.join(parts)}" if parts else "")
+            + (f"; communication {seconds(predicted['comm_s'])} in all" if waited is not None else "")
         )
     memory = predicted.get("memory", {})
     if memory:
@@ -283,18 +292,6 @@ def predicted_text(predicted: Mapping[str, Any]) -> str:
     if collectives:
         lines.append("collectives per step: " + ", ".join(f"{n} {kind}" for kind, n in collectives.items()))
     return "\n".join(lines)
-
-
-def compare_table(rows: Iterable[tuple[str, float, float]], unit: str = "s") -> Table:
-    """Predicted against measured: (what, predicted, measured) -> a table with their ratio."""
-    shape = seconds if unit == "s" else bytes_
-    table = _table("Predicted against measured")
-    for column in ("what", "predicted", "measured", "ratio"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for what, predicted, measured in rows:
-        ratio = f"{measured / predicted:.2f}" if predicted else "-"
-        table.add_row(what, shape(predicted), shape(measured), ratio)
-    return table
 
 
 def text(parts: Iterable[RenderableType], width: int = 100) -> str:

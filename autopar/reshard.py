@@ -49,6 +49,11 @@ class Step(NamedTuple):
 
 WHOLE = Cut(-1, 1)
 _ORDER = ("local_chunk", "reduce_scatter", "all_to_all", "all_reduce", "all_gather")
+#: Elements of the local tensor from which an all-reduce over several axes is done in levels. Below, what counts is the
+#: number of calls, and small all-reduces are merged later (`passes/bucket.py`).
+LEVELS_FROM = 1 << 16
+#: Places in _ORDER of the steps that shrink what the next one has to carry, or can.
+_REDUCING = (_ORDER.index("reduce_scatter"), _ORDER.index("all_reduce"))
 
 
 def effective(shape: Sequence[int], spec: Spec, sizes: Sequence[int]) -> tuple[Cut, ...]:
@@ -91,10 +96,24 @@ def steps(shape: Shape, src: Spec, dst: Spec, sizes: tuple[int, ...]) -> tuple[S
             # Innermost first: closing it leaves the others as they are.
             axis = max(stuck, key=lambda i: (now[i].outer, i))
             moves = [(0, axis, WHOLE)]
-        _, axis, target = min(moves, key=lambda m: m[:2])
+        rank, axis, target = min(moves, key=lambda m: (m[0], -m[1] if m[0] in _REDUCING else m[1]))
+        if rank == _ORDER.index("all_reduce") and sum(m[0] == rank for m in moves) > 1:
+            target = _piece(shape, now, axis, sizes) or target
         out += _move(shape, now, axis, target, sizes)
         now[axis] = target
     return tuple(out)
+
+
+def _piece(shape: Shape, now: Sequence[Cut], axis: int, sizes: Sequence[int]) -> Cut | None:
+    """Where the sum over `axis` may lie split while the other axes reduce; None: nowhere, or it does not pay."""
+    if math.prod(_local(shape, now, sizes)) < LEVELS_FROM:
+        return None
+    for dim in range(len(shape)):
+        inside = max((c.outer * sizes[a] for a, c in enumerate(now) if c.dim == dim), default=1)
+        cut = Cut(dim, inside)
+        if _fits(shape, [*now[:axis], cut, *now[axis + 1 :]], sizes):
+            return cut
+    return None
 
 
 def _kind(a: Cut, b: Cut) -> str:

@@ -106,10 +106,6 @@ class Rule:
             tail.append("sizes " + " ".join(f"{k}={v}" for k, v in self.sizes))
         return " ; ".join([head.strip(), *tail])
 
-    def with_(self, **changes: object) -> Rule:
-        """A copy with some fields changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
-
     @property
     def factors(self) -> tuple[str, ...]:
         """Every factor, in order of appearance."""
@@ -337,10 +333,16 @@ def _parse(text: str) -> Rule:
     for clause in clauses:
         word, _, rest = clause.partition(" ")
         if word == "linear":
+            if not re.fullmatch(r"[\d\s|]+", rest) or not all(g.strip() for g in rest.split("|")):
+                raise RuleError(
+                    f"rule {text!r}: cannot read {clause!r}; write numbers of operands, e.g. linear 0 1 | 2"
+                )
             linear = tuple(tuple(int(i) for i in g.split()) for g in rest.split("|"))
         elif word == "reduce" and rest in ("sum", "max", "min"):
             reduce = rest
         elif word == "sizes":
+            if not all(re.fullmatch(r"\w+=\d+", item) for item in rest.split()):
+                raise RuleError(f"rule {text!r}: cannot read {clause!r}; write FACTOR=SIZE, e.g. sizes z=3")
             sizes = tuple((k, int(v)) for k, v in (item.split("=") for item in rest.split()))
         else:
             raise RuleError(f"rule {text!r}: unknown clause {clause!r}; use linear, reduce or sizes")

@@ -27,7 +27,13 @@ def overlaps(named: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, str]]
     found = []
     for group in pieces.values():
         row = sorted(group.values())
-        found += [(a[2], b[2]) for i, a in enumerate(row) for b in row[i + 1 :] if b[0] < a[1]]
+        # Sorted by where they begin, so the first that begins behind is the last to look at: a flat buffer may hold
+        # every parameter of a model.
+        for i, (_, end, name) in enumerate(row):
+            j = i + 1
+            while j < len(row) and row[j][0] < end:
+                found.append((name, row[j][2]))
+                j += 1
     return found
 
 

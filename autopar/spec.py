@@ -213,14 +213,20 @@ def parse_spec(text: str, names: Sequence[str]) -> tuple[Spec, int]:
         found[name] = place
 
     dims = [d.strip() for d in match[1].split(",")] if match[1].strip() else []
+    if not all(dims):
+        raise SpecError(f"placement {text!r} leaves a dim empty; write - for a whole one")
     for i, dim in enumerate(dims):
         for cut in [] if dim == "-" else dim.split():
-            name, _, outer = cut.partition("@")
-            put(name, S(i, int(outer) if outer else 1))
+            name, at, outer = cut.partition("@")
+            if at and not re.fullmatch(r"[1-9]\d*", outer):
+                raise SpecError(f"placement {text!r}: the stride in {cut!r} must be a whole number above zero")
+            put(name, S(i, int(outer) if at else 1))
     for word in match[2].split():
         if word.startswith("+"):
             put(word[1:], P())
         else:
             reduce, _, name = word.partition(":")
+            if reduce not in ("max", "min"):
+                raise SpecError(f"placement {text!r}: cannot read {word!r}; write +AXIS, max:AXIS or min:AXIS")
             put(name, P(reduce))
     return tuple(found.get(n, R) for n in names), len(dims)

@@ -3,7 +3,8 @@
 * `hf:PATH`: a Hugging Face `config.json`, or a folder that holds one;
 * `hf:TYPE`: a Hugging Face model type ("llama"), its default configuration changed by `--set key=value`;
 * `file.py:function`: a function of yours that returns `(model, example)` or `(model, example, loss)`; if it has
-  parameters `batch` and `seq`, it is given ours. `example` is a tuple of positional or a dict of keyword arguments.
+  parameters `batch` and `seq`, it is given ours. `example` is a tuple of positional or a dict of keyword arguments;
+  with `loss(output, target)` it is a dict that holds the `target` as well.
 
 Hugging Face models are built on the meta device, so that no weights are allocated, unless `real` is asked for.
 """
@@ -16,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -309,9 +311,13 @@ def _inputs(config: Any, kind: str, target: Target, dtype: torch.dtype) -> dict[
 def _build_function(path: Path, name: str, target: Target) -> Built:
     if not path.is_file():
         raise TargetError(f"{path} does not exist; the target is file.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"autopar_target_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look for the module of a class there
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as for a script: it may import its neighbours
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 
@@ -24,17 +25,31 @@ class Leaf(NamedTuple):
 Rebuild = Callable[[list[Any]], Any]
 
 
-def batched(shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
+def batched(shapes: Mapping[str, Sequence[int]], shared: Sequence[str] = ()) -> frozenset[str]:
     """Names of the tensors that have the batch as dim 0: those with the most common length there, the first's at a tie.
+
+    `shared`: patterns of names that are known to have none; see `named`.
 
     >>> sorted(batched({"x": (4, 8), "scale": (), "mask": (8, 8), "y": (4,)}))
     ['x', 'y']
+    >>> sorted(batched({"x": (4, 8), "m": (4, 4)}, ["m"]))
+    ['x']
     """
+    shapes = {name: shape for name, shape in shapes.items() if not named(name, shared)}
     lengths = Counter(shape[0] for shape in shapes.values() if len(shape))
     if not lengths:
         return frozenset()
     batch = lengths.most_common(1)[0][0]
     return frozenset(name for name, shape in shapes.items() if len(shape) and shape[0] == batch)
+
+
+def named(path: str, patterns: Sequence[str]) -> bool:
+    """Whether `path` is, matches as a glob, or lies inside the container called, one of `patterns`.
+
+    >>> [named("masks[0]", [p]) for p in ("masks[0]", "masks", "m*", "mask")]
+    [True, True, True, False]
+    """
+    return any(path == p or path.startswith((f"{p}.", f"{p}[")) or fnmatchcase(path, p) for p in patterns)
 
 
 def flatten(value: Any, path: str = "") -> tuple[list[Leaf], Rebuild]:

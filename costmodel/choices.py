@@ -87,8 +87,13 @@ class Space:
                 state.outputs[cls] = whole
         return state
 
-    def options(self, cls: int, axis: int, state: State) -> list[Option]:
-        """What class `cls` may do on `axis` with the other axes as in `state`; never empty without pins."""
+    def options(self, cls: int, axis: int, state: State, pins: Pins | None = None) -> list[Option]:
+        """What class `cls` may do on `axis` with the other axes as in `state`; never empty without pins.
+
+        pins: in place of the space's own.
+        """
+        if pins is None:
+            pins = self.pins
         item = self.fold.first(cls)
         size = self.mesh.sizes[axis]
         whole: Spec = (R,) * len(self.mesh.sizes)
@@ -97,20 +102,21 @@ class Space:
             key = (cls, axis, (*row[:axis], WHOLE, *row[axis + 1 :]))
             if key not in self._cache:
                 self._cache[key] = self._op_options(cls, axis, row)
-            return self._cache[key]
+            only = pins.choices.get((cls, axis))
+            return self._cache[key] if only is None else [o for o in self._cache[key] if o.value in only]
         if item.kind == "param":
             meta = item.outs[0]
             assert meta is not None
             base = state.storage[cls].spec
-            allowed = self.pins.storage.get((cls, axis))
+            allowed = pins.storage.get((cls, axis))
             found = []
             for place in storage_places(meta.shape, size) if allowed is None else allowed:
                 spec = _put(base, axis, place)
                 if not valid(meta.shape, spec, self.mesh.sizes):
                     continue
                 gathers: Sequence[str] = ("once", "twice")
-                if cls in self.pins.gather:
-                    gathers = (self.pins.gather[cls],)
+                if cls in pins.gather:
+                    gathers = (pins.gather[cls],)
                 elif all(p.kind == "R" for p in spec) or not self.fold.items.program.training:
                     gathers = ("once",)
                 found += [Option(place, (), (spec,), g) for g in gathers]
@@ -131,13 +137,12 @@ class Space:
     def _op_options(self, cls: int, axis: int, row: tuple[Choice, ...]) -> list[Option]:
         item = self.fold.first(cls)
         rule = self.fold.items.rule(item)
-        allowed = self.pins.choices.get((cls, axis))
         found = []
         for choice in self.offered[cls]:
             trial = _put(row, axis, choice)
             if self.mesh.sizes[axis] == 1 and choice != WHOLE:
                 continue
-            if (allowed is None or choice in allowed) and op_fits(item, rule, trial, self.mesh.sizes):
+            if op_fits(item, rule, trial, self.mesh.sizes):
                 ins, outs = op_specs(rule, trial)
                 found.append(Option(choice, ins, outs))
         return found

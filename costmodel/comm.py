@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from autopar.costmodel.devices import Machine
+from autopar.costmodel.devices import Link, Machine
 from autopar.reshard import Step, steps
 from autopar.spec import Shape, Spec
 
@@ -23,10 +23,18 @@ def step_seconds(step: Step, itemsize: int, machine: Machine) -> float:
     before, after = math.prod(step.before) * itemsize, math.prod(step.after) * itemsize
     if step.kind == "local_chunk":
         return 2 * after / machine.device.traffic() + machine.device.launch
-    parts, link = machine.mesh.sizes[step.axis], machine.links[step.axis]
+    return collective_seconds(step.kind, step.axis, before, after, machine)
+
+
+def collective_seconds(kind: str, axis: int, before: float, after: float, machine: Machine) -> float:
+    """Seconds of one collective on one rank that turns `before` local bytes into `after`: measured, else alpha-beta."""
+    parts, link = machine.mesh.sizes[axis], machine.links[axis]
+    measured = machine.device.collective(kind, parts, machine.mesh.num_devices, max(before, after))
+    if measured is not None:
+        return measured
     rounds = math.ceil(math.log2(parts)) * link.latency + machine.device.launch
     share = (parts - 1) / parts
-    if step.kind == "all_reduce":
+    if kind == "all_reduce":
         return 2 * share * before / link.bandwidth + 2 * rounds
     # An all-gather grows to `after`, a reduce-scatter shrinks from `before`, an all-to-all keeps the size.
     return share * max(before, after) / link.bandwidth + rounds
@@ -34,10 +42,19 @@ def step_seconds(step: Step, itemsize: int, machine: Machine) -> float:
 
 @dataclass
 class Comm:
-    """Prices redistributions on one machine, each distinct one once."""
+    """Prices redistributions on one machine, each distinct one once.
+
+    Attributes:
+        tier: number of the link tier of every axis; axes with the same link share one. tiers: how many there are.
+    """
 
     machine: Machine
-    _seconds: dict[tuple[Shape, int, Spec, Spec], float] = field(default_factory=dict)
+    _seconds: dict[tuple[Shape, int, Spec, Spec], tuple[float, tuple[float, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known: dict[Link, int] = {}
+        self.tier = [known.setdefault(link, len(known)) for link in self.machine.links]
+        self.tiers = len(known)
 
     def seconds(self, shape: Shape, itemsize: int, src: Spec, dst: Spec) -> float:
         """Seconds to bring a tensor of global `shape` from `src` to `dst`.
@@ -45,13 +62,25 @@ class Comm:
         Raises:
             SpecError: as `autopar.reshard.steps`.
         """
+        return self._found(shape, itemsize, src, dst)[0]
+
+    def links(self, shape: Shape, itemsize: int, src: Spec, dst: Spec) -> tuple[float, ...]:
+        """Of `seconds`, those that the links of every tier are busy (local slices keep none busy)."""
+        return self._found(shape, itemsize, src, dst)[1]
+
+    def _found(self, shape: Shape, itemsize: int, src: Spec, dst: Spec) -> tuple[float, tuple[float, ...]]:
         if src == dst:
-            return 0.0
+            return 0.0, (0.0,) * self.tiers
         key = (shape, itemsize, src, dst)
         found = self._seconds.get(key)
         if found is None:
-            moves = steps(shape, src, dst, self.machine.mesh.sizes)
-            found = self._seconds[key] = sum(step_seconds(s, itemsize, self.machine) for s in moves)
+            total, busy = 0.0, [0.0] * self.tiers
+            for step in steps(shape, src, dst, self.machine.mesh.sizes):
+                seconds = step_seconds(step, itemsize, self.machine)
+                total += seconds
+                if step.kind != "local_chunk":
+                    busy[self.tier[step.axis]] += seconds
+            found = self._seconds[key] = total, tuple(busy)
         return found
 
     def counts(self, shape: Shape, src: Spec, dst: Spec) -> Counter[str]:

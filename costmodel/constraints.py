@@ -6,7 +6,9 @@ Keys and values of the mapping:
 * glob of parameter names -> `shard(DIM, AXIS)`, `replicate`, `replicate(AXIS)`: where the parameter is stored;
 * glob of op addresses -> `AXIS:CHOICE`, e.g. `{"fwd:*.mlp.down_proj/mm#0": "tp:k"}`: what the op does on an axis.
 
-A constraint on names wins over a strategy of its axis.
+A constraint on names wins over a strategy of its axis. Constraints on names are read in the order of the mapping: where
+two match the same parameter or op, the later wins on the mesh axes that it speaks of, and the earlier stays in force on
+the others. `replicate` without an axis speaks of all. So write the general pattern first.
 
 ddp, zero*: every op that runs over the batch splits it there. Parameters are stored whole (ddp) or sharded; gathered
 once (zero1, zero2) or again for the backward (zero3); gradients all-reduced (ddp, zero1) or reduce-scattered.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from autopar.costmodel.choices import Pins
@@ -88,10 +90,21 @@ class Wishes:
             else:
                 wishes.ops.append(_op(key, value, items, mesh))
         if any(mesh.sizes[a] > 1 for a in wishes.strategies):
-            wishes.marks = marks_of(items)
-            wishes.contractions = _contractions(items)
-            _check_batch(wishes, items)
+            wishes = wishes.marked(items)
+            wishes.check(items)
         return wishes
+
+    def marked(self, items: Items) -> Wishes:
+        """These wishes with what strategies are defined by: the loops over the batch, and the contractions."""
+        return self if self.marks else replace(self, marks=marks_of(items), contractions=_contractions(items))
+
+    def check(self, items: Items) -> None:
+        """Every strategy over the batch needs one that divides.
+
+        Raises:
+            ConstraintError: the batch does not divide, or there is none.
+        """
+        _check_batch(self, items)
 
     def mark(self, item: Item) -> Hashable:
         """Items that constraints treat differently differ in this."""

@@ -1,17 +1,18 @@
 """Device presets: peak rates, memory, and the two link tiers of a mesh axis (inside a node, between nodes).
 
-Rates are dense (no sparsity), per device, in FLOP/s and bytes/s per direction; memory in bytes. Efficiencies are what
-large kernels commonly reach, not peaks; `autopar.costmodel` predicts with them and nothing is calibrated yet.
+Rates are dense (no sparsity), per device, in FLOP/s and bytes/s per direction; memory in bytes. A preset has peaks and
+two efficiencies; a Device that `autopar calibrate` measured has curves by size besides, and prices come from those.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from autopar.costmodel.curve import Curve
 from autopar.errors import MeshError
 from autopar.mesh import Mesh
 
@@ -22,6 +23,38 @@ class Link:
 
     bandwidth: float
     latency: float
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """What becomes of one rank's speed when `ranks` of them share this machine: factors on seconds, 1 when alone."""
+
+    ranks: int
+    matmul: float
+    memory: float
+    launch: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `autopar calibrate` measured on one machine, one rank busy and the others idle.
+
+    Attributes:
+        matmul: dtype name -> FLOP/s by FLOPs of one matmul; "convolution": of one convolution.
+        attention: FLOP/s by FLOPs of one attention; empty: as a matmul.
+        memory: class of op (`costmodel.ops.traffic_class`) -> bytes/s by bytes read and written.
+        collectives: "KIND/GROUP/WORLD" (ranks of one group, ranks on the machine, all groups busy) -> seconds by bytes
+            of the larger side on one rank.
+        crowds: factors by number of ranks that share the machine.
+        view: seconds of an op that only makes a view.
+    """
+
+    matmul: Mapping[str, Curve] = field(default_factory=dict)
+    attention: Curve | None = None
+    memory: Mapping[str, Curve] = field(default_factory=dict)
+    collectives: Mapping[str, Curve] = field(default_factory=dict)
+    crowds: tuple[Crowd, ...] = ()
+    view: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,14 +71,69 @@ class Device:
     launch: float = 4e-6
     matmul_efficiency: float = 0.65
     memory_efficiency: float = 0.8
+    slack: float = 0.0  # part of the peak that the allocator loses to rounding and fragments
+    measured: Measured | None = None
 
-    def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of large matmuls."""
-        return self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"]) * self.matmul_efficiency
+    def rate(self, dtype: torch.dtype, flops: float = math.inf, kind: str = "matmul") -> float:
+        """FLOP/s of a kernel of so many FLOPs, by default a large one; kind: "matmul", "convolution", "attention"."""
+        name = str(dtype).removeprefix("torch.")
+        if self.measured is not None:
+            own = self.measured.attention if kind == "attention" else self.measured.matmul.get(kind)
+            found = own or self.measured.matmul.get(name)
+            if found is not None:
+                return found(flops)
+        return self.flops.get(name, self.flops["float32"]) * self.matmul_efficiency
 
-    def traffic(self) -> float:
-        """Bytes/s that a memory-bound kernel reaches."""
-        return self.bandwidth * self.memory_efficiency
+    def traffic(self, kind: str = "elementwise", size: float = math.inf) -> float:
+        """Bytes/s that a memory-bound kernel reaches: of a class of op, at `size` bytes read and written."""
+        curve = self.measured and self.measured.memory.get(kind)
+        return curve(size) if curve else self.bandwidth * self.memory_efficiency
+
+    def update_seconds(self, size: float) -> float:
+        """Seconds of an optimizer's update of one parameter that reads and writes `size` bytes."""
+        return size / self.traffic("update", size)
+
+    def collective(self, kind: str, group: int, world: int, size: float) -> float | None:
+        """Measured seconds of a collective of `size` bytes (larger side, one rank); None: not measured."""
+        if self.measured is None:
+            return None
+        curve = self.measured.collectives.get(f"{kind}/{group}/{world}")
+        return curve(size) if curve else None
+
+    def shared_by(self, ranks: int) -> Device:
+        """This device as one of `ranks` ranks sees it, if they share one measured machine; else itself."""
+        crowds = self.measured.crowds if self.measured else ()
+        if self.measured is None or not crowds:
+            return self
+        # Between and beyond what was measured, slowness follows the number of ranks per core.
+        near = min(crowds, key=lambda c: abs(math.log(c.ranks / ranks)))
+        more = ranks / near.ranks if ranks > near.ranks else 1.0
+        matmul, memory, launch = near.matmul * more, near.memory * more, near.launch * more
+        own = self.measured
+        return replace(
+            self,
+            flops={k: v / matmul for k, v in self.flops.items()},
+            bandwidth=self.bandwidth / memory,
+            launch=self.launch * launch,
+            measured=replace(
+                own,
+                matmul={k: c.scaled(1 / matmul) for k, c in own.matmul.items()},
+                attention=own.attention and own.attention.scaled(1 / matmul),
+                memory={k: c.scaled(1 / memory) for k, c in own.memory.items()},
+                crowds=(),
+                view=own.view * launch,
+            ),
+        )
+
+
+#: What collectives and kernels commonly reach of the peaks, where nothing is measured.
+#: Links: NCCL's own model takes 80 to 92 % of the wire (nccl/src/graph/tuning.cc, busBw corrections).
+#: Latency a message: NCCL's table has 3.4 us a hop and 8.4 us a call for NVLink (ring, Simple), 14 us a hop for the
+#: network (nccl/src/include/tuning.h, hwLat and baseLat); ours lie between hop and call.
+#: Matmul: 0.65 of the dense peak is what large bf16 GEMMs reach on H100 (Llama 3 report, arXiv 2407.21783, table 4: 38
+#: to 43 % of whole steps, GEMMs alone well above). Memory: 0.8 of the peak, as BabelStream's triad at kernel size.
+#: Launch: 4 us from the host to a running kernel.
+_LINK, _FAST_S, _SLOW_S = 0.8, 5e-6, 12e-6
 
 
 def _gpu(
@@ -60,10 +148,15 @@ def _gpu(
     node: int = 8,
 ) -> Device:
     flops = {"bfloat16": half, "float16": half, "float32": single, "float64": double}
-    return Device(name, flops, bandwidth, gb * 1e9, Link(fast * 0.8, 5e-6), Link(slow * 0.8, 12e-6), node)
+    links = Link(fast * _LINK, _FAST_S), Link(slow * _LINK, _SLOW_S)
+    # PyTorch's caching allocator rounds to 512 bytes, and to 2 MiB blocks: a few percent of a training step.
+    return Device(name, flops, bandwidth, gb * 1e9, *links, node, slack=0.02)
 
 
-#: float32 is the plain (not TF32) rate: torch's default.
+#: PCI Express 4.0 x16: 16 GT/s, 16 lanes, 128b/130b coding (PCI-SIG base specification 4.0): 31.5 GB/s each way.
+_PCIE4 = 31.5e9
+
+#: float32 is the plain (not TF32) rate: torch's default. Links are one way: half of what data sheets add up.
 DEVICES: dict[str, Device] = {
     d.name: d
     for d in (
@@ -75,18 +168,24 @@ DEVICES: dict[str, Device] = {
         _gpu("h100", 989e12, 67e12, 67e12, 3.35e12, 80, 450e9, 50e9),
         # NVIDIA H200 data sheet (2024): H100's rates, 141 GB at 4.8 TB/s.
         _gpu("h200", 989e12, 67e12, 67e12, 4.8e12, 141, 450e9, 50e9),
-        # NVIDIA DGX B200 data sheet (2024), per GPU: 2.25 PFLOPS bf16 dense, 75 fp32, 37 fp64, 180 GB at 8 TB/s,
-        # NVLink 1.8 TB/s, 400 Gb/s per GPU.
+        # NVIDIA H800 SXM: the H100 with NVLink cut to 400 GB/s and fp64 to 1 TFLOPS; one 400 Gb/s port per GPU
+        # (DeepSeek-AI, "Insights into DeepSeek-V3", arXiv 2505.09343, section 2: "reduced FP64 computational
+        # performance and NVLink bandwidth", 900 to 400 GB/s, eight 400G CX7 per node).
+        _gpu("h800", 989e12, 67e12, 1e12, 3.35e12, 80, 200e9, 50e9),
+        # NVIDIA HGX B200 data sheet (2024), an eighth of the board: 2.25 PFLOPS bf16 dense, 75 fp32, 37 fp64; DGX B200
+        # data sheet: 180 GB at 8 TB/s, NVLink 1.8 TB/s, 400 Gb/s per GPU.
         _gpu("b200", 2250e12, 75e12, 37e12, 8.0e12, 180, 900e9, 50e9),
         # AMD Instinct MI300X data sheet (2023): 1307 bf16, 163.4 fp32 and fp64 matrix, 192 GB at 5.3 TB/s, Infinity
-        # Fabric 896 GB/s both ways over seven links.
+        # Fabric 896 GB/s both ways over seven links; AMD's eight-GPU reference nodes: 400 Gb/s per GPU.
         _gpu("mi300x", 1307e12, 163.4e12, 163.4e12, 5.3e12, 192, 448e9, 50e9),
         # NVIDIA Ada architecture whitepaper (2022): 165 bf16 with fp32 accumulation, 82.6 fp32, 1.3 fp64, 1008 GB/s;
         # PCIe 4.0 x16, no NVLink; 100 Gb/s Ethernet assumed between nodes.
-        _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, 25e9, 12.5e9),
-        # NVIDIA L4 data sheet (2023): 121 bf16 dense, 30.3 fp32, 0.47 fp64, 300 GB/s; PCIe 4.0 x16.
-        _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, 25e9, 12.5e9),
-        # One process of a small machine over gloo: assumed orders of magnitude; the demo measures its own machine.
+        _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, _PCIE4, 12.5e9),
+        # NVIDIA L4 data sheet (2023): 121 bf16 dense, 30.3 fp32, 300 GB/s; fp64 a 64th of fp32 (Ada whitepaper);
+        # PCIe 4.0 x16; 100 Gb/s Ethernet assumed between nodes.
+        _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, _PCIE4, 12.5e9),
+        # One process of a small machine over gloo: assumed orders of magnitude, there is no data sheet for "a CPU";
+        # `autopar calibrate` measures this machine.
         Device(
             "cpu",
             {"float32": 40e9, "float64": 20e9, "bfloat16": 20e9, "float16": 10e9},
@@ -112,7 +211,8 @@ class Machine:
 def machine(device: str | Device, mesh: Mesh, links: Mapping[str, Link] | None = None) -> Machine:
     """Choose the link of every axis: fast if the axis stays inside a node (ranks are row-major), else slow.
 
-    links: axis name -> Link, overriding the choice.
+    A measured device is slowed down by the ranks of the mesh that share it. links: axis name -> Link, overriding the
+    choice (and what was measured of collectives).
 
     Raises:
         MeshError: the device has no preset, or `links` names an axis that the mesh does not have.
@@ -123,6 +223,9 @@ def machine(device: str | Device, mesh: Mesh, links: Mapping[str, Link] | None =
         device = DEVICES[device]
     for name in links or {}:
         mesh.axis(name)
+    device = device.shared_by(mesh.num_devices)
+    if links and device.measured is not None:
+        device = replace(device, measured=replace(device.measured, collectives={}))
     chosen = []
     for axis, (name, size) in enumerate(zip(mesh.names, mesh.sizes)):
         reach = size * math.prod(mesh.sizes[axis + 1 :])

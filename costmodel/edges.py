@@ -9,10 +9,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from autopar.costmodel.fold import Fold
 from autopar.costmodel.items import Items, Meta, Tensor
-from autopar.costmodel.ops import VIEWS
-from autopar.graph import BACKWARD, FORWARD, op_name
+from autopar.graph import BACKWARD, FORWARD, LOOKS, VIEWS
+
+aten = torch.ops.aten
+#: Ops that rearrange, and that the runtime runs with the collective before or behind them; as `passes/edit.py`.
+MOVES = VIEWS | {
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.cat.default,
+}
 
 #: Operand number that stands for "the gradient of this parameter", read at the parameter's storage.
 GRAD = -1
@@ -30,7 +42,8 @@ class Reader:
 @dataclass(frozen=True)
 class Edge:
     """`count` tensors made as result `index` of class `cls` and read alike. `saved`: bytes per element kept from
-    forward to backward (0: none, or counted with another tensor of the same memory)."""
+    forward to backward (0: none, or counted with another tensor of the same memory). `late`: computation need not wait
+    for its transport: it comes from where a parameter rests, or goes where a gradient rests, through moves only."""
 
     cls: int
     index: int
@@ -38,13 +51,15 @@ class Edge:
     readers: tuple[Reader, ...]
     count: int
     saved: float
+    late: bool = False
 
 
 def edges_of(fold: Fold) -> list[Edge]:
     """Every group of tensors that is read by anything."""
     items = fold.items
     saved = saved_tensors(items)
-    groups: dict[tuple[int, int, frozenset[Reader], float], int] = {}
+    resting, leaving = late_tensors(items)
+    groups: dict[tuple[int, int, frozenset[Reader], float, bool], int] = {}
     for tensor, users in items.users.items():
         readers = set()
         for user, operand in users:
@@ -53,14 +68,15 @@ def edges_of(fold: Fold) -> list[Edge]:
                 readers.add(Reader(fold.of[items.param[item.name]], GRAD, BACKWARD))
             else:
                 readers.add(Reader(fold.of[user], operand, item.phase))
-        key = (fold.of[tensor.item], tensor.index, frozenset(readers), saved.get(tensor, 0.0))
+        late = tensor in resting or tensor in leaving
+        key = (fold.of[tensor.item], tensor.index, frozenset(readers), saved.get(tensor, 0.0), late)
         groups[key] = groups.get(key, 0) + 1
     out = []
-    for (cls, index, readers_, kept), count in groups.items():
+    for (cls, index, readers_, kept, late), count in groups.items():
         meta = fold.first(cls).outs[index]
         assert meta is not None
         ordered = tuple(sorted(readers_, key=lambda r: (r.cls, r.operand)))
-        out.append(Edge(cls, index, meta, ordered, count, kept))
+        out.append(Edge(cls, index, meta, ordered, count, kept, late))
     return out
 
 
@@ -68,7 +84,7 @@ def roots(items: Items) -> dict[Tensor, Tensor]:
     """For every tensor the one whose memory it shares: itself, or what a chain of views started from."""
     root: dict[Tensor, Tensor] = {}
     for item in items.items:
-        view = item.kind == "op" and item.node is not None and op_name(item.node) in VIEWS
+        view = item.kind == "op" and item.node is not None and item.node.target in VIEWS
         for index, meta in enumerate(item.outs):
             if meta is not None:
                 tensor = Tensor(item.index, index)
@@ -93,8 +109,25 @@ def saved_tensors(items: Items) -> dict[Tensor, float]:
     return found
 
 
-#: Ops through which a parameter is still seen as itself.
-LOOKS = VIEWS | {"aten._to_copy", "aten.clone"}
+def late_tensors(items: Items) -> tuple[set[Tensor], set[Tensor]]:
+    """Tensors that are parameters seen through moves, and those that only gradients' storage reads, through moves."""
+    resting: set[Tensor] = set()
+    moves = {i.index for i in items.items if i.node is not None and i.kind == "op" and i.node.target in MOVES}
+    for item in items.items:
+        moved = item.index in moves and bool(item.ins) and all(t in resting for t in item.ins)
+        if item.kind == "param" or moved:
+            resting.update(Tensor(item.index, k) for k in range(len(item.outs)))
+    leaving: set[Tensor] = set()
+    for item in reversed(items.items):
+        for k in range(len(item.outs)):
+            users = items.users.get(Tensor(item.index, k), ())
+            if users and all(
+                items.items[u].kind == "grad"
+                or (u in moves and all(Tensor(u, j) in leaving for j in range(len(items.items[u].outs))))
+                for u, _ in users
+            ):
+                leaving.add(Tensor(item.index, k))
+    return resting, leaving
 
 
 def param_readers(items: Items) -> list[int]:
@@ -103,7 +136,7 @@ def param_readers(items: Items) -> list[int]:
     found = []
     for item in items.items:
         if item.kind == "op" and any(t in derived for t in item.ins):
-            if item.node is not None and op_name(item.node) in LOOKS:
+            if item.node is not None and item.node.target in LOOKS:
                 derived.update(Tensor(item.index, k) for k in range(len(item.outs)))
             else:
                 found.append(item.index)

@@ -157,8 +157,6 @@ def items_of(program: Program) -> Items:
 
 #: A sink's kind as an item, apart from the source of the same name.
 _SINK = {"output": "output", "buffer": "buffer_new", "grad": "grad"}
-SINKS = frozenset(_SINK.values())
-SOURCES = frozenset({"param", "buffer", "input", "tangent", "seed", "constant"})
 
 
 def _results(node: fx.Node) -> tuple[Meta | None, ...]:

@@ -24,11 +24,6 @@ class Specs:
     outs: list[tuple[Spec, ...]]
 
 
-@lru_cache(maxsize=1 << 16)
-def _placements(rule: BoundRule, choice: Choice) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
-    return rule.placements(choice)
-
-
 def op_specs(rule: BoundRule, row: Sequence[Choice]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
     """Specs of operands and results of an op under one choice per mesh axis.
 

@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from autopar.costmodel.choices import Option, Space, State
+from autopar.costmodel.choices import Option, Pins, Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.edges import GRAD, Edge
-from autopar.costmodel.ilp import INF, Consumer, Flow, Group, Keep, Problem
 from autopar.costmodel.items import Meta
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
+from autopar.costmodel.problem import AFTER, INF, Consumer, Flow, Group, Keep, Problem
 from autopar.errors import ConstraintError
 from autopar.graph import BACKWARD
 from autopar.rule import WHOLE
@@ -49,7 +49,7 @@ class Prices:
     def update_seconds(self, cls: int, spec: Spec) -> float:
         """Seconds of the optimizer's update of one parameter."""
         item = self.space.fold.first(cls)
-        return self.policy.update_bytes(item, spec, self.sizes) / self.compute.machine.device.traffic()
+        return self.compute.machine.device.update_seconds(self.policy.update_bytes(item, spec, self.sizes))
 
 
 def bring_seconds(comm: Comm, meta: Meta, src: Spec, dst: Spec, reduce: str = "") -> float:
@@ -69,10 +69,19 @@ class Axis:
     options: list[list[Option]]  # of every group
 
 
-def lower(prices: Prices, state: State, axis: int, limit: float | None, tie: float) -> Axis:
+def lower(
+    prices: Prices,
+    state: State,
+    axis: int,
+    limit: float | None,
+    tie: float,
+    usable: Sequence[Sequence[float]] | None = None,
+    pins: Pins | None = None,
+) -> Axis:
     """The integer program of `axis` with the other axes as in `state`.
 
     limit: bytes per rank for what the program's linear proxy counts, None for no limit. tie: seconds of a tie-breaker.
+    usable: by phase and tier, see `costmodel.problem.Problem`; None: nothing overlaps. pins: in place of the space's.
 
     Raises:
         ConstraintError: the pins leave a class no option.
@@ -86,7 +95,7 @@ def lower(prices: Prices, state: State, axis: int, limit: float | None, tie: flo
         item = fold.first(cls)
         if item.kind == "grad":
             continue
-        found = space.options(cls, axis, state)
+        found = space.options(cls, axis, state, pins)
         if not found:
             why = space.pins.why.get((cls, axis), f"mesh {space.mesh}")
             raise ConstraintError(
@@ -98,7 +107,7 @@ def lower(prices: Prices, state: State, axis: int, limit: float | None, tie: flo
         classes.append(cls)
         options.append(found)
         groups.append(_group(prices, state, cls, axis, found, tie))
-    problem = Problem(groups, limit=limit)
+    problem = Problem(groups, limit=limit, usable=usable)
     for edge in prices.edges:
         _edge(prices, state, edge, group_of, options, problem)
     for item in fold.items.items:
@@ -119,18 +128,28 @@ def lift(prices: Prices, axis: int, lowered: Axis, choice: Sequence[int], state:
 
 
 def current(lowered: Axis, axis: int, state: State) -> list[int]:
-    """The choice that leaves `state` as it is: a start for comparisons."""
+    """The choice that leaves `state` as it is: a start for comparisons. The state must be among what is offered."""
+    found = offered(lowered, axis, state)
+    assert found is not None
+    return found
+
+
+def offered(lowered: Axis, axis: int, state: State) -> list[int] | None:
+    """The choice that leaves `state` as it is; None if pins do not allow it."""
     out = []
     for cls, options in zip(lowered.classes, lowered.options):
+        number: int | None = 0
         if cls in state.rows:
-            out.append(next(i for i, o in enumerate(options) if o.value == state.rows[cls][axis]))
+            number = next((i for i, o in enumerate(options) if o.value == state.rows[cls][axis]), None)
         elif cls in state.storage:
             held = state.storage[cls]
-            out.append(next(i for i, o in enumerate(options) if o.outs[0] == held.spec and o.gather == held.gather))
+            same = (i for i, o in enumerate(options) if o.outs[0] == held.spec and o.gather == held.gather)
+            number = next(same, None)
         elif cls in state.outputs:
-            out.append(next((i for i, o in enumerate(options) if o.ins[0] == state.outputs[cls]), 0))
-        else:
-            out.append(0)
+            number = next((i for i, o in enumerate(options) if o.ins[0] == state.outputs[cls]), 0)
+        if number is None:
+            return None
+        out.append(number)
     return out
 
 
@@ -148,7 +167,8 @@ def _group(prices: Prices, state: State, cls: int, axis: int, options: list[Opti
             memory[i] = sum(prices.policy.stored(item, option.outs[0], prices.sizes).values()) * count
             place = option.outs[0][axis]
             ties[i] = tie * count * ((place.kind == "S") * (1 + 0.1 * place.dim) + 0.5 * (option.gather == "twice"))
-    return Group(cost, ties, memory)
+    phase = AFTER if item.kind == "param" else int(item.phase == BACKWARD)
+    return Group(cost, ties, memory, phase)
 
 
 def _edge(
@@ -174,7 +194,10 @@ def _edge(
         if reader.phase == BACKWARD:
             backward.append(consumer)
     cost = [[_seconds(prices, edge.meta, src, dst, reduce) for dst, reduce in wants] for src, _ in rows]
-    flow = Flow(producer, row, consumers, cost, float(edge.count))
+    phase = min(c.share for c in consumers)
+    flow = Flow(producer, row, consumers, cost, float(edge.count), late=edge.late, phase=phase)
+    if problem.usable is not None:
+        flow.tiers = [[_links(prices, edge.meta, *way) for way in line] for line in _ways(rows, wants, cost)]
     if stored:
         flow.apart = [gather == "twice" for _, gather in rows]
         if problem.limit is not None:
@@ -190,6 +213,23 @@ def _edge(
     if edge.saved and backward and problem.limit is not None:
         share = edge.saved / edge.meta.itemsize * edge.count
         problem.keeps.append(Keep([_bytes(edge.meta, dst, sizes) * share for dst, _ in wants], backward))
+
+
+def _ways(
+    rows: dict[tuple[Spec, str], int], wants: dict[tuple[Spec, str], int], cost: list[list[float]]
+) -> list[list[tuple[Spec, Spec, str, float]]]:
+    return [[(src, dst, reduce, c) for (dst, reduce), c in zip(wants, line)] for (src, _), line in zip(rows, cost)]
+
+
+def _links(prices: Prices, meta: Meta, src: Spec, dst: Spec, reduce: str, cost: float) -> tuple[float, ...]:
+    """Seconds that the links of every tier are busy; nothing for what cannot be or costs nothing."""
+    if not cost or cost == INF:
+        return (0.0,) * prices.comm.tiers
+    if reduce == "all_reduce":
+        mid = tuple(R if p.kind == "P" else p for p in src)
+        first = prices.comm.links(meta.shape, meta.itemsize, src, mid)
+        return tuple(a + b for a, b in zip(first, prices.comm.links(meta.shape, meta.itemsize, mid, dst)))
+    return prices.comm.links(meta.shape, meta.itemsize, src, dst)
 
 
 def _seconds(prices: Prices, meta: Meta, src: Spec, dst: Spec, reduce: str) -> float:

@@ -3,41 +3,102 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autopar.costmodel.items import Item
-from autopar.spec import Spec, local_shape
+from autopar.errors import ConstraintError
+from autopar.spec import Shape, Spec, local_shape
 
 #: Kinds of memory, in the order in which reports print them.
-KINDS = ("parameters", "gradients", "optimizer", "gathered", "activations", "buffers", "inputs", "transient")
+KINDS = (
+    "parameters", "gradients", "optimizer", "gathered", "activations", "buffers", "inputs", "collectives", "transient",
+    "slack",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a class of optimizer keeps and needs.
+
+    Attributes:
+        state: elements of state of a parameter's piece, given the shape of the piece; in the parameter's dtype.
+        scratch: temporaries of an update, in pieces of the largest parameter (one parameter is updated at a time).
+    """
+
+    state: Callable[[Shape], float]
+    scratch: float
+
+
+def _pieces(count: float) -> Callable[[Shape], float]:
+    return lambda shape: count * math.prod(shape)
+
+
+def _factored(shape: Shape) -> float:
+    """A row and a column of second moments (Shazeer and Stern, Adafactor, 2018, section 3); all of them of a vector."""
+    if len(shape) < 2:
+        return float(math.prod(shape))
+    return float(math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+
+
+#: As torch.optim keeps it. Lion: Chen et al., 2023, algorithm 2 (one moment).
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(_pieces(2), 2),
+    "adam": Optimizer(_pieces(2), 2),
+    "nadam": Optimizer(_pieces(2), 2),
+    "radam": Optimizer(_pieces(2), 2),
+    "adamax": Optimizer(_pieces(2), 2),
+    "amsgrad": Optimizer(_pieces(3), 2),
+    "sgd": Optimizer(_pieces(0), 0),
+    "sgd_momentum": Optimizer(_pieces(1), 0),
+    "rmsprop": Optimizer(_pieces(1), 1),
+    "adagrad": Optimizer(_pieces(1), 1),
+    "lion": Optimizer(_pieces(1), 1),
+    "muon": Optimizer(_pieces(1), 4),
+    "adafactor": Optimizer(_factored, 2),
+}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What training keeps per element. optimizer_bytes None: two values of the parameter's dtype (Adam)."""
+    """What training keeps: bytes of optimizer state per element if given, else what the class `optimizer` keeps.
+
+    Raises:
+        ConstraintError: no optimizer of that name is known.
+    """
 
     training: bool
     optimizer_bytes: float | None = None
+    optimizer: str = "adamw"
 
-    def optimizer(self, item: Item) -> float:
-        """Bytes of optimizer state per element of a parameter."""
-        meta = item.outs[0]
-        assert meta is not None
-        if not self.training or item.source is None or not item.source.trainable:
-            return 0.0
-        return 2.0 * meta.itemsize if self.optimizer_bytes is None else self.optimizer_bytes
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ConstraintError(
+                f"no optimizer {self.optimizer!r} is known; choose one of {', '.join(OPTIMIZERS)}, or give "
+                "optimizer_bytes, the bytes of state per parameter element"
+            )
+
+    @property
+    def scratch(self) -> float:
+        """Temporaries of an update, in pieces of the largest parameter."""
+        return OPTIMIZERS[self.optimizer].scratch
 
     def stored(self, item: Item, spec: Spec, sizes: Sequence[int]) -> dict[str, float]:
         """Bytes of one parameter by kind, on one rank."""
         meta = item.outs[0]
         assert meta is not None
-        count = math.prod(local_shape(meta.shape, spec, sizes))
+        shape = local_shape(meta.shape, spec, sizes)
+        count = math.prod(shape)
         trained = self.training and item.source is not None and item.source.trainable
+        state = 0.0
+        if trained and self.optimizer_bytes is not None:
+            state = count * self.optimizer_bytes
+        elif trained:
+            state = OPTIMIZERS[self.optimizer].state(shape) * meta.itemsize
         return {
             "parameters": float(count * meta.itemsize),
             "gradients": float(count * meta.itemsize) if trained else 0.0,
-            "optimizer": count * self.optimizer(item),
+            "optimizer": state,
         }
 
     def update_bytes(self, item: Item, spec: Spec, sizes: Sequence[int]) -> float:

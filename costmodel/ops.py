@@ -18,21 +18,33 @@ from torch.utils.flop_counter import flop_registry
 from autopar.costmodel.devices import Machine
 from autopar.costmodel.items import Item, Items
 from autopar.costmodel.legal import op_specs
-from autopar.graph import op_name
+from autopar.graph import VIEWS, op_name
 from autopar.rule import BoundRule, Choice
 from autopar.spec import Spec, local_shape
 
-#: Ops that return a view of an operand, or metadata: no kernel.
-VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "view", "expand", "permute", "unsqueeze", "squeeze.dim", "squeeze.dims", "squeeze", "slice.Tensor",
-        "select.int", "split.Tensor", "split_with_sizes", "alias", "t", "transpose.int", "as_strided", "detach",
-        "diagonal", "unbind.int", "unfold", "chunk",
-    )
-)  # fmt: skip
 #: Ops that read of an operand only as much as they write.
 SPARSE = frozenset({"aten.embedding", "aten.index.Tensor", "aten.gather", "aten.index_select", "aten.index"})
+
+
+#: Parts of op names -> class of traffic, first match wins; everything else is "elementwise".
+_TRAFFIC = (
+    (("softmax", "nll_loss", "cross_entropy"), "softmax"),
+    (("_norm",), "norm"),
+    (("clone", "_to_copy", "contiguous", "cat", "copy", "index_put", "constant_pad", "slice_backward"), "copy"),
+    (("embedding", "index", "gather", "scatter", "one_hot"), "lookup"),
+    (("silu", "gelu", "tanh", "sigmoid", "exp", "log", "sqrt", "sin", "cos", "erf", "pow", "softplus"), "function"),
+    (("sum", "mean", "amax", "amin", "max.dim", "any", "all", "prod", "cumsum", "pool"), "reduction"),
+)
+
+
+def traffic_class(name: str) -> str:
+    """Class of an op whose time is its traffic, by its name: a key of `costmodel.calibrate.TRAFFIC`."""
+    bare = name.removeprefix("aten.")
+    return next((kind for parts, kind in _TRAFFIC if any(part in bare for part in parts)), "elementwise")
+
+
+def _flops_class(name: str) -> str:
+    return "attention" if "attention" in name else "convolution" if "convolution" in name else "matmul"
 
 
 def global_flops(node: fx.Node) -> float:
@@ -89,8 +101,8 @@ class Compute:
         sizes, device = self.machine.mesh.sizes, self.machine.device
         rule = self.items.rule(item)
         seconds = self._inner(item, rule, row)
-        if name in VIEWS:
-            return seconds
+        if item.node.target in VIEWS:
+            return seconds + (device.measured.view if device.measured else 0.0)
         ins, outs = op_specs(rule, row)
         written = sum(_bytes(m, s, sizes) for m, s in zip(item.outs, outs) if m is not None)
         read = [_bytes(m, s, sizes) for m, s in zip(item.in_meta, ins)]
@@ -98,11 +110,11 @@ class Compute:
             read = [min(n, written) for n in read]
         split = math.prod(n for c, n in zip(row, sizes) if c.factor)
         dtype = next((m.dtype for m in item.outs if m is not None), torch.float32)
-        return (
-            seconds
-            + device.launch
-            + max(self.flops(item) / split / device.rate(dtype), (written + sum(read)) / device.traffic())
-        )
+        moved, flops = written + sum(read), self.flops(item) / split
+        busy = moved / device.traffic(traffic_class(name), moved)
+        if flops:
+            busy = max(busy, flops / device.rate(dtype, flops, _flops_class(name)))
+        return seconds + device.launch + busy
 
     def _inner(self, item: Item, rule: BoundRule, row: Sequence[Choice]) -> float:
         """Talk between the shards inside an op: two all-reduces (max, sum) of a row statistic per split inner factor.

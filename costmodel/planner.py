@@ -1,48 +1,45 @@
-"""Choose a plan: fold, offer, then solve one mesh axis after the other, in both orders, and keep the best.
-
-A joint program over two axes is too big (its flows grow with the square of the placements), so each axis is solved with
-the others fixed, two or three times over; the memory limit is loose for what the unsolved axes can still divide. The
-program's memory is a linear stand-in; the priced peak decides, and while it is above the limit the stand-in is
-tightened.
-"""
+"""Choose a plan: fold, offer, search (`costmodel.sweep`), and say what was found, or what would have to change."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autopar.costmodel.choices import Space, State
+from autopar.costmodel.choices import Pins, Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.constraints import Wishes, pin
 from autopar.costmodel.devices import Device, Link, Machine, machine
 from autopar.costmodel.edges import edges_of
 from autopar.costmodel.fold import fold
-from autopar.costmodel.ilp import NoOption, Problem, Solution, evaluate, solve
-from autopar.costmodel.items import items_of
+from autopar.costmodel.ilp import Solution
+from autopar.costmodel.items import Item, items_of
 from autopar.costmodel.layouts import candidates
 from autopar.costmodel.legal import check_plan
-from autopar.costmodel.lower import Axis, Prices, current, lift, lower
+from autopar.costmodel.lower import Prices
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.price import Price, price
 from autopar.costmodel.rules import report
 from autopar.costmodel.shuffle import random_plan
-from autopar.errors import ConstraintError, InfeasibleError
+from autopar.costmodel.simulate import Timeline, simulate
+from autopar.costmodel.sweep import Found, Search, experts
+from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
-from autopar.plan import Plan
+from autopar.plan import Plan, Storage
 from autopar.plan import fold as fold_choices
+from autopar.rule import Choice
 from autopar.spec import R, S, Spec
 
-#: Sweeps over the axes per order; stop earlier when a sweep gains less than GAIN.
-SWEEPS, GAIN = 3, 1e-3
-#: How often the stand-in for memory is tightened when the priced peak is above the limit.
-ROUNDS = 4
+#: Kinds of memory that grow with the batch.
+_WITH_BATCH = ("activations", "inputs", "transient", "collectives")
 #: Part of a device's memory that the planner may fill when the user gives no limit.
 USABLE = 0.92
+
+_TRANSFERRED = ("decided for another batch size; priced for this one",)
 
 Progress = Callable[[str, float], None]
 
@@ -55,10 +52,13 @@ def plan(
     memory_limit: int | None = None,
     constraints: Mapping[str, str] | None = None,
     optimizer_bytes: float | None = None,
+    optimizer: str = "adamw",
     inputs: str = "global",
     input_specs: Mapping[str, Spec] | None = None,
     output_specs: str = "replicated",
     links: Mapping[str, Link] | None = None,
+    storage: Mapping[str, Storage] | None = None,
+    choices: Mapping[str, Sequence[Choice]] | None = None,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -68,12 +68,15 @@ def plan(
         device: preset name (`autopar.costmodel.devices.DEVICES`) or Device.
         memory_limit: bytes per rank; None: 92 % of the device's memory, no limit on the cpu.
         constraints: axis -> strategy, parameter glob -> storage, or op glob -> choice; see `costmodel.constraints`.
-        optimizer_bytes: optimizer state per parameter element; None: two values of the parameter's dtype (Adam).
+        optimizer: its class, which says what state it keeps (`costmodel.memory.OPTIMIZERS`).
+        optimizer_bytes: bytes of optimizer state per parameter element, in place of what the class keeps.
         inputs: "global": the whole batch is on every rank; "local": each rank has its piece of the batch, split over
             every axis pinned to ddp or zero*, or over the first axis if none is.
         input_specs: where inputs lie, by name; wins over `inputs`.
         output_specs: "replicated", or "free": outputs with dims may be left split (plain shards).
         links: axis -> Link, in place of the device's.
+        storage: where parameters lie already, by name: they stay there.
+        choices: what ops do already, by address, one choice per axis: they keep doing it.
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -89,23 +92,44 @@ def plan(
         memory_limit,
         dict(constraints or {}),
         optimizer_bytes,
+        optimizer,
         inputs,
         input_specs,
         output_specs == "free",
         links,
+        dict(storage or {}),
+        {address: tuple(row) for address, row in (choices or {}).items()},
         time_limit,
         progress or (lambda what, done: None),
     ).run()
 
 
-@dataclass
-class _Best:
-    """A complete state with its price."""
+def transfer(
+    program: Program, plan: Plan, *, device: str | Device = "cpu", memory_limit: int | None = None
+) -> Plan | None:
+    """The decisions of a plan for another size of the same program; None if they are not legal here or do not fit.
 
-    state: State
-    plan: Plan
-    price: Price
-    solves: list[Solution] = field(default_factory=list)  # the last one of every axis
+    Args: as `plan`.
+    """
+    found = replace(plan, fingerprint=program.fingerprint, notes=(*plan.notes, *_TRANSFERRED))
+    try:
+        check_plan(program, found)
+        cost = price(program, found, device)
+    except PlanError:  # the sizes cannot be split so
+        return None
+    where = machine(device, plan.mesh, None).device
+    limit = memory_limit if memory_limit is not None else where.memory and where.memory * USABLE
+    if limit is not None and cost.peak_bytes > limit:
+        return None
+    kept = {k: v for k, v in plan.predicted.items() if k in ("device", "memory_limit")}
+    predicted = {**figures(cost, simulate(program, found, device)), **kept}
+    return replace(found, notes=tuple(dict.fromkeys(found.notes)), predicted=predicted)
+
+
+def figures(cost: Price, timeline: Timeline) -> dict[str, Any]:
+    """What `Plan.predicted` says: the price by part, one after the other, and the simulated step (`step_s`), of which
+    `exposed_s` is spent waiting for communication."""
+    return {**cost.as_dict(), "step_s": timeline.step_s, "exposed_s": timeline.exposed_s, "serial_s": cost.step_s}
 
 
 @dataclass
@@ -116,10 +140,13 @@ class _Planner:
     memory_limit: float | None
     constraints: dict[str, str]
     optimizer_bytes: float | None
+    optimizer: str
     inputs: str
     input_specs: Mapping[str, Spec] | None
     free_outputs: bool
     links: Mapping[str, Link] | None
+    storage: dict[str, Storage]
+    choices: dict[str, tuple[Choice, ...]]
     time_limit: float
     progress: Progress
     seconds: dict[str, float] = field(
@@ -129,6 +156,13 @@ class _Planner:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Plan:
+        self.prepare()
+        best = self._search()
+        self.progress("done", 1.0)
+        return self._finish(best)
+
+    def prepare(self) -> None:
+        """Fold, and collect what may be chosen."""
         if self.memory_limit is None and self.where.device.memory is not None:
             self.memory_limit = self.where.device.memory * USABLE
         self.deadline = time.perf_counter() + self.time_limit
@@ -136,145 +170,75 @@ class _Planner:
         with _Clock(self.seconds, "fold"):
             self.items = items_of(self.program)
             wishes = Wishes.parse(self.constraints, self.items, self.mesh)
-            self.fold = fold(self.items, mark=wishes.mark)
+            self.strategies = wishes.strategies
+            self.fold = fold(self.items, mark=lambda item: (wishes.mark(item), self._kept(item)))
         self.progress("collecting layouts", 0.1)
         with _Clock(self.seconds, "layouts"):
             offered = candidates(self.fold, self.mesh.sizes)
             placed = self._inputs(wishes)
             pins = pin(wishes, self.fold, offered)
+            self._keep(pins, offered)
             self.space = Space(self.fold, self.mesh, offered, placed, pins, self.free_outputs)
             self.prices = Prices(
                 self.space,
                 edges_of(self.fold),
                 Compute(self.items, self.where),
                 Comm(self.where),
-                Policy(self.program.training, self.optimizer_bytes),
+                Policy(self.program.training, self.optimizer_bytes, self.optimizer),
             )
-        best = self._search()
-        self.progress("done", 1.0)
-        return self._finish(best)
+            self.experts = experts(self.prices, wishes)
+
+    def _kept(self, item: Item) -> Storage | tuple[Choice, ...] | None:
+        if item.kind == "op":
+            return self.choices.get(item.name)
+        return self.storage.get(item.name) if item.kind == "param" else None
+
+    def _keep(self, pins: Pins, offered: list[tuple[Choice, ...]]) -> None:
+        """Pin the parameters that lie somewhere already, and the ops that are decided."""
+        for cls in range(len(self.fold.members)):
+            held = self._kept(self.fold.first(cls))
+            if isinstance(held, Storage):
+                pins.gather[cls], pins.reduce[cls] = held.gather, held.reduce
+                for axis, place in enumerate(held.spec):
+                    pins.storage[cls, axis] = (place,)
+                    pins.why[cls, axis] = "where the parameter lies since the first call"
+            elif held is not None:
+                offered[cls] = tuple(dict.fromkeys((*offered[cls], *held)))
+                for axis, choice in enumerate(held):
+                    pins.choices[cls, axis] = frozenset({choice})
+                    pins.why[cls, axis] = "what the given plan decides"
 
     # ---- search ------------------------------------------------------------------------------------------------
 
-    def _search(self) -> _Best:
+    def _search(self) -> Found:
         axes = [a for a, n in enumerate(self.mesh.sizes) if n > 1]
-        orders = [axes] if len(axes) < 2 else [axes, axes[::-1]]
-        found: list[_Best] = []
-        for number, order in enumerate(orders):
-            self.progress(f"solving axes {', '.join(self.mesh.names[a] for a in order) or 'none'}", 0.2 + 0.35 * number)
-            self._share = (len(orders) - number) * max(1, len(order))
-            candidate = self._order(order)
-            if candidate is not None:
-                found.append(candidate)
-        if not found:
-            least = self._least(axes)
-            if least.price.peak_bytes > (self.memory_limit or 0.0):
-                raise self._infeasible(least.price)
-            found.append(least)
-        return min(found, key=lambda b: b.price.step_s)
+        # An axis with a strategy goes first: one without might take what the strategy needs, such as the batch.
+        free = [a for a in axes if a not in self.strategies]
+        fixed = [a for a in axes if a in self.strategies]
+        orders = [axes] if len(axes) < 2 else [fixed + free, fixed[::-1] + free[::-1]]
+        search = self.search()
+        best = search.run(orders)
+        if best is None:
+            best = search.least(orders[0])
+            if self.memory_limit is not None and best.peak > self.memory_limit:
+                raise self._infeasible(best)
+        return best
 
-    def _order(self, order: list[int]) -> _Best | None:
-        """Solve the axes in this order until it fits; None if it does not."""
-        # Without a limit the program is smaller; most plans fit anyway.
-        limit: float | None = None
-        for _ in range(ROUNDS):
-            state = self._sweeps(order, limit)
-            if state is None:
-                return None
-            best = self._priced(state)
-            best.solves = self.solves[-len(order) :] if order else []
-            if self.memory_limit is None or best.price.peak_bytes <= self.memory_limit:
-                return best
-            if not order:
-                return None
-            if limit is None:
-                limit = self.memory_limit
-                continue
-            # The stand-in counted less than the walk: take the difference off, and a little more.
-            proxy = self._proxy(state, order[-1])
-            limit = min(limit * 0.98, proxy - (best.price.peak_bytes - self.memory_limit) * 1.05)
-            if limit <= 0:
-                return None
-        return None
-
-    def _sweeps(self, order: list[int], limit: float | None) -> State | None:
-        """Sweep until nothing changes or is gained; None if the stand-in cannot meet the limit."""
-        state = self.space.start()
-        if not order:
-            return state
-        last = math.inf
-        best: tuple[float, State] | None = None
-        quiet = 0  # axes in a row whose solution stayed as it was
-        for sweep in range(SWEEPS if len(order) > 1 else 1):
-            for position, axis in enumerate(order):
-                unsolved = math.prod(self.mesh.sizes[a] for a in order[position + 1 :]) if sweep == 0 else 1
-                before = state
-                state, seconds, fits = self._solve(state, axis, limit, unsolved)
-                quiet = quiet + 1 if sweep and state == before else 0
-                if fits and unsolved == 1 and (best is None or seconds < best[0]):
-                    best = (seconds, state)
-                if quiet >= len(order) - 1 and sweep:
-                    return best[1] if best else None
-            if time.perf_counter() > self.deadline or (fits and last - seconds < GAIN * seconds):
-                break
-            last = seconds if fits else math.inf
-        return best[1] if best else None
-
-    def _solve(self, state: State, axis: int, limit: float | None, unsolved: int) -> tuple[State, float, bool]:
-        """One axis: the new state, its seconds, and whether it meets the limit; if none does, the least over it."""
-        with _Clock(self.seconds, "build"):
-            lowered = lower(self.prices, state, axis, None if limit is None else limit * unsolved, self._tie())
-        spare = max(2.0, (self.deadline - time.perf_counter()) / max(1, self._share))
-        answer = self._ask(lowered, axis, spare)
-        fits = answer is not None
-        if answer is None:
-            lowered.problem.penalty = self._penalty(lowered.problem)
-            answer = self._ask(lowered, axis, spare)
-            assert answer is not None  # with a penalty every choice is feasible
-        return lift(self.prices, axis, lowered, answer.choice, state), answer.seconds, fits
-
-    def _ask(self, lowered: Axis, axis: int, spare: float) -> Solution | None:
-        try:
-            answer = solve(lowered.problem, spare)
-        except NoOption as error:
-            cls = lowered.classes[error.group]
-            why = self.space.pins.why.get((cls, axis), "a constraint on its neighbours")
-            raise ConstraintError(
-                f"{why} cannot be met at {self.fold.first(cls).name}: no choice of its neighbours on axis "
-                f"{self.mesh.names[axis]} gives what it needs (a partial sum must be made by a producer); loosen it"
-            ) from None
-        if answer is not None:
-            self.solves.append(answer)
-            self.seconds["build"] += answer.build_s
-            self.seconds["solve"] += answer.solve_s
-        return answer
-
-    def _tie(self) -> float:
-        return 1e-9
-
-    def _penalty(self, problem: Problem) -> float:
-        """Seconds per byte that outweigh any gain in time: the whole step for a hundredth of the limit."""
-        total = sum(max(g.cost) for g in problem.groups) + sum(
-            f.count * max((c for line in f.cost for c in line if c < math.inf), default=0.0) for f in problem.flows
+    def search(self) -> Search:
+        """A search over what has been prepared."""
+        return Search(
+            self.prices,
+            self._plan,
+            self.memory_limit,
+            self.deadline,
+            self.links,
+            self.seconds,
+            self.progress,
+            self.experts,
+            self.solves,
         )
-        return 100 * max(total, 1e-9) / max(problem.limit or 1.0, 1.0)
-
-    def _proxy(self, state: State, axis: int) -> float:
-        """What the stand-in counts for a state."""
-        lowered = lower(self.prices, state, axis, math.inf, 0.0)
-        return evaluate(lowered.problem, current(lowered, axis, state))[1]
 
     # ---- results -----------------------------------------------------------------------------------------------
-
-    def _priced(self, state: State) -> _Best:
-        """Unfold a state and price it anew; the folded objective must agree."""
-        with _Clock(self.seconds, "price"):
-            made = self._plan(state)
-            found = price(self.items, made, self.where.device, optimizer_bytes=self.optimizer_bytes, links=self.links)
-        lowered = lower(self.prices, state, 0, None, 0.0)
-        folded = evaluate(lowered.problem, current(lowered, 0, state))[0]
-        assert math.isclose(folded, found.step_s, rel_tol=1e-6), f"folded {folded} s, unfolded {found.step_s} s"
-        return _Best(state, made, found)
 
     def _plan(self, state: State) -> Plan:
         choices, storage, outputs = {}, {}, {}
@@ -297,7 +261,7 @@ class _Planner:
             outputs=outputs,
         )
 
-    def _finish(self, best: _Best) -> Plan:
+    def _finish(self, best: Found) -> Plan:
         statuses = {s.status for s in best.solves}
         last = best.solves[-1] if best.solves else None
         if any(s.solver == "CBC" for s in self.solves):
@@ -313,8 +277,12 @@ class _Planner:
             "rows": max((s.rows for s in self.solves), default=0),
             "classes": len(self.fold.members),
             "items": len(self.items.items),
+            "outputs": "free" if self.free_outputs else "replicated",
         }
-        predicted = {**best.price.as_dict(), "device": self.where.device.name}
+        if self.constraints:
+            solver["constraints"] = dict(self.constraints)
+        assert best.price is not None
+        predicted = {**figures(best.price, best.timeline), "device": self.where.device.name}
         if self.memory_limit is not None:
             predicted["memory_limit"] = round(self.memory_limit)
         p = best.plan
@@ -327,33 +295,71 @@ class _Planner:
             outputs=p.outputs,
             predicted=predicted,
             solver=solver,
-            notes=(*self.notes, *report()),
+            notes=tuple(
+                dict.fromkeys(
+                    (
+                        *self.program.notes,
+                        *self.notes,
+                        *report(i.node for i in self.items.items if i.kind == "op" and i.node),
+                    )
+                )
+            ),
         )
 
-    def _least(self, axes: list[int]) -> _Best:
-        """About the least memory that any plan needs: the stand-in minimised, whatever the time."""
-        assert self.memory_limit is not None
-        state = self.space.start()
-        for _ in range(2):
-            for axis in axes:
-                lowered = lower(self.prices, state, axis, self.memory_limit / 100, 0.0)
-                lowered.problem.penalty = self._penalty(lowered.problem)
-                answer = solve(lowered.problem, 10.0)
-                assert answer is not None
-                state = lift(self.prices, axis, lowered, answer.choice, state)
-        return self._priced(state)
-
-    def _infeasible(self, least: Price) -> InfeasibleError:
-        """What the plan of least memory needs, by kind."""
-        assert self.memory_limit is not None
-        kinds = ", ".join(f"{k} {_gb(v)}" for k, v in least.memory.items() if v >= 0.5)
-        need = least.peak_bytes
+    def _infeasible(self, least: Found) -> InfeasibleError:
+        """What the plan of least memory needs, by kind, and what would fit."""
+        assert self.memory_limit is not None and least.price is not None
+        kinds = ", ".join(f"{k} {_gb(v)}" for k, v in least.price.memory.items() if v >= 0.5)
+        need = least.peak
         pinned = " under these constraints" if self.constraints else ""
         return InfeasibleError(
             f"no plan fits {_gb(self.memory_limit)} per device on mesh {self.mesh}{pinned}; the best found needs "
             f"{_gb(need)}, {_gb(need - self.memory_limit)} more\n  ({kinds}).\n"
-            f"  Give at least {math.ceil(need)} bytes (memory_limit), a smaller batch, or a bigger mesh."
+            f"  Give at least {math.ceil(need)} bytes (memory_limit){self._alternatives(least.price)}."
         )
+
+    def _alternatives(self, least: Price) -> str:
+        """What else would fit, priced: fewer constraints, a smaller batch, more devices."""
+        assert self.memory_limit is not None
+        found = []
+        if self.constraints and (other := self._least_of(self.mesh, {})) is not None:
+            found.append(f"drop the constraints {self.constraints} ({other})")
+        moving = sum(least.memory.get(k, 0.0) for k in _WITH_BATCH)
+        for part in (2, 4, 8, 16, 32, 64):
+            rest = least.peak_bytes - moving * (1 - 1 / part)
+            if rest <= self.memory_limit and self.program.batch_dims:
+                found.append(f"a smaller batch (1/{part}: about {_gb(rest)})")
+                break
+        for more in (2, 4, 8):
+            wider = Mesh(self.mesh.names, (self.mesh.sizes[0] * more, *self.mesh.sizes[1:]))
+            other = self._least_of(wider, self.constraints)
+            if other is not None:
+                found.append(f"a bigger mesh ({wider}: {other})")
+                break
+        return "".join(f",\n  or {f}" for f in found) or ", a smaller batch, or a bigger mesh"
+
+    def _least_of(self, mesh: Mesh, constraints: dict[str, str]) -> str | None:
+        """Bytes and step of about the least memory elsewhere; None if that does not fit or is not possible."""
+        fresh = dict.fromkeys(self.seconds, 0.0)
+        try:
+            other = replace(
+                self,
+                mesh=mesh,
+                where=machine(self.where.device, mesh, self.links),
+                constraints=constraints,
+                progress=lambda what, done: None,
+                seconds=fresh,
+                solves=[],
+                notes=[],
+            )
+            other.prepare()
+            least = other.search().least([a for a, n in enumerate(mesh.sizes) if n > 1])
+        except (PlanError, ConstraintError):  # nothing to offer there
+            return None
+        assert self.memory_limit is not None
+        if least.peak > self.memory_limit:
+            return None
+        return f"{_gb(least.peak)}, {1e3 * least.timeline.step_s:.4g} ms a step"
 
     def _inputs(self, wishes: Wishes) -> dict[str, Spec]:
         whole: Spec = (R,) * len(self.mesh.sizes)

@@ -12,7 +12,7 @@ integers are never partial that way."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ RULES: dict[Any, Maker | str] = {**rules_shape.TABLE, **rules_math.TABLE, **rule
 #: The same for ops that are defined outside ATen, by qualified name.
 NAMED: dict[str, Maker | str] = {**rules_nn.NAMED}
 
-UserRule = str | Callable[[fx.Node], "str | Rule"]
+UserRule = str | Rule | Callable[[fx.Node], "str | Rule"]
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,19 @@ def register(op: Any, rule: UserRule) -> None:
     """Give a rule to a custom op, or another one to a known op.
 
     Args:
-        op: an OpOverload, or its name: "mylib::scale", "mylib::scale.overload".
+        op: as in torch.ops (torch.ops.mylib.scale), or its name: "mylib::scale", "mylib::scale.overload".
         rule: its text, e.g. "i k+, k+ j -> i j ; linear 0 | 1", or a function of the fx node that returns text or Rule.
 
     Raises:
-        RuleError: the text cannot be read, or `op` names no op.
+        RuleError: the text cannot be read, or `op` is no op.
 
     Example:
         register("mylib::swiglu", "... d, ... d -> ... d")
     """
     if isinstance(rule, str):
         Rule.parse(rule)
+    elif not callable(rule) and not isinstance(rule, Rule):
+        raise RuleError(f"a rule is a text such as 'i k+, k+ j -> i j', or a function that returns one, not {rule!r}")
     _user[_qualified(op)] = rule
     _cache.clear()
 
@@ -90,10 +92,13 @@ def unregister(op: Any) -> None:
     _cache.clear()
 
 
-def report() -> list[str]:
-    """One line per op met so far whose rule was not in the table: how it was found, or the line to add."""
+def report(nodes: Iterable[fx.Node] | None = None) -> list[str]:
+    """One line per op whose rule was not in the table: how it was found, or the line to add.
+
+    nodes: the ops asked about, those of one program; None: all met so far in this process.
+    """
     lines: dict[str, str] = {}
-    for found in _cache.values():
+    for found in _cache.values() if nodes is None else map(_found, nodes):
         if found.source == "discovered":
             lines.setdefault(
                 f"{found.op} {found.bound.rule}",
@@ -156,6 +161,8 @@ def _qualified(op: Any) -> str:
     if not isinstance(op, str):
         if isinstance(op, torch._ops.OpOverloadPacket):
             return op._qualified_op_name
+        if not isinstance(op, torch._ops.OpOverload):  # what torch.library.custom_op returns, or a Python function
+            raise RuleError(f"{op!r} is no op; pass torch.ops.mylib.scale, or the name 'mylib::scale'")
         return qualified_name(op)
     name = op if "::" in op else op.replace(".", "::", 1)
     packet, _, overload = name.partition(".")

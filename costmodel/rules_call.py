@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.graph import operands, resolve, results
+from autopar.graph import named_arguments, operands, resolve, results
 from autopar.rule import Rule
 
 Maker = Callable[["Call"], "str | Rule"]
@@ -51,7 +51,7 @@ class Call:
     def named(self) -> dict[str, Any]:
         """Every argument by its schema name, defaults filled in, tensors as operand numbers wrapped in `Operand`."""
         if self._named is None:
-            self._named = bind_schema(self.target, *numbered(self.node))
+            self._named = named_arguments(self.target, *numbered(self.node))
         return self._named
 
     def arg(self, name: str) -> Any:
@@ -114,19 +114,6 @@ def numbered(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     args = tuple(visit(a) for a in node.args)
     return args, {k: visit(v) for k, v in node.kwargs.items()}
-
-
-def bind_schema(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by schema name, defaults filled in, in schema order."""
-    named: dict[str, Any] = {}
-    for i, spec in enumerate(target._schema.arguments):
-        if i < len(args) and not spec.kwarg_only:
-            named[spec.name] = args[i]
-        elif spec.name in kwargs:
-            named[spec.name] = kwargs[spec.name]
-        elif spec.has_default_value():
-            named[spec.name] = spec.default_value
-    return named
 
 
 def floats(dtype: torch.dtype) -> bool:

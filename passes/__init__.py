@@ -1,8 +1,8 @@
 """Graph rewriting: from a program and its plan to the two graphs that one rank runs.
 
-    lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC
-    cut      joint local graph -> forward and backward                                           partition
-    finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
+lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC
+cut      joint local graph -> forward and backward                                           partition
+finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from autopar.passes.bind import bind
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
 from autopar.passes.edit import finished
+from autopar.passes.fuse import fuse
+from autopar.passes.inplace import inplace
 from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
 from autopar.passes.overlap import overlap
 from autopar.passes.partition import Parts, partition
@@ -29,6 +31,12 @@ from autopar.plan import Plan
 SYMBOLIC: tuple[Pass, ...] = (
     cancel,  # first: what need not travel is not worth merging
     bucket,  # few large collectives; before the cut, so that forward and backward share what they gather
+)
+
+#: Passes over a bound graph that runs op by op, in order.
+EAGER: tuple[Pass, ...] = (
+    fuse,  # first: it takes functional graphs only
+    inplace,  # last: memory is reused in the order of execution
 )
 
 
@@ -50,16 +58,23 @@ def cut(local: LocalProgram) -> Parts:
 
 
 def finish(
-    gm: fx.GraphModule, mesh: Mesh, coordinates: Sequence[int], groups: Mapping[str, str], title: str
+    gm: fx.GraphModule,
+    mesh: Mesh,
+    coordinates: Sequence[int],
+    groups: Mapping[str, str],
+    title: str,
+    eager: bool = False,
 ) -> tuple[fx.GraphModule, Report]:
     """The graph that the rank at `coordinates` runs. `groups`: axis name -> process group name.
+
+    `eager`: it will run op by op, so fused kernels and memory that is written in place pay; else it stays functional.
 
     Raises:
         PassError: as `lower`.
     """
-    # Overlap is last: it orders what all others have made.
+    # Overlap orders what all others have made; what is in place depends on that order.
     steps = (partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups), overlap)
-    out, report = run(gm, steps, mesh=mesh, title=title)
+    out, report = run(gm, (*steps, *EAGER) if eager else steps, mesh=mesh, title=title)
     return finished(out), report
 
 

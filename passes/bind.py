@@ -39,6 +39,8 @@ STARTS = (
     functional.all_to_all_single.default,
 )
 WAIT = functional.wait_tensor.default
+#: all_reduce over its operand, of `passes/inplace.py`.
+IN_PLACE_REDUCE = functional.all_reduce_.default
 #: `gm.meta` key that says the graph has no symbolic node left.
 BOUND = "autopar_bound"
 

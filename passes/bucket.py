@@ -36,16 +36,16 @@ def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModu
     Bytes are the larger of sent and received, on one rank. A collective of that size or more stays alone.
     `gm` may be changed; use what is returned.
     """
-    gathers, reductions = _gathers(gm), _reductions(gm)
-    merged = False
-    for found, merge in ((gathers, _merge_gathers), (reductions, _merge_reductions)):
-        for group in _pack(found, bucket_bytes):
-            merge(gm.graph, group)
-            merged = True
-    if not merged:
+    gathers, reductions = _pack(_gathers(gm), bucket_bytes), _pack(_reductions(gm), bucket_bytes)
+    for group in gathers:
+        _merge_gathers(gm.graph, group)
+    wholes = [_merge_reductions(gm.graph, group) for group in reductions]
+    if not gathers and not reductions:
         return gm
-    # A bucket may stand behind a reader of one of its pieces: what is read early pulls it forward.
-    gm = edit.stable_sort(gm)
+    # A bucket may stand behind a reader of one of its pieces: what is read early pulls it forward. Not for what only
+    # brings a reduced piece to the output: it would pull all that the bucket waits for before the rest of the backward.
+    late = _behind(wholes)
+    gm = edit.stable_sort(gm, key=late.__contains__)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
@@ -143,7 +143,20 @@ def _merge_gathers(graph: fx.Graph, group: list[fx.Node]) -> None:
             start = end
 
 
-def _merge_reductions(graph: fx.Graph, group: list[fx.Node]) -> None:
+def _behind(starts: list[fx.Node]) -> set[fx.Node]:
+    """Everything computed from `starts`, themselves not included."""
+    found: set[fx.Node] = set()
+    stack = list(starts)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _merge_reductions(graph: fx.Graph, group: list[fx.Node]) -> fx.Node:
+    """Merge a group; the node that travels."""
     scatter = group[0].target is c.reduce_scatter
     rows = []
     with graph.inserting_before(group[-1]):
@@ -156,10 +169,10 @@ def _merge_reductions(graph: fx.Graph, group: list[fx.Node]) -> None:
         _, axis, parts, *how = edit.symbolic_args(group[0])
         packed = edit.call(graph, aten.cat.default, rows, 1 if scatter else 0, like=group[0])
         if scatter:
-            whole = edit.call(graph, c.reduce_scatter, packed, axis, parts, 0, how[-1], like=group[0])
-            whole = edit.view(graph, whole, (edit.shape(packed)[1],))
+            travel = edit.call(graph, c.reduce_scatter, packed, axis, parts, 0, how[-1], like=group[0])
+            whole = edit.view(graph, travel, (edit.shape(packed)[1],))
         else:
-            whole = edit.call(graph, c.all_reduce, packed, axis, parts, how[-1], like=group[0])
+            travel = whole = edit.call(graph, c.all_reduce, packed, axis, parts, how[-1], like=group[0])
         start = 0
         for node in group:
             end = start + node.meta["val"].numel()
@@ -168,6 +181,7 @@ def _merge_reductions(graph: fx.Graph, group: list[fx.Node]) -> None:
             out = edit.view(graph, edit.contiguous(graph, cut), edit.shape(node))
             node.replace_all_uses_with(out)
             start = end
+    return travel
 
 
 def _flat(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:

@@ -53,11 +53,6 @@ COLLECTIVES = (all_reduce, all_gather, reduce_scatter, all_to_all)
 SYMBOLIC = (*COLLECTIVES, local_chunk, coordinate)
 
 
-def is_collective(node: fx.Node) -> bool:
-    """Whether the node communicates."""
-    return node.op == "call_function" and node.target in COLLECTIVES
-
-
 def result_shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of a symbolic node's result, from its operand's `meta["val"]`."""
     shape = list(node.args[0].meta["val"].shape)  # type: ignore[union-attr]

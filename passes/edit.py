@@ -14,36 +14,13 @@ import torch
 from torch import fx
 
 from autopar.errors import PassError
+from autopar.graph import VIEWS as GRAPH_VIEWS
 from autopar.passes import collectives as c
 
 aten = torch.ops.aten
 
-#: Ops whose result shares the operand's storage: free to compute again.
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.view.dtype,
-        aten.permute.default,
-        aten.expand.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.narrow.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.view_as_real.default,
-        aten.view_as_complex.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.unbind.int,
-        operator.getitem,
-    }
-)
+#: Views, and the picking of one of several results.
+VIEWS: frozenset[Any] = GRAPH_VIEWS | {operator.getitem}
 #: Views that may leave strides.
 STRIDED = frozenset(
     {
@@ -54,6 +31,8 @@ STRIDED = frozenset(
         aten.slice.Tensor,
         aten.narrow.default,
         aten.select.int,
+        aten.diagonal.default,
+        aten.unfold.default,
         operator.getitem,
     }
 )

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from autopar.errors import PassError
-from autopar.graph import op_name, resolve, results
+from autopar.graph import named_arguments, op_name, resolve, results
 from autopar.mesh import Mesh
 from autopar.passes import collectives as c
 from autopar.rule import BoundRule, Choice
@@ -54,7 +54,6 @@ class Emitter:
             None if v is None else local_shape(v.shape, s, self.mesh.sizes)
             for v, s in zip(self.globals, call.out_specs)
         ]
-        self._numbers: dict[fx.Node, int] = {}
         args, kwargs = self._substitute()
         self.args, self.kwargs = args, kwargs
         self._named: dict[str, Any] | None = None
@@ -62,14 +61,7 @@ class Emitter:
     @property
     def named(self) -> dict[str, Any]:
         if self._named is None:
-            self._named = {}
-            for i, spec in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
-                if i < len(self.args):
-                    self._named[spec.name] = self.args[i]
-                elif spec.name in self.kwargs:
-                    self._named[spec.name] = self.kwargs[spec.name]
-                elif spec.has_default_value():
-                    self._named[spec.name] = spec.default_value
+            self._named = named_arguments(self.node.target, self.args, self.kwargs)
         return self._named
 
     def _substitute(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -107,10 +107,6 @@ def _shaped(name: str) -> Localiser:
     return localise
 
 
-def _constant(e: Emitter) -> list[fx.Node | None]:
-    return e.same(size=list(e.shape))
-
-
 def _repeat(e: Emitter) -> list[fx.Node | None]:
     old = e.operands[0].meta["val"].shape
     lead = len(e.shape) - len(old)

@@ -15,6 +15,7 @@ from torch import fx
 from autopar.errors import PassError
 from autopar.mesh import Mesh
 from autopar.passes import collectives as c
+from autopar.passes.edit import symbolic_args
 
 
 def run(gm: fx.GraphModule, mesh: Mesh, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -39,9 +40,8 @@ def run(gm: fx.GraphModule, mesh: Mesh, inputs: Sequence[Sequence[Any]]) -> list
         elif node.op == "output":
             return [fx.map_arg(node.args[0], envs[r].__getitem__) for r in ranks]
         else:
-            values = [tuple(fx.map_arg(a, env.__getitem__) for a in (node.args, node.kwargs)) for env in envs]
             try:
-                found = _call(node, mesh, values)
+                found = _call(node, mesh, envs)
             except Exception as error:
                 raise PassError(f"lockstep run failed at {node.format_node()}: {error}") from error
             for r in ranks:
@@ -52,10 +52,11 @@ def run(gm: fx.GraphModule, mesh: Mesh, inputs: Sequence[Sequence[Any]]) -> list
     raise PassError("lockstep run: the graph has no output node")
 
 
-def _call(node: fx.Node, mesh: Mesh, values: Sequence[tuple[Any, ...]]) -> list[Any]:
+def _call(node: fx.Node, mesh: Mesh, envs: Sequence[dict[fx.Node, Any]]) -> list[Any]:
     if node.target not in c.SYMBOLIC:
+        values: Any = [fx.map_arg((node.args, node.kwargs), env.__getitem__) for env in envs]
         return [node.target(*args, **kwargs) for args, kwargs in values]  # type: ignore[operator]
-    rows = [_positional(node.target, args, kwargs) for args, kwargs in values]
+    rows = [fx.map_arg(symbolic_args(node), env.__getitem__) for env in envs]
     if node.target is c.coordinate:
         axis = mesh.axis(rows[0][0])
         return [mesh.coordinates(r)[axis] for r in range(mesh.num_devices)]
@@ -99,13 +100,6 @@ def _chunk(x: torch.Tensor, parts: int, dim: int, index: int) -> torch.Tensor:
 def _reduce(pieces: Sequence[torch.Tensor], reduce: str) -> torch.Tensor:
     op: Any = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[reduce]
     return functools.reduce(op, pieces)
-
-
-def _positional(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    if kwargs:
-        names = target.__code__.co_varnames[: target.__code__.co_argcount]
-        args = args + tuple(kwargs[n] for n in names[len(args) :])
-    return args
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

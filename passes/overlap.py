@@ -126,6 +126,10 @@ class _Scheduler:
             unit.missing -= 1
             if not unit.missing:
                 self._open(unit)
+        for user in node.users:
+            # At once: a pick that waits keeps all the other results alive.
+            if edit.is_pick(user) and user in self.inside and user not in self.order:
+                self._append(user)
         if node in self.of_start:
             unit = self.of_start[node]
             (self.open_gathers if node.target in _AHEAD else self.open_reductions).remove(unit)

@@ -18,7 +18,7 @@ from autopar.graph import BACKWARD, FORWARD, op_name
 from autopar.mesh import Mesh
 from autopar.passes import collectives as c
 from autopar.passes import edit
-from autopar.passes.bind import BOUND, STARTS, WAIT
+from autopar.passes.bind import BOUND, IN_PLACE_REDUCE, STARTS, WAIT
 
 _REDUCES = ("sum", "max", "min")
 
@@ -114,7 +114,8 @@ def _symbolic(node: fx.Node, mesh: Mesh | None) -> None:
 def _bound(node: fx.Node) -> None:
     if node.target in c.SYMBOLIC:
         raise PassError(f"{node.name} ({_title(node)}) is symbolic, but the graph is bound; bind lowers all of them")
-    if node.target in STARTS:
+    starts = (*STARTS, IN_PLACE_REDUCE)
+    if node.target in starts:
         if not node.users:
             raise PassError(f"{node.name} ({_title(node)}) is never waited for")
         for user in node.users:
@@ -123,7 +124,7 @@ def _bound(node: fx.Node) -> None:
         if len(node.users) > 1:
             names = ", ".join(u.name for u in node.users)
             raise PassError(f"{node.name} ({_title(node)}) is waited for {len(node.users)} times: {names}")
-    if node.target is WAIT and node.args[0].target not in STARTS:  # type: ignore[union-attr, operator]
+    if node.target is WAIT and node.args[0].target not in starts:  # type: ignore[union-attr, operator]
         raise PassError(f"{node.name} waits for {node.args[0]}, which is no collective")
 
 

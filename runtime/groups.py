@@ -83,12 +83,12 @@ def connect(mesh: MeshLike, device: torch.device, timeout: float = 300.0) -> Gri
         MeshError: the mesh does not match the processes that run; on every rank, without communication.
     """
     plain = as_mesh(mesh)
-    running = _running()
-    if not isinstance(mesh, DeviceMesh) and plain.num_devices != running:
-        are = "is" if running == 1 else "are"
+    count = running()
+    if not isinstance(mesh, DeviceMesh) and plain.num_devices != count:
+        are = "is" if count == 1 else "are"
         raise MeshError(
-            f"mesh {plain} needs {plain.num_devices} process{'es' * (plain.num_devices > 1)}, {running} {are} running; "
-            f"start with torchrun --nproc-per-node {plain.num_devices}, or use a mesh of {running}"
+            f"mesh {plain} needs {plain.num_devices} process{'es' * (plain.num_devices > 1)}, {count} {are} running; "
+            f"start with torchrun --nproc-per-node {plain.num_devices}, or use a mesh of {count}"
         )
     if not dist.is_initialized():
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
@@ -127,7 +127,8 @@ def default_device(mesh: MeshLike, model: torch.nn.Module) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _running() -> int:
+def running() -> int:
+    """Number of processes in torch.distributed, or that torchrun has started; 1 in a plain process."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

@@ -224,6 +224,17 @@ class Control:
             raise _difference(self.objects(call), parts)
         return rows[0][4]
 
+    def unvaried(self, call: Call) -> list[str]:
+        """Names of the pieces of a local batch that hold the same values on every rank; a collective call.
+
+        Every rank must bring the same arguments, as after `agree`.
+        """
+        if len(set(call.parts)) < 2:
+            return []
+        pieces = [a for a in call.arguments if a.piece]
+        rows = self.rows([a.content for a in pieces])
+        return [a.name for a, contents in zip(pieces, zip(*rows)) if len(set(contents)) == 1]
+
 
 _SHAPES_GLOBAL = 'pass the same global batch on every rank, or compile with batch="local" and give each rank its own'
 _SHAPES_LOCAL = "local batches must have one shape on every rank (DistributedSampler with drop_last=True)"
@@ -231,7 +242,10 @@ _VALUES_GLOBAL = (
     'pass the same global batch on every rank (seed shuffling alike), or compile with batch="local" and give each rank '
     "its own"
 )
-_VALUES_WHOLE = "it is no piece of the batch (its dim 0 is not the batch's), so it must be the same on every rank"
+_VALUES_WHOLE = (
+    "it is no piece of the batch (its dim 0 is not the batch's, or shared= names it), so it must be the same on every "
+    "rank"
+)
 _VALUES_LOCAL = (
     "ranks that share a data coordinate must get the same local batch: use DistributedSampler(..., **pm.sampler_args)"
 )

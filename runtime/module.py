@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import resource
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,69 +13,23 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autopar import tree
-from autopar.errors import BatchError, RuntimeUseError
+from autopar.errors import BatchError, CaptureError, RuntimeUseError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Argument, Call, Control, answered, checksum
-from autopar.runtime.step import Lowered, Step, local_of
-from autopar.runtime.storage import Init, Loader, build_tree, fill_tree, first_difference, placements, same_fields
-
-#: Captures, plans and lowers one call, the same on every rank: (skeleton, args, kwargs, with backward, first plan).
-Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a module behaves; see `autopar.compile`.
-
-    Attributes:
-        check: compare the ranks before each step.
-        backend: "eager" or "inductor".
-        data_axes: mesh axes over which each rank brings its own piece of the batch; empty for global batches.
-        init: values for parameters without any.
-    """
-
-    check: bool = True
-    backend: str = "eager"
-    data_axes: tuple[str, ...] = ()
-    init: Init | None = None
-
-
-@dataclass
-class _State:
-    """What a ParallelModule holds besides parameters and buffers; apart, so that no name meets one of the user's."""
-
-    grid: Grid
-    control: Control
-    build: Build
-    options: Options
-    skeleton: nn.Module
-    shells: dict[int, nn.Module]
-    model: nn.Module | None  # the user's model, until its values are taken
-    names: list[str]  # of what the model's forward takes by position
-    plan: Plan | None = None
-    steps: dict[Any, Step] = field(default_factory=dict)
-    forms: list[tuple[bool, tuple[Argument, ...]]] = field(default_factory=list)
-    missing: set[str] = field(default_factory=set)
-    last: Step | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        """For copy.deepcopy of the module (averages of weights): programs and groups are shared, values are not."""
-        return replace(
-            self,
-            shells=copy.deepcopy(self.shells, memo),
-            model=copy.deepcopy(self.model, memo),
-            steps=dict(self.steps),
-            forms=list(self.forms),
-            missing=set(self.missing),
-        )
-
-    def __reduce__(self) -> Any:
-        raise RuntimeUseError(
-            "a compiled module cannot be pickled, for it holds process groups; save pm.state_dict() or "
-            "pm.full_state_dict(), and pm.plan.save(path), and compile again where you load them"
-        )
+from autopar.runtime.optimizers import watch
+from autopar.runtime.state import Build, Options, State
+from autopar.runtime.step import Step, local_of
+from autopar.runtime.storage import (
+    Loader,
+    build_tree,
+    fill_tree,
+    first_difference,
+    placements,
+    same_fields,
+    scatter,
+)
 
 
 class ParallelModule(nn.Module):
@@ -96,7 +48,9 @@ class ParallelModule(nn.Module):
         parameters = inspect.signature(skeleton.forward).parameters.values()
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names += [f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL]
-        self.__dict__["_autopar"] = _State(grid, control, build, options, skeleton, shells, model, names)
+        parts = tuple(_part(grid.mesh, r, options.data_axes)[0] for r in range(grid.size))
+        state = State(grid, control, build, options, skeleton, shells, model, names, parts=parts)
+        self.__dict__["_autopar"] = state
 
     # ---- what the user asks ------------------------------------------------------------------------------------
 
@@ -158,7 +112,10 @@ class ParallelModule(nn.Module):
         return [dict(zip(row, values)) for values in state.control.rows(list(row.values()))]
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state dict as plain whole tensors on the host, on every rank; a collective call, one tensor at a time."""
+        """The state dict as plain whole tensors on the host, on every rank; a collective call, one tensor at a time.
+
+        It is what a plain model loads: `model.load_state_dict(pm.full_state_dict())`.
+        """
         out = {}
         for name, value in self.state_dict().items():
             with answered(self._state.grid):
@@ -186,8 +143,6 @@ class ParallelModule(nn.Module):
                 raise RuntimeUseError(_missing_text(state.missing))
             call, key = self._describe(args, kwargs)
             step = state.steps.get(key)
-            if step is not None:
-                inputs = step.program.flatten(args, kwargs)
             inputs = step.program.flatten(args, kwargs) if step is not None else []
         except Exception as error:  # told to the other ranks before it is raised here
             failure = error
@@ -200,6 +155,8 @@ class ParallelModule(nn.Module):
                 call = _with_seed(call)
             seed = state.control.agree(call, failure, check=check)
         assert call is not None
+        if check and state.options.data_axes:
+            self._warn_unvaried(call, args, kwargs)
         if step is None:
             step = state.steps[key] = self._build(args, kwargs, call)
             if step.uses_seed:
@@ -209,8 +166,7 @@ class ParallelModule(nn.Module):
             inputs = step.program.flatten(args, kwargs)
         state.last = step
         inputs = step.pieces(inputs)
-        params = dict(self.named_parameters(remove_duplicate=False))
-        buffers = dict(self.named_buffers(remove_duplicate=False))
+        params, buffers = state.tensors()
         return step.program.pack(step(params, buffers, inputs, seed))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -244,7 +200,14 @@ class ParallelModule(nn.Module):
         return super().named_buffers(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Under the model's own names; parameters as DTensors. Raises RuntimeUseError before the first plan."""
+        """Under the model's own names; parameters as DTensors, for distributed checkpoints and compiled modules.
+
+        A plain model cannot take DTensors: `model.load_state_dict(pm.state_dict())` ends in torch's error "got mixed
+        torch.Tensor and DTensor". For a plain model use `pm.full_state_dict()`.
+
+        Raises:
+            RuntimeUseError: before the first plan.
+        """
         self.plan  # noqa: B018
         return super().state_dict(*args, **kwargs)
 
@@ -274,7 +237,7 @@ class ParallelModule(nn.Module):
                 elif isinstance(value, DTensor):
                     value = value.full_tensor()
                 if isinstance(mine, DTensor) and not isinstance(value, DTensor):
-                    value = _scatter(value.detach(), mine, state.grid)
+                    value = scatter(value.detach(), mine, state.grid)
             state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *rest)
         state.missing = {name for name in state.missing if name not in own or id(own[name]) not in loaded}
@@ -292,11 +255,11 @@ class ParallelModule(nn.Module):
     # ---- inside ------------------------------------------------------------------------------------------------
 
     @property
-    def _state(self) -> _State:
+    def _state(self) -> State:
         return self.__dict__["_autopar"]
 
-    def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
-        """The call as the ranks compare it, and the key of its program."""
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tree.Leaf]:
+        """The arguments by the names of forward's parameters, in their order."""
         state = self._state
         names = list(state.names)
         order = list(inspect.signature(state.skeleton.forward).parameters)
@@ -315,18 +278,22 @@ class ParallelModule(nn.Module):
                 raise BatchError(f"argument {name!r} is given twice, by position and by name")
         at.update(kwargs)
         at = dict(sorted(at.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
-        leaves = tree.flatten(at)[0] if at else []
+        return tree.flatten(at)[0] if at else []
+
+    def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
+        """The call as the ranks compare it, and the key of its program."""
+        state, leaves = self._state, self._leaves(args, kwargs)
         shapes = {leaf.path: tuple(leaf.value.shape) for leaf in leaves if isinstance(leaf.value, torch.Tensor)}
-        pieces = tree.batched(shapes) if state.options.data_axes else frozenset()
+        pieces = tree.batched(shapes, state.options.shared) if state.options.data_axes else frozenset()
         found = (self._argument(leaf.path, leaf.value, leaf.path in pieces) for leaf in leaves)
         arguments = tuple(sorted(found, key=lambda a: a.name))
-        grads = torch.is_grad_enabled() and any(p.requires_grad for p in self._any_parameters())
         flags = tuple(m.training for m in state.shells.values())
         trainable = tuple(p.requires_grad for p in self._any_parameters())
+        grads = torch.is_grad_enabled() and any(trainable)
         kind = state.grid.device.type
         cast = f"autocast to {torch.get_autocast_dtype(kind)}, " if torch.is_autocast_enabled(kind) else ""
         mode = f"{cast}{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"
-        parts = tuple(_part(state.grid.mesh, r, state.options.data_axes)[0] for r in range(state.grid.size))
+        parts = state.parts
         forms = tuple((a.name, a.form) for a in arguments)
         key = (grads, forms, flags, trainable, cast)
         return Call(arguments, mode, part=parts[state.grid.rank], parts=parts), key
@@ -342,6 +309,11 @@ class ParallelModule(nn.Module):
             if value.is_meta or value.layout is not torch.strided:
                 what = "on the meta device" if value.is_meta else f"of layout {value.layout}"
                 raise BatchError(f"argument {name!r} is {what}; pass dense tensors that hold values")
+            home = self._state.grid.device.type
+            if value.device.type not in ("cpu", home):
+                raise BatchError(
+                    f"argument {name!r} is on {value.device}, the module runs on {home}; pass {name}.cpu()"
+                )
             form = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
             compared = self._state.options.check and self._state.grid.size > 1
             return Argument(name, form, checksum(value) if compared else 0, piece)
@@ -349,8 +321,10 @@ class ParallelModule(nn.Module):
         return Argument(name, type(value).__name__ if " at 0x" in text else text)
 
     def _any_parameters(self) -> Iterator[nn.Parameter]:
-        """Ours, or the skeleton's before the first plan."""
-        return self.parameters() if self._state.plan is not None else self._state.skeleton.parameters()
+        """Ours, or the skeleton's before the first plan; tied ones once, in the order of `parameters()`."""
+        if self._state.plan is None:
+            return self._state.skeleton.parameters()
+        return iter({id(p): p for p in self._state.tensors()[0].values()}.values())
 
     @torch.inference_mode(False)
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step:
@@ -361,7 +335,12 @@ class ParallelModule(nn.Module):
             for parameter, ours in zip(state.skeleton.parameters(), self.parameters()):
                 parameter.requires_grad_(ours.requires_grad)
         grads = call.mode.endswith("with gradients")
-        lowered = state.build(state.skeleton, args, kwargs, grads, state.plan)
+        try:
+            lowered = state.build(state.skeleton, args, kwargs, grads, state.plan)
+        except CaptureError as error:
+            if changed := self._changed(call):
+                raise CaptureError(f"{error}. It was captured again because {'; '.join(changed)}") from error
+            raise
         with state.control.together("lowering"):
             step = Step(lowered, state.grid, state.options.backend, state.options.data_axes)
         if state.plan is None:
@@ -373,30 +352,49 @@ class ParallelModule(nn.Module):
             with state.control.together("taking the values"):
                 _check_unchanged(state.skeleton, state.model)
             fill_tree(state.shells, state.skeleton, state.model, lowered.plan, loader)
+            watch(state.grid.device_mesh)
             state.missing, state.model, state.plan = loader.missing, None, lowered.plan
-        self._warn_again(call)
+        self._warn_again(call, lowered.news)
         state.forms.append((grads, call.arguments))
         return step
 
-    def _warn_again(self, call: Call) -> None:
+    def _warn_unvaried(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Once for each form of a call: say which pieces of the batch look like one tensor for all ranks."""
+        state = self._state
+        form = tuple((a.name, a.form) for a in call.arguments)
+        if form in state.compared:
+            return
+        state.compared.add(form)
+        values = {leaf.path: leaf.value for leaf in self._leaves(args, kwargs)}
+        for name in state.control.unvaried(call):
+            # Equal rows are normal: masks without padding, position ids.
+            if state.grid.rank == 0 and (values[name] != values[name][:1]).any():
+                warnings.warn(
+                    f'argument {name!r} is the same on every rank, though batch="local" takes it for a piece of the '
+                    f"batch: if it is one tensor for all, name it in shared=({name!r},); if it is data, give each rank "
+                    "its own piece (DistributedSampler(dataset, **pm.sampler_args))",
+                    stacklevel=5,
+                )
+
+    def _warn_again(self, call: Call, news: str) -> None:
         """Say which argument made a new program necessary; the first evaluation after training is no news."""
+        changed = self._changed(call)
+        if changed and news:
+            warnings.warn(news.format(changes="; ".join(changed)), stacklevel=6)
+
+    def _changed(self, call: Call) -> list[str]:
+        """In words: how the arguments differ from those of the last program of the same kind."""
         grads = call.mode.endswith("with gradients")
         before = [arguments for g, arguments in self._state.forms if g == grads]
         if not before:
-            return
-        changed = [
+            return []
+        if len(call.arguments) != len(before[-1]):
+            return [f"the arguments are {', '.join(a.name for a in call.arguments)}"]
+        return [
             f"argument {new.name!r} has {new.form}, before {old.form}"
             for new, old in zip(call.arguments, before[-1])
             if (new.name, new.form) != (old.name, old.form)
         ]
-        if len(call.arguments) != len(before[-1]):
-            changed = [f"the arguments are {', '.join(a.name for a in call.arguments)}"]
-        if changed:
-            warnings.warn(
-                f"autopar has captured and planned again: {'; '.join(changed)}. Keep shapes fixed (pad, or drop the "
-                "last batch) to avoid the wait",
-                stacklevel=6,
-            )
 
 
 def _part(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> tuple[int, int]:
@@ -424,24 +422,6 @@ def _with_seed(call: Call | None) -> Call | None:
         return None
     seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
     return Call(call.arguments, call.mode, seed, call.part, call.parts)
-
-
-def _scatter(full: torch.Tensor, like: DTensor, grid: Grid) -> DTensor:
-    """A whole tensor, equal on every rank, in the placements of `like`; no communication."""
-    local = full
-    for axis, placement in enumerate(like.placements):
-        if placement.is_shard():
-            dim: int = placement.dim  # type: ignore[attr-defined]
-            size = grid.mesh.sizes[axis]
-            local = local.chunk(size, dim)[grid.mesh.coordinates(grid.rank)[axis]]
-    return DTensor.from_local(
-        local.contiguous().to(grid.device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
 
 
 def _missing_text(missing: set[str]) -> str:

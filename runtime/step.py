@@ -11,7 +11,7 @@ The two local graphs, both flat:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from autopar.graph import Program, Sink
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
-from autopar.runtime.storage import as_dtensor
+from autopar.runtime.storage import as_dtensor, rewrap
 from autopar.spec import R, Spec, shard
 
 BACKENDS = ("eager", "inductor")
@@ -35,7 +35,8 @@ BACKENDS = ("eager", "inductor")
 class Lowered:
     """What the driver hands over: a program, the plan it is lowered under, and this rank's bound graphs.
 
-    `backward` is None for a forward-only program; `saved_inputs` are positions among the forward's arguments.
+    `backward` is None for a forward-only program; `saved_inputs` are positions among the forward's arguments. `news` is
+    what to tell a user who waited for it, `{changes}` standing for the arguments that made it necessary; or nothing.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Lowered:
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     saved_inputs: tuple[int, ...] = ()
+    news: str = ""
 
 
 class Step:
@@ -65,6 +67,7 @@ class Step:
         self.grads = [s.name for s in program.sinks if s.kind == "grad"]
         self.uses_seed = bool(program.of_kind("seed"))
         self.saved_bytes = 0
+        self.wraps: dict[str, Callable[[torch.Tensor], DTensor]] = {}  # gradients of parameters that are DTensors
         places = {s.node: s for s in program.sources}
         names = _result_names(lowered.forward)
         self._handed_back = [name in places for name in names]
@@ -189,8 +192,10 @@ class _Run(torch.autograd.Function):
     def forward(ctx: Any, step: Step, feed: _Feed, names: list[str], *params: torch.Tensor) -> Any:
         values, saved = step.run_forward(feed)
         outputs = step.outputs(values)
-        ctx.step, ctx.names, ctx.like = step, names, [(p.shape, p.stride()) for p in params]
-        ctx.placed = [p.placements if isinstance(p, DTensor) else None for p in params]
+        ctx.step, ctx.names = step, names
+        for name, param in zip(names, params):
+            if name not in step.wraps and isinstance(param, DTensor):
+                step.wraps[name] = rewrap(param)
         ctx.set_materialize_grads(False)
         # DTensors too, which know that they were changed since, as an optimizer step before the backward does.
         read = [feed.params[s.name] for s in (step.sources[i] for i in step.saved_inputs) if s.kind == "param"]
@@ -215,13 +220,10 @@ class _Run(torch.autograd.Function):
                 )
         local = step.run_backward(ctx.saved_tensors[: ctx.num_saved], dict(zip((s.name for s in ctx.sinks), grads)))
         out: list[Any] = []
-        for name, (shape, stride), placed in zip(ctx.names, ctx.like, ctx.placed):
-            grad = local.get(name)
-            if grad is not None and placed is not None:
-                grad = DTensor.from_local(
-                    grad, step.grid.device_mesh, placed, run_check=False, shape=shape, stride=stride
-                )
-            out.append(grad)
+        for name in ctx.names:
+            # Not kept in `local`: autograd takes over what nobody else holds, and copies the rest.
+            grad = local.pop(name, None)
+            out.append(grad if grad is None or name not in step.wraps else step.wraps[name](grad))
         return (None, None, None, *out)
 
 
@@ -246,6 +248,8 @@ class _Taken:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's piece of a DTensor; a plain tensor is its own piece. Never records a gradient."""
+    if not torch.is_grad_enabled():  # as in a step, which asks for all parameters
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 

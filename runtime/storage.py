@@ -59,10 +59,38 @@ def as_dtensor(local: torch.Tensor, shape: torch.Size | tuple[int, ...], spec: S
     )
 
 
+def rewrap(like: DTensor) -> Callable[[torch.Tensor], DTensor]:
+    """A function that makes a local piece a DTensor laid out as `like`."""
+    mesh, placements, size, stride = like.device_mesh, like.placements, like.shape, like.stride()
+
+    def wrap(piece: torch.Tensor) -> DTensor:
+        return DTensor.from_local(piece, mesh, placements, run_check=False, shape=size, stride=stride)
+
+    return wrap
+
+
 def piece_of(full: torch.Tensor, spec: Spec, grid: Grid) -> torch.Tensor:
     """This rank's piece of a full tensor, on this rank's device; never the caller's own memory."""
     piece = shard(full.detach(), spec, grid.mesh.sizes, grid.mesh.coordinates(grid.rank))
     return piece.to(grid.device)
+
+
+def scatter(full: torch.Tensor, like: DTensor, grid: Grid) -> DTensor:
+    """A whole tensor, equal on every rank, in the placements of `like`; no communication."""
+    local = full
+    for axis, placement in enumerate(like.placements):
+        if placement.is_shard():
+            dim: int = placement.dim  # type: ignore[attr-defined]
+            size = grid.mesh.sizes[axis]
+            local = local.chunk(size, dim)[grid.mesh.coordinates(grid.rank)[axis]]
+    return DTensor.from_local(
+        local.contiguous().to(grid.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 class Loader:
@@ -138,6 +166,9 @@ def fill_tree(shells: dict[int, nn.Module], source: nn.Module, values: nn.Module
     """
     have: dict[str, torch.Tensor] = dict(values.named_parameters(remove_duplicate=False))
     have.update(values.named_buffers(remove_duplicate=False))
+    names: dict[int, list[str]] = {}  # id of the skeleton's parameter -> all its names
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     made: dict[int, Any] = {}  # id of the skeleton's tensor -> ours, so that tied ones stay one object
     whole = plan.stored("").spec
     for prefix, module in source.named_modules():
@@ -145,7 +176,8 @@ def fill_tree(shells: dict[int, nn.Module], source: nn.Module, values: nn.Module
         for name, parameter in module.named_parameters(recurse=False):
             path = f"{prefix}.{name}" if prefix else name
             if id(parameter) not in made:
-                spec = _stored(plan, source, path, parameter)
+                # Under any of the names of a tied parameter.
+                spec = plan.stored(next((n for n in names[id(parameter)] if n in plan.storage), path)).spec
                 local = as_dtensor(loader.load(path, have[path], spec), parameter.shape, spec, loader.grid)
                 made[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
             shell._parameters[name] = made[id(parameter)]
@@ -158,12 +190,6 @@ def fill_tree(shells: dict[int, nn.Module], source: nn.Module, values: nn.Module
             shell._buffers[name] = made[id(buffer)]
             if name not in persistent:
                 shell._non_persistent_buffers_set.add(name)
-
-
-def _stored(plan: Plan, source: nn.Module, path: str, parameter: torch.Tensor) -> Spec:
-    """Storage spec under any of the names of a tied parameter."""
-    names = [n for n, p in source.named_parameters(remove_duplicate=False) if p is parameter]
-    return plan.stored(next((n for n in names if n in plan.storage), path)).spec
 
 
 def same_fields(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], str, bool]]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import cli, targets
-from autopar.driver import parse_bytes
+from autopar.options import parse_bytes
 from autopar.plan import Plan
 
 F = nn.functional

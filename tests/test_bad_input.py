@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from harness import Failure, Ranks
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autopar
 
@@ -189,6 +193,45 @@ def test_ranks_with_different_options(ranks):
         assert "outputs auto" in text and "outputs full" in text
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_old_norms_name_the_new_ones(norm):
+    model = nn.Sequential(nn.Linear(8, 8), getattr(nn.utils, norm)(nn.Linear(8, 8)))
+    expected = rf"module '1' has the old torch\.nn\.utils\.{norm}, .* use torch\.nn\.utils\.parametrizations\.{norm} "
+    for make in (autopar.compile, autopar.plan):
+        with pytest.raises(autopar.CaptureError, match=expected):
+            make(model, 1, example=(X,))
+    model = nn.Sequential(nn.Linear(8, 8), getattr(nn.utils.parametrizations, norm)(nn.Linear(8, 8)))
+    assert compiled(1, model)(X).shape == (4, 8)
+
+
+class Noisy(nn.Module):
+    """Draws a number outside torch."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.linear, self.draw = nn.Linear(8, 8), draw
+
+    def forward(self, x):
+        return self.linear(x) * self.draw()
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"), [(random.random, "Python's random"), (lambda: float(np.random.rand()), "numpy.random")]
+)
+def test_numbers_drawn_outside_torch_are_said(draw, name):
+    with pytest.warns(UserWarning, match=f"forward draws from {name}: its values .* are fixed in the graph") as caught:
+        autopar.plan(Noisy(draw), 1, example=(X,))
+    assert len([w for w in caught if "forward draws" in str(w.message)]) == 1
+
+
+def test_numbers_drawn_by_torch_are_normal():
+    states = random.getstate(), np.random.get_state()[1].tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled(1, Noisy(lambda: torch.rand(())))(X)
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == states
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +296,47 @@ def test_a_call_that_fails_on_one_rank(ranks):
 def test_input_that_requires_a_gradient():
     with pytest.raises(autopar.BatchError, match=r"gradients of inputs are not computed: pass input.detach\(\)"):
         compiled(1)(X.clone().requires_grad_())
+
+
+WORDS = {torch.float64: "torch.float64", torch.float16: "torch.float16", torch.int64: "torch.int64"}
+
+
+@pytest.mark.parametrize("dtype", WORDS)
+def test_example_of_another_dtype(dtype):
+    expected = rf"fwd:0/mm#0 gets .*: argument 'input' is {WORDS[dtype]}\. Change: pass input\.to\(torch\.float32\)"
+    with pytest.raises(autopar.CaptureError, match=expected):
+        compiled(1, example=(X.to(dtype),))
+
+
+def test_norm_of_another_dtype():
+    with pytest.raises(autopar.CaptureError, match=r"native_layer_norm#0 gets .*: argument 'input' is torch\.float64"):
+        compiled(1, nn.LayerNorm(8), example=(X.double(),))
+    assert compiled(1, nn.LayerNorm(8), example=(X.bfloat16(),))(X.bfloat16()).dtype is torch.bfloat16
+
+
+def double():
+    compiled()(X.double())
+
+
+def ids_as_floats():
+    pm = compiled(2, nn.Embedding(4, 8), example=(torch.zeros(4, dtype=torch.int64),))
+    pm(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("function", "dtypes"), [(double, "float64 (4, 8), before float32"), (ids_as_floats, "float32")]
+)
+def test_call_of_another_dtype(ranks, function, dtypes):
+    for text in failures(ranks, function):
+        assert text.startswith("CaptureError: cannot capture ")
+        assert f"It was captured again because argument 'input' has {dtypes}" in text
+
+
+def test_tensor_on_another_device():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        elsewhere = torch.empty(4, 8, device="xpu")
+    with pytest.raises(autopar.BatchError, match=r"argument 'input' is on xpu:0, the module runs on cpu; pass input\."):
+        compiled(1)(elsewhere)
 
 
 def test_call_that_does_not_fit_forward():

@@ -12,7 +12,8 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from autopar.capture import capture, input_key
+from autopar.call import input_key
+from autopar.capture import capture
 from autopar.errors import BatchError
 from autopar.graph import is_op, op_name, results
 from tests import parity

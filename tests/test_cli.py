@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from autopar import cli, verify
 from autopar.errors import ConstraintError
 from autopar.mesh import Mesh
-from autopar.plan import Plan
+from autopar.plan import Plan, Storage
+from autopar.spec import R
 from autopar.verify import Certificate, Row
 from tests.test_plan import small_plan
 
@@ -100,6 +106,98 @@ def test_verify_proves_a_plan(capsys, mlp, tmp_path):
     assert all(row["error"] < 1e-12 for row in certificate["rows"])
 
 
+# ---- questions about a plan ----------------------------------------------------------------------------------------
+
+
+def test_questions_about_a_plan(capsys, mlp, tmp_path):
+    """explain, diff, price, resolve and top, on one plan and an edited copy."""
+    path, edited, again = (str(tmp_path / name) for name in ("plan.json", "edited.json", "again.json"))
+    pin = ["--constraint", "dp=zero3"]
+    assert run(capsys, "plan", mlp, "--mesh", "dp=2", "--batch", "4", *pin, "-o", path)[0] == 0
+
+    code, out, err = run(capsys, "explain", path, "up.weight")
+    assert code == 0, err
+    assert out.startswith("up.weight: parameter, 16 x 8 float32\n  dp=2   chosen   dim 0 over dp, gathered again")
+    assert "decided  you, by constraint dp=zero3" in out
+    code, out, _ = run(capsys, "explain", path, "down", "--quick", "--json")
+    data = json.loads(out)
+    assert code == 0 and {s["name"] for s in data["subjects"]} >= {"down.weight", "fwd:down/mm#0"}
+    axis = data["subjects"][0]["axes"]["dp"]
+    assert {"chosen", "next", "barred", "alone", "decided"} <= set(axis) and axis["next"] is None
+    assert {"step_s", "comm_s", "peak_bytes", "because"} <= set(axis["alone"][0])
+    code, out, err = run(capsys, "explain", path, "up.wieght")
+    assert (code, out) == (2, "") and "nothing in the plan is called 'up.wieght'; did you mean up.weight" in err
+
+    plan = Plan.load(path)
+    changed = replace(plan, storage={**plan.storage, "up.weight": Storage((R,))})
+    changed.save(edited)
+    code, out, _ = run(capsys, "price", edited, "-o", edited)
+    assert code == 0 and out.rstrip().endswith(f"the plan is legal; written to {edited}")
+    assert Plan.load(edited).predicted["step_s"] != plan.predicted["step_s"]
+    code, out, _ = run(capsys, "price", edited, "--json")
+    now = json.loads(out)
+    assert code == 0 and now["now"]["comm_s"] == pytest.approx(now["was"]["comm_s"])
+
+    code, out, _ = run(capsys, "diff", path, edited)
+    assert code == 0 and "stored" in out and "time of a step" in out and "memory of a rank at the peak" in out
+    code, out, _ = run(capsys, "diff", path, edited, "--no-model", "--json")
+    assert [m["module"] for m in json.loads(out)["modules"]] == ["up"]
+    code, out, _ = run(capsys, "diff", path, path, "--no-model")
+    assert code == 0 and "the same decisions in every module" in out
+
+    code, out, err = run(capsys, "resolve", edited, "--keep", "up.weight", "-o", again)
+    assert code == 0, err
+    assert out.startswith("1 decisions kept, the others chosen anew")
+    assert Plan.load(again).stored("up.weight") == Storage((R,))
+
+    code, out, err = run(capsys, "formula", path, "--at", "batch=8,dp=4")
+    assert code == 0, err
+    assert "  compute =" in out and "dp" in out and "checked at another batch" in out
+    assert run(capsys, "formula", path, "--at", "batch")[2].startswith("autopar: PlanError: cannot read sizes 'batch'")
+
+    code, out, err = run(capsys, "top", path, "--cost-of-constraints", "--json")
+    assert code == 0, err
+    assert [r["asked"] for r in json.loads(out)["others"]] == ["dp=zero3"]
+    code, out, err = run(capsys, "top", path, "--most", "3")
+    assert code == 0, err
+    assert "chosen" in out and "why it lost" in out
+
+
+def test_an_edited_plan_that_does_not_fit(capsys, mlp, tmp_path):
+    path = str(tmp_path / "plan.json")
+    assert run(capsys, "plan", mlp, "--mesh", "dp=2", "--batch", "4", "-o", path)[0] == 0
+    plan = Plan.load(path)
+    replace(plan, predicted={**plan.predicted, "memory_limit": 100}).save(path)
+    code, out, _ = run(capsys, "price", path)
+    assert code == 1 and "legal, but " in out and "over its limit" in out
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "explain.md"
+#: The page's model, small enough to be planned in seconds: what its commands say -> what is run.
+TINY = {
+    "hidden_size=4096": "hidden_size=32", "intermediate_size=14336": "intermediate_size=64",
+    "num_attention_heads=32": "num_attention_heads=4", "num_key_value_heads=8": "num_key_value_heads=4",
+    "vocab_size=128256": "vocab_size=64", "num_hidden_layers=32": "num_hidden_layers=1",
+    "max_position_embeddings=8192": "max_position_embeddings=96", "dp=8,tp=8": "dp=2", "--constraint tp=tp": "",
+    "--batch 32": "--batch 8", "--seq 8192": "--seq 96",
+}  # fmt: skip
+
+
+def test_commands_of_the_page_on_questions_run(capsys, tmp_path, monkeypatch):
+    """Every command of docs/explain.md but the longest, in order, on a tiny Llama."""
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"(?m)^autopar (.+)$", PAGE.read_text(encoding="utf-8").replace("\\\n", " "))
+    assert len({line.split()[0] for line in lines}) >= 6
+    for line in lines:
+        for big, small in TINY.items():
+            line = line.replace(big, small)
+        if not line.startswith("top"):  # a plan for every strategy; test_questions_about_a_plan runs it
+            code, _, err = run(capsys, *shlex.split(line))
+            assert code == 0, f"autopar {line}: {err}"
+        if line.startswith("plan") and line.rstrip().endswith("megatron.json"):
+            shutil.copy("plan.json", "edited.json")
+
+
 # ---- verify notices ------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +270,7 @@ def test_widening():
         ),
         (["plan", "hf:llama", "--mesh", "dp=2", "-o", "no/such/p.json"], "PlanError: cannot write no/such/p.json: the"),
         (["show", "missing.json"], "PlanError: cannot read plan missing.json: "),
+        (["explain", "missing.json", "x"], "PlanError: cannot read plan missing.json: "),
         (["verify", "missing.json"], "PlanError: cannot read plan missing.json: "),
     ],
 )
@@ -223,9 +322,12 @@ def test_constraints_are_parsed():
         cli.parse_constraints(["dp="])
 
 
+QUESTIONS = [[name, "--help"] for name in ("explain", "top", "diff", "price", "resolve", "formula")]
+
+
 @pytest.mark.tiny
 def test_help_reads_well(capsys):
-    for argv in (["--help"], ["plan", "--help"], ["show", "--help"], ["verify", "--help"]):
+    for argv in (["--help"], ["plan", "--help"], ["show", "--help"], ["verify", "--help"], *QUESTIONS):
         code, out, _ = run(capsys, *argv)
         assert code == 0
         assert max(map(len, out.splitlines())) <= 120

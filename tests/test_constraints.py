@@ -107,6 +107,24 @@ def test_storage_by_name():
     assert kept.storage["model.norm.weight"].spec == (R,) and "S" in kinds(kept)
 
 
+def test_later_names_win_axis_by_axis():
+    name = "model.layers.0.mlp.down_proj.weight"
+    general, special = {"*down_proj.weight": "shard(0, dp)"}, {"*.0.mlp.*.weight": "shard(1, dp)"}
+    assert made(**general, **special).storage[name].spec == (S(1),)
+    assert made(**special, **general).storage[name].spec == (S(0),)
+    other = {name: "shard(1, tp)"}
+    for constraints in ({**general, **other}, {**other, **general}):  # of other axes: both hold
+        assert made("dp=2,tp=2", **constraints).storage[name].spec == (S(0), S(1))
+    assert made("dp=2,tp=2", **other, **general, **{"*": "replicate"}).storage[name].spec == (R, R)
+    assert made("dp=2,tp=2", **{"*": "replicate"}, **other).storage[name].spec == (R, S(1))
+
+
+def test_later_addresses_win():
+    address = next(i.name for i in items_of(program()).ops() if "down_proj/mm" in i.name)
+    assert made(**{"fwd:*down_proj/mm*": "dp:j"}, **{address: "dp:k"}).choice(address) == (Choice("k"),)
+    assert made(**{address: "dp:k"}, **{"fwd:*down_proj/mm*": "dp:j"}).choice(address) == (Choice("j"),)
+
+
 def test_choice_by_address():
     address = next(i.name for i in items_of(program()).ops() if "down_proj/mm" in i.name)
     assert made(**{address: "dp:k"}).choice(address) == (Choice("k"),)

@@ -87,6 +87,8 @@ def test_says_so_and_runs_once() -> None:
         line.startswith("discovertest::project: no rule in the table; found by running it") and "a b c+, c+ d" in line
         for line in rules.report()
     )
+    # A plan tells of its own ops only, whatever else this process has met.
+    assert len(rules.report([node, other])) == 1 and rules.report([]) == []
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_no_answer_in_time_is_an_error(monkeypatch):
 def test_a_wrong_answer_of_the_solver_is_not_believed(monkeypatch):
     flow = Flow(0, [0, 1], [Consumer(1, [0, 1])], [[0.0, INF], [0.5, 0.0]])
     problem = Problem([Group([1.0, 2.0], [0, 0], [0, 0]), Group([2.0, 1.0], [0, 0], [0, 0])], [flow])
-    monkeypatch.setattr(ilp, "_read", lambda model: [0, 1])
+    monkeypatch.setattr(ilp, "read", lambda model, values: [0, 1])
     with pytest.raises(SolverError, match="its own constraints forbid"):
         solve(problem)
     assert math.isinf(evaluate(problem, [0, 1])[0])

@@ -193,6 +193,13 @@ def test_every_mistyped_section_is_refused():
                 assert isinstance(plan, Plan)
 
 
+def test_true_is_no_number():
+    with pytest.raises(PlanError, match="has plan schema True, this autopar reads 1"):
+        Plan.from_json(damaged(autopar_plan=True))
+    with pytest.raises(PlanError, match="damaged at predicted step_s: cannot read True"):
+        Plan.from_json(damaged(predicted={"step_s": True}))
+
+
 def test_the_file_is_named(tmp_path):
     path = tmp_path / "p.json"
     path.write_text("[]")

@@ -122,17 +122,6 @@ def test_units():
     assert [report.bytes_(x) for x in (0, 512, 80e9, 1.5e12, 3.2e6)] == ["0 B", "512 B", "80 GB", "1.5 TB", "3.2 MB"]
 
 
-def test_predicted_against_measured():
-    table = report.compare_table([("step", 0.010, 0.012), ("unknown", 0.0, 1.0)])
-    assert report.text([table], width=60) == (
-        "Predicted against measured\n"
-        "what      predicted   measured   ratio\n"
-        "──────────────────────────────────────\n"
-        "step          10 ms      12 ms    1.20\n"
-        "unknown         0 s        1 s       -\n"
-    )
-
-
 def test_glossary_names_factors_of_the_rule_table():
     """The words are for the factors that the rules of these ops really have."""
     import torch

@@ -94,6 +94,41 @@ def test_the_expected_collective_is_chosen():
     assert kinds((8,), (S(0, 2), S(0)), (S(0, 2), S(0)), (2, 2)) == []
 
 
+def test_large_sums_over_several_axes_go_in_levels():
+    big, small = (512, 256), (8, 8)
+    assert kinds(big, (P(), P()), (R, R), (2, 4)) == ["reduce_scatter", "all_reduce", "all_gather"]
+    assert kinds(small, (P(), P()), (R, R), (2, 4)) == ["all_reduce", "all_reduce"]
+    three = steps((512, 512), (P(), P(), P()), (R, R, R), (2, 2, 4))
+    assert [(s.kind, s.axis) for s in three] == [
+        ("reduce_scatter", 2), ("reduce_scatter", 1), ("all_reduce", 0), ("all_gather", 1), ("all_gather", 2)
+    ]  # fmt: skip
+    slow = next(s for s in three if s.kind == "all_reduce")
+    assert slow.before == (512 // 8, 512)
+    assert kinds((65537, 3), (P(), P()), (R, R), (2, 4)) == ["all_reduce", "all_reduce"]  # no dim divides
+
+
+def test_of_several_axes_the_outer_one_carries_the_piece():
+    reduce = steps((8, 8), (P(), P()), (S(0), S(0)), (2, 2))
+    assert [(s.kind, s.axis) for s in reduce] == [("reduce_scatter", 1), ("reduce_scatter", 0)]
+    gather = steps((8, 8), (S(0), S(0)), (R, R), (2, 2))
+    assert [(s.kind, s.axis) for s in gather] == [("all_gather", 0), ("all_gather", 1)]
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("mesh", ["a=2,b=2", "a=2,b=2,c=2"])
+def test_levels_give_the_same_pieces(mesh, reduce):
+    mesh = Mesh.parse(mesh)
+    torch.manual_seed(0)
+    x = torch.randn(256, 512, dtype=torch.float64)
+    whole = (R,) * len(mesh.sizes)
+    if reduce == "sum":
+        check(x, (P(),) * len(mesh.sizes), whole, mesh)
+        check(x, (*(P() for _ in mesh.sizes[1:]), S(1)), whole, mesh)
+        check(x, (S(0), *(P() for _ in mesh.sizes[1:])), whole, mesh)
+    else:
+        assert {s.reduce for s in steps((256, 512), (P("max"),) * len(mesh.sizes), whole, mesh.sizes)} == {"max", ""}
+
+
 def test_the_same_layout_under_two_names_moves_nothing():
     assert kinds((8,), (S(0), S(0)), (S(0), S(0, 2)), (2, 2)) == []
 

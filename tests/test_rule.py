@@ -137,6 +137,11 @@ def test_never_factors_and_size_one_are_not_splittable():
         ("i %, j -> i", "rule 'i %, j -> i': cannot read '%'"),
         ("i -> i ; linear 1", "rule 'i -> i ; linear 1': linear group (1,) names an operand that is not there"),
         ("i -> i ; colour red", "rule 'i -> i ; colour red': unknown clause 'colour red'; use linear, reduce or sizes"),
+        (
+            "i -> i ; linear x",
+            "rule 'i -> i ; linear x': cannot read 'linear x'; write numbers of operands, e.g. linear 0 1 | 2",
+        ),
+        ("i -> i ; sizes z", "rule 'i -> i ; sizes z': cannot read 'sizes z'; write FACTOR=SIZE, e.g. sizes z=3"),
         ("(i 2) -> i", "rule '(i 2) -> i': '2' is not a factor"),
     ],
 )

@@ -200,6 +200,10 @@ def test_a_user_registers_a_rule_in_one_line(scale: Any) -> None:
 def test_registering_nonsense_says_why(scale: Any) -> None:
     with pytest.raises(RuleError, match=r"^no op is called 'rulestest::scael'; write the name it was defined with"):
         rules.register("rulestest::scael", "a -> a")
+    with pytest.raises(RuleError, match=r"is no op; pass torch.ops.mylib.scale, or the name 'mylib::scale'$"):
+        rules.register(torch.relu, "a -> a")  # it would be taken, and never found
+    with pytest.raises(RuleError, match=r"^a rule is a text such as 'i k\+, k\+ j -> i j', or a function .*, not 5$"):
+        rules.register(scale, 5)  # type: ignore[arg-type]
     with pytest.raises(RuleError, match=r"^rule 'a b' must have exactly one '->'$"):
         rules.register(scale, "a b")
     rules.register(scale, "a b c, c -> a b c")

@@ -74,6 +74,10 @@ def test_axis_order_form():
         ("[dp, xx]", "placement '[dp, xx]' names axis 'xx'; the mesh has dp, tp, cp"),
         ("[dp, dp]", "placement '[dp, dp]' uses axis 'dp' twice"),
         ("[tp] +tp", "placement '[tp] +tp' uses axis 'tp' twice"),
+        ("[tp@0]", "placement '[tp@0]': the stride in 'tp@0' must be a whole number above zero"),
+        ("[tp@x]", "placement '[tp@x]': the stride in 'tp@x' must be a whole number above zero"),
+        ("[dp,,tp]", "placement '[dp,,tp]' leaves a dim empty; write - for a whole one"),
+        ("[-] avg:tp", "placement '[-] avg:tp': cannot read 'avg:tp'; write +AXIS, max:AXIS or min:AXIS"),
         ("[-] +xx", "placement '[-] +xx' names axis 'xx'; the mesh has dp, tp, cp"),
     ],
 )

@@ -105,3 +105,14 @@ def test_refused_texts(tmp_path):
     assert refused(f"{path}:wrong").endswith("must return (model, example) or (model, example, loss), got Linear")
     with pytest.raises(TargetError, match=r"cannot read 'x': write KEY=VALUE, e\.g\. num_hidden_layers=2"):
         parse_settings(["x"])
+
+
+def test_file_imports_its_neighbours_and_defines_dataclasses(tmp_path):
+    (tmp_path / "autopar_neighbour.py").write_text("WIDTH = 5\n")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\nimport torch\nfrom autopar_neighbour import WIDTH\n"
+        "@dataclasses.dataclass\nclass Config:\n    width: int = WIDTH\n"
+        "def build():\n    return torch.nn.Linear(Config().width, 2), (torch.randn(4, WIDTH),)\n"
+    )
+    assert build(Target(f"{path}:build")).model.in_features == 5

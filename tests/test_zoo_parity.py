@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar import driver
+from autopar import programs
 from tests import zoo
 from tests.harness import Ranks
 from tests.widen import widen_to_float64
@@ -101,7 +101,7 @@ def _case(name: str, strategies: list[str], widen: bool, options: dict[str, Any]
 
     `want` is what one process gives, by `_train`; None: the plain module, trained here.
     """
-    real = driver.capture
+    real = programs.capture
 
     def once(model: Any, *args: Any, **kwargs: Any) -> Any:
         # The program does not depend on the plan: one capture serves all strategies of this model.
@@ -116,7 +116,7 @@ def _case(name: str, strategies: list[str], widen: bool, options: dict[str, Any]
     failures = []
     with mode():
         want = want or _train(copy.deepcopy(model), batch)
-        driver.capture = once  # type: ignore[assignment]
+        programs.capture = once  # type: ignore[assignment]
         try:
             for strategy in strategies:
                 mesh, constraints = STRATEGIES[strategy]
@@ -132,7 +132,7 @@ def _case(name: str, strategies: list[str], widen: bool, options: dict[str, Any]
                 if not error < rtol:
                     failures.append(f"{name} under {strategy}: {where} is off by {error:.1e}")
         finally:
-            driver.capture = real  # type: ignore[assignment]
+            programs.capture = real  # type: ignore[assignment]
     return failures
 
 

@@ -285,8 +285,8 @@ def shy(case: Case, *, bound: BoundRule | None = None, seed: int = 0) -> list[st
         # Out-of-range indices crash some kernels: the table calls every indexed dim v, and pooling indexes space.
         indexed = factor.startswith("v") or any(s in str(case.target) for s in _TRUSTING)
         if factor in rule.never and bound.sizes[factor] > 1 and not indexed:
-            free = rule.with_(never=rule.never - {factor})
-            for text, candidate in ((factor, free), (f"{factor}+", free.with_(plus=rule.plus | {factor}))):
+            free = replace(rule, never=rule.never - {factor})
+            for text, candidate in ((factor, free), (f"{factor}+", replace(free, plus=rule.plus | {factor}))):
                 if _right(prepared, replace(bound, rule=candidate), Choice(factor), seed):
                     found.append(text)
                     break
@@ -296,7 +296,7 @@ def shy(case: Case, *, bound: BoundRule | None = None, seed: int = 0) -> list[st
     if all(r.is_floating_point() or r.is_complex() for r in whole):
         for group in groups:
             if group not in rule.linear:
-                candidate = rule.with_(linear=(*rule.linear, group))
+                candidate = replace(rule, linear=(*rule.linear, group))
                 if _right(prepared, replace(bound, rule=candidate), Choice(through=len(rule.linear)), seed):
                     found.append("linear " + " ".join(map(str, group)))
     return found

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.costmodel.rules_call import Operand, bind_schema, numbered
-from autopar.graph import operands
+from autopar.costmodel.rules_call import Operand, numbered
+from autopar.graph import named_arguments, operands
 from tests.truth import Case
 from tests.truth_cases import flag, num, real, unit, whole
 
@@ -39,7 +39,7 @@ def case_of(node: fx.Node) -> Case:
     """A case of the node's op, shapes, dtypes and arguments, with operands of our own."""
     values = [v.val for v in operands(node)]
     args, kwargs = numbered(node)
-    named = bind_schema(node.target, args, kwargs)
+    named = named_arguments(node.target, args, kwargs)
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
     limits: dict[int, int] = {}
     for index, (table, dim) in _INDEX.get(name, {}).items():

@@ -1,0 +1,231 @@
+"""What a user asks of a compilation: the options, read and checked, and the call that they apply to."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar import tree
+from autopar.call import TARGET, Call
+from autopar.checks import check_dtypes, refuse_old_norms, watched_generators
+from autopar.costmodel import profile
+from autopar.costmodel.devices import DEVICES, Device
+from autopar.errors import BatchError, CaptureError, ConstraintError, RuntimeUseError
+from autopar.mesh import Mesh
+from autopar.programs import Captured, Programs
+from autopar.spec import R, S, Spec
+
+OUTPUTS = ("auto", "full", "sharded")
+#: The name of the device that `autopar calibrate` measured.
+CALIBRATED = "calibrated"
+#: Axes of these names, or constrained to one of these strategies, split the batch when ranks bring their own.
+DATA_NAMES = ("dp", "ddp", "data", "fsdp", "zero")
+DATA_STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+
+Example = tuple[Any, ...] | Mapping[str, Any] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of a compilation, read and checked."""
+
+    mesh: Mesh
+    device: str | Device
+    memory_limit: int | None
+    constraints: Mapping[str, str]
+    outputs: str
+    data_axes: tuple[str, ...]
+    loss: Callable[[Any, Any], torch.Tensor] | None
+    shared: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """For comparison between ranks."""
+        name = self.device if isinstance(self.device, str) else self.device.name
+        return (
+            f"mesh {self.mesh}, device {name}, memory limit {self.memory_limit}, constraints {dict(self.constraints)}, "
+            f"outputs {self.outputs}, local batches over {self.data_axes or 'no axis'}, "
+            f"shared {', '.join(self.shared) or 'nothing'}, "
+            f"{'with' if self.loss else 'without'} loss="
+        )
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces in which ranks bring the batch."""
+        count = 1
+        for name, size in zip(self.mesh.names, self.mesh.sizes):
+            count *= size if name in self.data_axes else 1
+        return count
+
+    def capture(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, programs: Programs,
+    ) -> tuple[Captured, dict[str, Spec] | None]:  # fmt: skip
+        """The global call captured, given the arguments of one rank, and where local batches lie in it.
+
+        Names in `shared` must exist in the first call of `programs`; later ones may leave arguments out.
+        """
+        refuse_old_norms(model)
+        call = Call(model, args, kwargs, self.loss)
+        if not programs.used:
+            self._check_shared(call)
+        local = tree.batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)}, self.shared)
+        if not self.data_axes:
+            found = self._captured(model, args, kwargs, training, programs)
+            if self.shared:
+                found.program.batch_dims = {name: 0 for name in call.names if name in local}
+            return found, None
+        if not local:
+            raise BatchError(
+                'batch="local" needs a tensor argument whose dim 0 is the batch, and that is not named in shared=; '
+                "there is none"
+            )
+        pairs = list(zip(call.names, call.tensors))
+        grown = [t.repeat(self.pieces, *[1] * (t.dim() - 1)) if name in local else t for name, t in pairs]
+        args, kwargs, target = call.arguments(grown)
+        if self.loss is not None:
+            kwargs = {**kwargs, TARGET: target}
+        try:
+            found = self._captured(model, args, kwargs, training, programs)
+        except CaptureError as error:
+            raise CaptureError(
+                f'{error}. With batch="local" the whole batch has {self.pieces} times the rows of the pieces: '
+                f"{', '.join(n for n in call.names if n in local)}; if one of them is no piece, name it in shared="
+            ) from error
+        found.program.batch_dims = {name: 0 for name in call.names if name in local}
+        whole: Spec = (R,) * len(self.mesh.sizes)
+        split = tuple(S(0) if name in self.data_axes else R for name in self.mesh.names)
+        return found, {name: split if name in local else whole for name in call.names}
+
+    def _captured(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, programs: Programs
+    ) -> Captured:
+        notes: list[str] = []
+        with watched_generators(notes):
+            found = programs.capture(model, args, kwargs, loss=self.loss, training=training)
+        found.program.notes.extend(notes)
+        check_dtypes(found.program, model)
+        return found
+
+    def _check_shared(self, call: Call) -> None:
+        optional = [*call.signature.parameters, *([TARGET] if self.loss is not None else [])]
+        for pattern in self.shared:
+            if not any(tree.named(name, [pattern]) for name in (*call.names, *optional)):
+                raise ConstraintError(
+                    f"shared={pattern!r} names no tensor argument; the tensor arguments are {', '.join(call.names)}"
+                )
+
+
+def ask(
+    mesh: Mesh,
+    device: str | Device | None,
+    memory_limit: float | str | None,
+    constraints: Mapping[str, str] | None,
+    outputs: str,
+    batch: str,
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+    shared: Sequence[str],
+) -> Asked:
+    """The options of `autopar.compile`, checked.
+
+    Raises:
+        RuntimeUseError, ConstraintError: an option that does not exist or cannot be read; says what there is.
+    """
+    if outputs not in OUTPUTS:
+        raise RuntimeUseError(f"outputs={outputs!r} does not exist; choose one of {', '.join(OUTPUTS)}")
+    if device == CALIBRATED:
+        device = profile.load()
+    elif isinstance(device, str) and device not in DEVICES:
+        known = ", ".join((*DEVICES, CALIBRATED))
+        raise ConstraintError(f"no device preset {device!r}; choose one of {known}")
+    constraints = {} if constraints is None else constraints
+    texts = [*constraints.keys(), *constraints.values()] if isinstance(constraints, Mapping) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConstraintError(
+            f'cannot read constraints {constraints!r}; pass a dict of texts, such as {{"dp": "zero3"}}'
+        )
+    names = (shared,) if isinstance(shared, str) else tuple(shared) if isinstance(shared, Sequence) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
+    axes = _data_axes(mesh, batch, constraints)
+    limit = parse_bytes(memory_limit)
+    return Asked(mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names)  # type: ignore[arg-type]
+
+
+def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[str, ...]:
+    if batch == "global":
+        return ()
+    if batch.startswith("local:"):
+        names = tuple(n.strip() for n in batch.removeprefix("local:").split(","))
+        for name in names:
+            mesh.axis(name)
+        return tuple(n for n in mesh.names if n in names)
+    if batch != "local":
+        raise RuntimeUseError(f'batch={batch!r} does not exist; write "global", "local" or "local:AXIS"')
+    found = tuple(
+        n
+        for n in mesh.names
+        if constraints.get(n) in DATA_STRATEGIES or (n not in constraints and n.rstrip("0123456789") in DATA_NAMES)
+    )
+    if not found:
+        raise ConstraintError(
+            f'batch="local" on mesh {mesh}: no axis is called {", ".join(DATA_NAMES)} or constrained to a '
+            f'data-parallel strategy; name the axes that split the batch: batch="local:{mesh.names[0]}"'
+        )
+    return found
+
+
+def arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """An example as (args, kwargs); None stays None.
+
+    Raises:
+        BatchError: it is neither a tensor nor a tuple nor a dict.
+    """
+    if example is None:
+        return None
+    if isinstance(example, torch.Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise BatchError(f"example is a {type(example).__name__}; pass a tuple of positional or a dict of named arguments")
+
+
+def parse_bytes(text: float | str | None) -> int | None:
+    """Bytes of 24e9, "24GB" (10**9) or "24GiB" (2**30).
+
+    Raises:
+        ConstraintError: it cannot be read.
+    """
+    if text is None:
+        return None
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and math.isfinite(text):
+        return int(text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?)(i?)B?\s*", text) if isinstance(text, str) else None
+    if not match:
+        raise ConstraintError(f'cannot read memory limit {text!r}; write bytes, or e.g. "24GB" or "24GiB"')
+    power = "kMGT".index(match[2].replace("K", "k")) + 1 if match[2] else 0
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def detect_device() -> str | Device:
+    """What `autopar calibrate` measured of this machine, else the preset of its accelerator, or "cpu".
+
+    Warns where there is no preset for it.
+    """
+    if profile.available():
+        return profile.load()
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    for preset in DEVICES:
+        if preset in name:
+            return preset
+    warnings.warn(f"no cost preset for {name!r}: planned as for h100; pass device= with a description of yours")
+    return "h100"

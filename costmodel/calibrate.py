@@ -1,0 +1,281 @@
+"""Measure this machine: kernels by class and size, the launch of one, collectives, and ranks that share the cores.
+
+Runs on every rank of a small group of local processes (`autopar.runtime.probe`), one thread each, as compiled modules
+do. Rank 0 measures kernels while the others sleep; then 1, 2, 4 ranks run a sample of them at once, which shows what
+sharing the cores costs; then collectives run in groups of 2 and of all, all groups at once. Seconds are medians of
+repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import fx, nn
+
+from autopar.costmodel.curve import Curve, curve
+from autopar.costmodel.devices import Crowd, Device, Link, Measured
+
+aten = torch.ops.aten
+#: Reads the time in seconds.
+Clock = Callable[[], float]
+Work = Callable[[], object]
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+#: Bytes of the larger side of a collective.
+SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
+QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
+CHAIN = 40  # ops in the graph that shows what one launch costs
+
+
+class World(Protocol):
+    """What calibration needs of the processes; see `autopar.runtime.probe.Local`."""
+
+    rank: int
+    num: int
+
+    def barrier(self) -> None:
+        """Wait, asleep, for every rank."""
+
+    def largest(self, value: float) -> float:
+        """The largest of the ranks' values."""
+
+    def collective(self, kind: str, group: int, world: int, size: int) -> Work:
+        """One collective of `size` bytes (larger side) in my group of `group` among the first `world` ranks."""
+
+    def tell(self, text: str, done: float) -> None:
+        """Report progress, from rank 0."""
+
+
+class _Ruler:
+    """Times work with a budget per measurement."""
+
+    def __init__(self, clock: Clock, budget: float, device: torch.device) -> None:
+        self.clock, self.budget, self.device = clock, budget, device
+
+    def __call__(self, work: Work) -> float:
+        """Median seconds of one call of `work`."""
+        work()
+        once = max(self._batch(work, 1), 1e-7)
+        count = max(1, min(2000, int(self.budget / 5 / once)))
+        return statistics.median(self._batch(work, count) for _ in range(5))
+
+    def over(self, work: Work, count: int) -> float:
+        """Mean seconds of one of `count` calls: long enough to see others take the core."""
+        return self._batch(work, count)
+
+    def _batch(self, work: Work, count: int) -> float:
+        began = self.clock()
+        for _ in range(count):
+            work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return (self.clock() - began) / count
+
+
+def calibrate(world: World, quick: bool, device: torch.device, clock: Clock, busy: Clock) -> Device | None:
+    """The Device of this machine, on rank 0; None on the others. Collective: every rank of `world` calls it.
+
+    clock: the time. busy: the time that this thread was running, which says what a kernel costs even when others take
+    the core; what they cost is in the crowds, which compare the two.
+    """
+    ruler = _Ruler(clock, 0.03 if quick else 0.1, device)
+    kernels_ruler = _Ruler(clock if device.type == "cuda" else busy, ruler.budget, device)
+    found: Device | None = None
+    if world.rank == 0:
+        found = _kernels(kernels_ruler, quick, world.tell)
+    world.barrier()
+    rounds = 3 if quick else 7
+    crowds = _crowds(world, ruler, kernels_ruler, rounds)
+    collectives = _collectives(world, ruler, QUICK_SIZES if quick else SIZES, rounds)
+    if found is None or found.measured is None:
+        return None
+    kernels = found.measured
+    measured = Measured(kernels.matmul, kernels.attention, kernels.memory, collectives, crowds, kernels.view)
+    link = _link(collectives, world.num)
+    return Device(
+        found.name, found.flops, found.bandwidth, found.memory, link, link, max(world.num, 1), found.launch, 1.0, 1.0,
+        found.slack, measured,
+    )  # fmt: skip
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> Device:
+    device = ruler.device
+    tell("launch", 0.0)
+    launch, view = _launch(ruler)
+    big = device.type == "cuda"
+
+    def net(work: Work) -> float:
+        """Seconds without the launch; a tenth of it at least, for what is all launch."""
+        whole = ruler(work)
+        return max(whole - launch, whole / 10)
+
+    matmul: dict[str, Curve] = {}
+    dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.float64, torch.bfloat16)
+    for dtype in dtypes:
+        tell(f"matmul {str(dtype).removeprefix('torch.')}", 0.05)
+        points = []
+        for n in (32, 96, 256, 512) if not big else (128, 512, 2048, 8192):
+            a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+            points.append((2.0 * n**3, 2.0 * n**3 / net(lambda a=a, b=b: a @ b)))  # type: ignore[misc]
+        matmul[str(dtype).removeprefix("torch.")] = curve(points)
+    tell("convolution", 0.2)
+    points = []
+    for channels, side in ((8, 16), (32, 16), (64, 28)):
+        x = torch.ones(4, channels, side, side, device=device)
+        w = torch.ones(channels, channels, 3, 3, device=device)
+        flops = 2.0 * x.numel() * channels * 9
+        points.append((flops, flops / net(lambda x=x, w=w: nn.functional.conv2d(x, w, padding=1))))  # type: ignore[misc]
+    matmul["convolution"] = curve(points)
+    tell("attention", 0.25)
+    points = []
+    for heads, seq in ((4, 16), (8, 64), (8, 256)):
+        q = torch.ones(2, heads, seq, 32, device=device)
+        flops = 4.0 * q.numel() * seq
+        points.append((flops, flops / net(lambda q=q: _attend(q))))  # type: ignore[misc]
+    attention = curve(points)
+    memory = {}
+    for at, name in enumerate(TRAFFIC):
+        tell(f"memory: {name}", 0.3 + 0.03 * at)
+        points = []
+        for rows in (8, 128, 1024, 8192) if not big else (128, 4096, 65536):
+            moved, work = TRAFFIC[name](torch.ones(rows, 256, device=device))
+            points.append((moved, moved / net(work)))
+        memory[name] = curve(points)
+    rates = {k: c.points[-1][1] for k, c in matmul.items() if k != "convolution"}
+    memory_bytes = float(torch.cuda.get_device_properties(device).total_memory) if big else None
+    nothing = Link(1e9, 1e-4)
+    return Device(
+        "this machine", rates, memory["elementwise"].points[-1][1], memory_bytes, nothing, nothing, launch=launch,
+        slack=0.02 if big else 0.0, measured=Measured(matmul, attention, memory, view=view),
+    )  # fmt: skip
+
+
+def _launch(ruler: _Ruler) -> tuple[float, float]:
+    """Seconds of an op that does next to nothing, and of a view, in a graph module as compiled modules run them."""
+    seconds = []
+    for target, args in ((aten.mul.Tensor, (1.5,)), (aten.permute.default, ([1, 0],))):
+        graph = fx.Graph()
+        node = graph.placeholder("x")
+        for _ in range(CHAIN):
+            node = graph.call_function(target, (node, *args))
+        graph.output((node,))
+        module = fx.GraphModule({}, graph)
+        x = torch.ones(4, 4, device=ruler.device)
+        with torch.no_grad():
+            seconds.append(ruler(lambda module=module, x=x: module(x)) / CHAIN)  # type: ignore[misc]
+    return seconds[0], seconds[1]
+
+
+def _attend(q: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+def _lookup(x: torch.Tensor) -> tuple[float, Work]:
+    rows = torch.arange(x.shape[0], device=x.device)
+    return 2.0 * x.nbytes, lambda: nn.functional.embedding(rows, x)
+
+
+def _update(x: torch.Tensor) -> tuple[float, Work]:
+    """A step of AdamW: parameter and two moments read and written, gradient read, as `Policy.update_bytes` counts."""
+    weight = nn.Parameter(x.clone())
+    weight.grad = x.clone()
+    return 7.0 * x.nbytes, torch.optim.AdamW([weight]).step
+
+
+#: Class of op -> (tensor [rows, 256]) -> (bytes read and written, the work).
+TRAFFIC: dict[str, Callable[[torch.Tensor], tuple[float, Work]]] = {
+    "elementwise": lambda x: (3.0 * x.nbytes, lambda: x * x.detach()),
+    "function": lambda x: (2.0 * x.nbytes, lambda: nn.functional.silu(x)),
+    "reduction": lambda x: (float(x.nbytes), lambda: x.sum(-1)),
+    "norm": lambda x: (2.0 * x.nbytes, lambda: nn.functional.layer_norm(x, (x.shape[1],))),
+    "softmax": lambda x: (2.0 * x.nbytes, lambda: x.log_softmax(-1)),
+    "copy": lambda x: (2.0 * x.nbytes, lambda: x.view(-1, 8, 4, 64).transpose(1, 2).contiguous()),
+    "lookup": _lookup,
+    "update": _update,
+}
+
+
+# ---- ranks that share the machine ----------------------------------------------------------------------------------
+
+
+def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Crowd, ...]:
+    """A matmul, a product of large tensors, and a chain of small ops, on 1, 2, 4 ... ranks at once.
+
+    Factors are the time that passes over the time that one rank alone is busy with it, so that they also hold what
+    else runs on the machine.
+    """
+    a = torch.ones(256, 256)
+    x = torch.ones(2048, 256)
+    small = torch.ones(16)
+    works: Sequence[Work] = (lambda: a @ a, lambda: x * x.detach(), lambda: [small * 1.5 for _ in range(50)])
+    counts = [n for n in (1, 2, 4, 8) if n <= world.num]
+    once = [world.largest(alone(work) if world.rank == 0 else 0.0) for work in works]
+    repeats = [max(1, int(ruler.budget / max(seconds, 1e-7))) for seconds in once]
+    found: dict[int, list[list[float]]] = {n: [[] for _ in works] for n in counts}
+    for _ in range(rounds):
+        for count in counts:
+            if world.rank == 0:
+                world.tell(f"{count} ranks at once", 0.5)
+            for at, work in enumerate(works):
+                world.barrier()
+                mine = ruler.over(work, repeats[at]) if world.rank < count else 0.0
+                found[count][at].append(world.largest(mine))
+    rows = []
+    for count in counts:
+        slower = [statistics.median(times) / one for times, one in zip(found[count], once)]
+        rows.append(Crowd(count, *(max(1.0, n) for n in slower)))
+    return tuple(rows)
+
+
+# ---- collectives ---------------------------------------------------------------------------------------------------
+
+
+def _collectives(world: World, ruler: _Ruler, sizes: Sequence[int], rounds: int) -> dict[str, Curve]:
+    """Rounds over everything, so that what else the machine does falls on all alike."""
+    shapes = [(g, w) for w in (2, 4, 8) if w <= world.num for g in (2, 4, 8) if g <= w]
+    every = [(kind, g, w, size) for g, w in shapes for kind in KINDS for size in sizes]
+    works = [world.collective(*one) if world.rank < one[2] else _nothing for one in every]
+    times: list[list[float]] = [[] for _ in every]
+    for turn in range(rounds + 1):  # the first one only connects
+        for at, (kind, group, ranks, size) in enumerate(every):
+            if world.rank == 0:
+                world.tell(f"{kind}, {ranks} ranks in groups of {group}", 0.6 + 0.4 * turn / (rounds + 1))
+            world.barrier()
+            mine = ruler.over(works[at], 8 if size < 1 << 18 else 2)
+            if turn:
+                times[at].append(world.largest(mine))
+    out: dict[str, Curve] = {}
+    for group, ranks in shapes:
+        for kind in KINDS:
+            points, least = [], float("inf")
+            for at in reversed(range(len(every))):
+                if every[at][:3] == (kind, group, ranks):
+                    # A smaller message takes no longer than a larger one: what says so is noise.
+                    least = min(least, statistics.median(times[at]))
+                    points.append((float(every[at][3]), least))
+            out[f"{kind}/{group}/{ranks}"] = curve(points, grows=True)
+    return out
+
+
+def _nothing() -> None:
+    return None
+
+
+def _link(collectives: dict[str, Curve], num: int) -> Link:
+    """Bandwidth and latency for what the curves do not have: from the all-reduce of all ranks."""
+    found = collectives.get(f"all_reduce/{num}/{num}")
+    if found is None:
+        return Link(1e9, 1e-4)
+    rounds = 2 * max(1, (num - 1).bit_length())
+    small, (size, seconds) = found.points[0][1], found.points[-1]
+    moved = 2 * (num - 1) / num * size
+    return Link(moved / max(seconds - small, seconds / 10), small / rounds)
+
+
+__all__ = ["CHAIN", "KINDS", "TRAFFIC", "World", "calibrate"]

@@ -1,0 +1,307 @@
+"""Peak bytes on one rank, by kind: liveness over what the rank really executes, forward, backward and update.
+
+A buffer lives from its making to its last reader; views share their base's memory. What the forward saves lives as
+autograd holds it: with `FREES_SAVED` until its last reader, else until the backward has ended. Buckets and the window
+of gathers started ahead are those of `passes/bucket.py` and `passes/overlap.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from autopar.costmodel.items import Items
+from autopar.costmodel.legal import Specs
+from autopar.costmodel.memory import KINDS, Policy
+from autopar.costmodel.order import ahead
+from autopar.costmodel.tape import Buffer, Event, Tape, Travel, record
+from autopar.plan import Plan
+
+#: As in `passes/bucket.py` and `passes/overlap.py` (tests compare them).
+BUCKET_BYTES = 25 << 20
+AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
+#: Whether the runtime lets go of a saved tensor behind its last reader; autograd holds all of them until the end.
+FREES_SAVED = False
+
+
+def peak(items: Items, plan: Plan, specs: Specs, policy: Policy, slack: float = 0.0) -> dict[str, float]:
+    """Bytes by kind at the moment of the peak of a step.
+
+    slack: part of the peak that the allocator loses; its kind is "slack".
+    """
+    tape = record(items, plan, specs)
+    found = dict.fromkeys(KINDS, 0.0)
+    for item in items.items:
+        if item.kind == "param":
+            held = policy.stored(item, specs.outs[item.index][0], plan.mesh.sizes)
+            found["parameters"] += held["parameters"]
+            found["optimizer"] += held["optimizer"]
+    for buffer in tape.placeholders:
+        if buffer.held != "parameters":
+            found[buffer.held] += buffer.size
+    rest = _Steps(tape).peak(policy.scratch)
+    for kind, size in rest.items():
+        found[kind] += size
+    found["slack"] = slack * sum(found.values())
+    return found
+
+
+class _Steps:
+    """The two halves as they run: buckets packed, saved tensors chosen, then walked."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        forward, backward = _packed(tape.forward), _packed(tape.backward)
+        self.forward = ahead(forward, AHEAD_BYTES)
+        self.saved, again = _cut(forward, backward, tape.grads)
+        self.backward = ahead([*again, *backward], AHEAD_BYTES)
+
+    def peak(self, scratch: float) -> dict[str, float]:
+        """The largest sum over forward, backward and update, by kind; `scratch`: of the update, in largest pieces."""
+        outputs = {b.base for b in self.tape.outputs}
+        saved = {b.base for b in self.saved}
+        grads = {b.base for b in self.tape.grads}
+        for buffer in saved:
+            if buffer.kind == "transient":
+                buffer.kind = "activations"
+        held = {b for b in saved | outputs if not b.held}
+        best = _walk(self.forward, (), keep=held)
+        if self.tape.backward:
+            until_end = outputs if FREES_SAVED else held
+            late = _walk(self.backward, held, keep=grads | {b for b in until_end if not b.held})
+            best = max(best, late, key=lambda m: sum(m.values()))
+            update = {"gradients": sum(b.size for b in grads), "transient": scratch * self.tape.largest}
+            best = max(best, update, key=lambda m: sum(m.values()))
+        return best
+
+
+def _walk(events: Sequence[Event], start: Iterable[Buffer], keep: set[Buffer]) -> dict[str, float]:
+    """Live bytes by kind at the peak over `events`; `start` is alive before them, `keep` is never let go of."""
+    last: dict[Buffer, int] = {}
+    for at, event in enumerate(events):
+        for x in (*event.ins, *event.outs):
+            last[x.base] = at
+    alive = dict.fromkeys(b for b in start if b in last or b in keep)
+    given = set(alive)  # not ours to write over
+    totals = dict.fromkeys(KINDS, 0.0)
+    for buffer in alive:
+        totals[buffer.kind] += buffer.size
+    now, most, best = sum(totals.values()), -1.0, dict(totals)
+    dying: dict[int, list[Buffer]] = {}
+    for buffer, at in last.items():
+        if buffer not in keep:
+            dying.setdefault(at, []).append(buffer)
+    for at, event in enumerate(events):
+        if event.over:
+            for x in event.ins:
+                base = x.base
+                own = base in alive and last[base] == at and base not in keep and base not in given
+                if own and x.dense and base.size == event.outs[0].size:
+                    del alive[base]
+                    totals[base.kind] -= base.size
+                    now -= base.size
+                    break
+        for x in event.outs:
+            base = x.base
+            if base not in alive and not base.held:
+                alive[base] = None
+                totals[base.kind] += base.size
+                now += base.size
+        if now > most:
+            most, best = now, dict(totals)
+        for buffer in dying.get(at, ()):
+            if buffer in alive:
+                del alive[buffer]
+                totals[buffer.kind] -= buffer.size
+                now -= buffer.size
+    return best
+
+
+# ---- buckets -------------------------------------------------------------------------------------------------------
+
+
+def _packed(events: list[Event | Travel]) -> list[Event]:
+    """Travels replaced by what they do alone or in a bucket; results of reductions stand where they are waited for."""
+    groups = _groups([e for e in events if isinstance(e, Travel)], _first_uses(events))
+    head = {member: group for group in groups for member in group}
+    out: list[Event] = []
+    wholes: dict[int, Buffer] = {}  # group of gathers -> what it brings
+    late: dict[Buffer, int] = {}  # what stands behind a reduction of gradients -> its group
+    tails: dict[int, list[Event]] = {}  # group of reductions -> what unpacks it
+    packs: dict[int, Buffer] = {}  # group of reductions -> its bucket
+    pending: dict[int, float] = {}  # groups started and not waited for -> bytes
+    for event in events:
+        if isinstance(event, Event):
+            group = next((late[x] for x in event.ins if x in late), None)
+            if group is None:
+                out.append(event)
+            else:
+                tails[group].append(event)
+                late.update(dict.fromkeys(event.outs, group))
+            continue
+        members = head[event]
+        if event.key[2]:
+            late[event.out] = id(members)
+            tail = tails.setdefault(id(members), [])
+            if len(members) > 1:
+                _write(event, members, packs, out)
+            if event is members[-1]:
+                tail[:0] = _reduce(members, packs.get(id(members)), out)
+                pending[id(members)] = sum(t.sent for t in members)
+                while sum(pending.values()) > PENDING_BYTES:
+                    first = next(iter(pending))
+                    out += tails.pop(first)
+                    late = {x: g for x, g in late.items() if g != first}
+                    del pending[first]
+            continue
+        if id(members) not in wholes:
+            wholes[id(members)] = _gather(members, out)
+        event.out.ins, event.out.free = (wholes[id(members)],), True
+        event.out.alias = len(members) == 1 and not event.moved
+        out.append(Event(event.out.ins, (event.out,)))
+    for tail in tails.values():
+        out += tail
+    return out
+
+
+def _first_uses(events: list[Event | Travel]) -> dict[Buffer, int]:
+    first: dict[Buffer, int] = {}
+    for at, event in enumerate(events):
+        for x in (event.source,) if isinstance(event, Travel) else event.ins:
+            first.setdefault(x, at)
+            first.setdefault(x.base, at)
+    return first
+
+
+def _groups(travels: list[Travel], first: dict[Buffer, int]) -> list[list[Travel]]:
+    """Neighbours of one key, until a bucket is full; what is as large as a bucket stays alone."""
+    gathers = sorted((t for t in travels if not t.key[2]), key=lambda t: first.get(t.out, math.inf))
+    groups: list[list[Travel]] = []
+    open_: dict[tuple[object, ...], tuple[list[Travel], float]] = {}
+    for travel in [*gathers, *(t for t in travels if t.key[2])]:
+        size = max(travel.sent, travel.received)
+        if size >= BUCKET_BYTES:
+            groups.append([travel])
+            continue
+        members, filled = open_.get(travel.key, ([], 0.0))
+        if not members or filled + size > BUCKET_BYTES:
+            members, filled = [], 0.0
+            groups.append(members)
+        members.append(travel)
+        open_[travel.key] = (members, filled + size)
+    return groups
+
+
+def _gather(group: list[Travel], out: list[Event]) -> Buffer:
+    """Start of a gather: pack, travel. The result is cut up by its readers."""
+    sources = tuple(t.source for t in group)
+    whole = Buffer(sum(t.received for t in group), sources, kind="collectives")
+    if len(group) == 1:
+        whole.kind = "gathered"
+        out.append(Event(sources, (whole,), ahead=True))
+        return whole
+    packed = Buffer(sum(t.sent for t in group), sources, free=True, kind="collectives")
+    whole.ins = (packed,)
+    out.append(Event(sources, (packed,)))
+    out.append(Event((packed,), (whole,), ahead=True))
+    return whole
+
+
+def _write(travel: Travel, group: list[Travel], packs: dict[int, Buffer], out: list[Event]) -> None:
+    """A gradient goes into its bucket when it is computed: a product at once, anything else by a copy.
+
+    What is to be scattered is cut up first, which moves it: that stands right before the start.
+    """
+    if travel.key[0] != "all_reduce":
+        if travel is group[-1]:
+            packed = packs[id(group)] = Buffer(sum(t.sent for t in group), kind="collectives")
+            out.append(Event(tuple(t.source for t in group), (packed,)))
+        return
+    packed = packs.setdefault(id(group), Buffer(sum(t.sent for t in group), kind="collectives"))
+    base = travel.source.base
+    if base.product and not base.held and base.size == travel.source.size:
+        base.ins, base.alias = (packed, *base.ins), True
+    else:
+        out.append(Event((travel.source,), (Buffer(travel.sent, (packed,), alias=True),)))
+
+
+def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> list[Event]:
+    """Start of a reduction of gradients, and what hands its results out at the end; pieces of a bucket are views."""
+    in_place = group[0].key[0] == "all_reduce"
+    if packed is None:
+        (travel,) = group
+        row = travel.source
+        if travel.stacked:
+            row = Buffer(travel.sent, (row,), kind="collectives")
+            out.append(Event((travel.source,), (row,)))
+        out.append(Event((row,), (travel.out,), over=in_place))
+        return []
+    whole = packed
+    if not in_place:
+        whole = Buffer(sum(t.received for t in group), (packed,), kind="gradients")
+        out.append(Event((packed,), (whole,)))
+    whole.kind = "gradients"
+    for travel in group:
+        travel.out.ins, travel.out.alias = (whole,), True
+    return [Event((whole,), (t.out,)) for t in group]
+
+
+# ---- what is saved -------------------------------------------------------------------------------------------------
+
+
+def _cut(forward: list[Event], backward: list[Event], grads: list[Buffer]) -> tuple[list[Buffer], list[Event]]:
+    """What the forward saves, and what the backward computes again; by the rules of `passes/partition.py`."""
+    early: dict[Buffer, Event] = {}
+    for event in forward:
+        for x in event.outs:
+            early[x] = event
+    needed: dict[Buffer, None] = {}
+    for event in backward:
+        needed.update(dict.fromkeys(x for x in event.ins if x in early))
+    needed.update(dict.fromkeys(g for g in grads if g in early))
+    saved: dict[Buffer, None] = {}
+    todo: dict[Buffer, None] = {}
+    for x in needed:
+        x = x.base
+        if not x.held:
+            (todo if x.free else saved)[x] = None
+    groups: dict[frozenset[Buffer], list[Buffer]] = {}
+    for x in todo:
+        groups.setdefault(frozenset(_missing(x, saved)), []).append(x)
+    for leaves, members in groups.items():
+        missing = [x for x in leaves if x not in saved]
+        if sum(x.size for x in missing) < sum(x.size for x in members):
+            saved.update(dict.fromkeys(missing))
+        elif missing:
+            saved.update(dict.fromkeys(members))
+    again: dict[Event, None] = {}
+    fresh: dict[Buffer, None] = {}
+    stack = list(needed)
+    while stack:
+        x = stack.pop()
+        if x in saved or x in fresh or x.held or x not in early:
+            continue
+        fresh[x] = None
+        again[early[x]] = None
+        stack.extend(x.ins)
+    order = [e for e in forward if e in again]
+    return list(saved), order
+
+
+def _missing(x: Buffer, saved: dict[Buffer, None]) -> list[Buffer]:
+    """What must be saved besides, to compute a free buffer again."""
+    out: dict[Buffer, None] = {}
+    stack, seen = [x], set()
+    while stack:
+        top = stack.pop()
+        if top in seen or top in saved or top.held:
+            continue
+        seen.add(top)
+        if top.free or top.alias:
+            stack.extend(top.ins)
+        else:
+            out[top] = None
+    return list(out)
+
+
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "FREES_SAVED", "PENDING_BYTES", "peak"]

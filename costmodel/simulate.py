@@ -1,0 +1,307 @@
+"""A step of one rank, simulated: a stream of computation and one of communication per link tier.
+
+Independent of the integer program and its assumptions on overlap: the local program is walked in the order in which
+`passes/overlap.py` would issue it, after merging small collectives as `passes/bucket.py` would. In short,
+
+* ops run in graph order on the stream of computation; moves (views, casts, slices) run when they are first needed;
+* a reduction is issued when its operand exists, a gather or all-to-all ahead of its first use within a window of bytes,
+  nearest use first;
+* a collective starts when it is issued and its link is free, and is waited for at its first use; what only the
+  output reads is pending, within a window of bytes, until the end of its phase;
+* the optimizer's update comes after the backward.
+
+Axes with the same link share one stream: two collectives cannot both have all of a link. Packing and unpacking of
+buckets is not counted. Linear in the program.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from autopar.costmodel.comm import Comm
+from autopar.costmodel.devices import Device, Link, machine
+from autopar.costmodel.edges import MOVES
+from autopar.costmodel.items import Items, items_of
+from autopar.costmodel.legal import Specs, plan_specs
+from autopar.costmodel.memory import Policy
+from autopar.costmodel.ops import Compute
+from autopar.costmodel.tasks import AHEAD, AHEAD_BYTES, BUCKET_BYTES, PENDING_BYTES, Task, Tasks, bucket
+from autopar.graph import BACKWARD, FORWARD, Program
+from autopar.plan import Plan
+
+COMPUTE = "compute"
+
+
+class Span(NamedTuple):
+    """Something that ran from `start` to `end` (seconds from the start of the step) on `stream`."""
+
+    name: str
+    stream: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Seconds of one step. step_s = compute_s + exposed_s + update_s.
+
+    Attributes:
+        compute_s: the stream of computation is busy (slices included). comm_s: sum over all collectives.
+        exposed_s: the stream of computation waits for collectives. update_s: the optimizer's update.
+        streams: busy seconds of every stream of communication, by the names of its axes.
+        spans: what ran when, if asked for.
+    """
+
+    step_s: float
+    compute_s: float
+    comm_s: float
+    exposed_s: float
+    update_s: float
+    streams: Mapping[str, float] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+
+
+def simulate(
+    program: Program | Items,
+    plan: Plan,
+    device: str | Device = "cpu",
+    links: Mapping[str, Link] | None = None,
+    *,
+    policy: Policy | None = None,
+    overlap: bool = True,
+    spans: bool = False,
+) -> Timeline:
+    """Simulate any legal plan.
+
+    Args:
+        device: preset name or Device. links: axis name -> Link, in place of the device's.
+        policy: what the optimizer keeps, for its update; None: Adam.
+        overlap: False: every collective is waited for at once and travels alone; the sum of all seconds then.
+        spans: keep what ran when.
+
+    Raises:
+        PlanError: the plan is not legal for the program.
+        MeshError: unknown device or axis.
+    """
+    items = program if isinstance(program, Items) else items_of(program)
+    where = machine(device, plan.mesh, links)
+    policy = policy or Policy(items.program.training)
+    return run(items, plan, plan_specs(items, plan), Compute(items, where), Comm(where), policy, overlap, spans)
+
+
+def run(
+    items: Items,
+    plan: Plan,
+    specs: Specs,
+    compute: Compute,
+    comm: Comm,
+    policy: Policy,
+    overlap: bool = True,
+    spans: bool = False,
+) -> Timeline:
+    """`simulate` with everything looked up already, for callers that price as well."""
+    tasks = Tasks(items, plan, specs, compute, comm.machine)
+    clock = _Clock(tasks, spans)
+    if overlap:
+        bucket(tasks)
+    for phase in (FORWARD, BACKWARD):
+        _Phase(tasks, clock, phase, overlap).run()
+    for task in tasks.all:  # moves that nobody has read
+        clock.need(task)
+    device = compute.machine.device
+    update = sum(
+        device.update_seconds(policy.update_bytes(i, specs.outs[i.index][0], plan.mesh.sizes))
+        for i in items.items
+        if i.kind == "param"
+    )
+    now = max(clock.now, *clock.free) if clock.free else clock.now
+    if spans and update:
+        clock.spans.append(Span("update", COMPUTE, now, now + update))
+    return Timeline(
+        step_s=now + update,
+        compute_s=clock.busy,
+        comm_s=sum(clock.carried),
+        exposed_s=now - clock.busy,
+        update_s=update,
+        streams=dict(zip(tasks.streams, clock.carried)),
+        spans=tuple(clock.spans),
+    )
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Where the streams are."""
+
+    def __init__(self, tasks: Tasks, keep: bool) -> None:
+        self.tasks, self.keep = tasks, keep
+        self.now = 0.0  # the stream of computation
+        self.busy = 0.0
+        self.free = [0.0] * len(tasks.streams)
+        self.carried = [0.0] * len(tasks.streams)
+        self.steps = 0  # ops that have run
+        self.spans: list[Span] = []
+        self.flying = 0.0  # bytes of gathers issued and not waited for
+        self.pending: deque[Task] = deque()  # reductions issued that only the output reads
+        self.held = 0.0  # their bytes
+        self.sent: list[Task] = []  # issued since `_Phase` has last looked
+
+    def need(self, task: Task) -> None:
+        """Bring computation to where `task` is done: run it, or wait for it."""
+        stack = [task]
+        while stack:
+            top = stack[-1]
+            if top.into is not None:
+                top = stack[-1] = top.into
+            if top.done:
+                stack.pop()
+                continue
+            missing = [s for s in top.srcs if not (s.into or s).done] if top.issued < 0 else []
+            if missing:
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if top.stream < 0:
+                self._compute(top)
+                continue
+            if top.issued < 0:
+                self._send(top)
+            self._wait(top)
+
+    def issue(self, task: Task) -> None:
+        """Issue a collective; what it reads is waited for."""
+        for src in task.srcs:
+            self.need(src)
+        if task.issued < 0:
+            self._send(task)
+
+    def _compute(self, task: Task) -> None:
+        if self.keep and task.seconds:
+            self.spans.append(Span(task.name, COMPUTE, self.now, self.now + task.seconds))
+        self.now += task.seconds
+        self.busy += task.seconds
+        task.done = True
+
+    def _send(self, task: Task) -> None:
+        start = max(self.now, self.free[task.stream])
+        task.end = self.free[task.stream] = start + task.seconds
+        task.issued = self.steps
+        self.sent.append(task)
+        self.carried[task.stream] += task.seconds
+        if self.keep:
+            self.spans.append(Span(task.name, self.tasks.streams[task.stream], start, task.end))
+        if task.kind in AHEAD:
+            self.flying += task.after
+        elif task.leaves:
+            self.pending.append(task)
+            self.held += task.before
+
+    def _wait(self, task: Task) -> None:
+        self.now = max(self.now, task.end)
+        task.done = True
+        if task.kind in AHEAD:
+            self.flying -= task.after
+        elif task.leaves:
+            self.held -= task.before
+
+    def drain(self, limit: float) -> None:
+        """Wait for the oldest reductions while too many are pending."""
+        while self.pending and self.held > limit:
+            oldest = self.pending.popleft()
+            if not oldest.done:
+                self._wait(oldest)
+
+
+class _Phase:
+    """The forward or the backward, issued in the order of `passes/overlap.py`."""
+
+    def __init__(self, tasks: Tasks, clock: _Clock, phase: str, overlap: bool) -> None:
+        self.everything, self.clock, self.overlap = tasks.all, clock, overlap
+        mine = [t for t in tasks.all if t.phase == phase and t.into is None]
+        self.ops = [t for t in mine if t.stream < 0 and not t.lazy]
+        self.units = [t for t in mine if t.stream >= 0]
+        self.ends = [t for t in tasks.ends if t.phase == phase]
+        self.gathers: list[tuple[float, int, Task]] = []  # heap: may be issued ahead
+        self.later: deque[tuple[int, Task]] = deque()  # wait for a collective just issued to have had an op's time
+        self.readers: dict[int, list[Task]] = {}
+        self.number = {id(t): n for n, t in enumerate(self.units)}
+        self.after: dict[int, list[Task]] = {}  # collective -> collectives that read it
+
+    def run(self) -> None:
+        if self.overlap:
+            self._prepare(self.everything)
+            self._issue()
+        for op in self.ops:
+            self.clock.need(op)
+            self.clock.steps += 1
+            if self.overlap:
+                for unit in self.readers.get(id(op), ()):
+                    unit.missing -= 1
+                    if not unit.missing:
+                        self._ready(unit)
+                self._issue()
+                self.clock.drain(PENDING_BYTES)
+        for unit in self.units if self.overlap else ():
+            self.clock.issue(unit)
+        for unit in self.units:
+            self.clock.need(unit)
+        for end in self.ends:
+            self.clock.need(end)
+
+    def _prepare(self, everything: list[Task]) -> None:
+        roots: dict[int, list[Task]] = {}  # ops and collectives that a move reads, through moves
+        for task in everything:
+            if task.lazy:
+                roots[id(task)] = _through(task, roots)
+        for unit in self.units:
+            waits = [t for t in _through(unit, roots) if not t.done]
+            unit.missing = len(waits)
+            for task in waits:
+                where = self.after if task.stream >= 0 else self.readers
+                where.setdefault(id(task), []).append(unit)
+            if not waits:
+                self._ready(unit)
+
+    def _ready(self, unit: Task) -> None:
+        """A reduction is issued at once, a gather when it is near enough."""
+        if unit.issued >= 0:
+            return
+        key = unit.first_use if unit.kind in AHEAD else -1.0
+        heapq.heappush(self.gathers, (key, self.number[id(unit)], unit))
+
+    def _issue(self) -> None:
+        clock = self.clock
+        while True:
+            for unit in clock.sent:
+                self.later += [(unit.issued, u) for u in self.after.pop(id(unit), ())]
+            clock.sent.clear()
+            while self.later and self.later[0][0] < clock.steps:
+                unit = self.later.popleft()[1]
+                unit.missing -= 1
+                if not unit.missing:
+                    self._ready(unit)
+            if not self.gathers:
+                return
+            unit = self.gathers[0][2]
+            if unit.issued < 0:
+                if unit.kind in AHEAD and clock.flying > 0 and clock.flying + unit.after > AHEAD_BYTES:
+                    return
+                clock.issue(unit)
+            heapq.heappop(self.gathers)
+
+
+def _through(task: Task, roots: dict[int, list[Task]]) -> list[Task]:
+    """What is not a move among what a task reads, behind the moves."""
+    found: dict[int, Task] = {}
+    for src in task.srcs:
+        src = src.into or src
+        found.update((id(t), t) for t in (roots[id(src)] if src.lazy else (src,)))
+    return list(found.values())
+
+
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "COMPUTE", "MOVES", "PENDING_BYTES", "Span", "Timeline", "run", "simulate"]

@@ -1,0 +1,290 @@
+"""What one rank executes under a plan, as a list of events on buffers: the lowering in outline, without a graph.
+
+It follows `passes/`: operands are brought to the spec that their reader wants, once for all readers; collectives stage
+their pieces; small gathers of parameters and reductions of gradients travel in buckets; what the backward needs is
+saved or computed again. `costmodel.liveness` walks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from autopar.costmodel.items import Item, Items, Meta, Tensor
+from autopar.costmodel.legal import Specs, storage_of
+from autopar.graph import BACKWARD, FORWARD, VIEWS, op_name
+from autopar.plan import Plan
+from autopar.reshard import Step, steps
+from autopar.spec import R, Spec, local_shape
+
+aten = torch.ops.aten
+#: A copy only if the operand has strides.
+_MAYBE = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default})
+#: Ops that rearrange and compute nothing: the backward does them again (as `passes/partition.py`).
+_MOVES = VIEWS | _MAYBE | {aten.clone.default, aten._to_copy.default, aten.cat.default}
+#: Kernels that are given contiguous operands (as `passes/localise.py`).
+_CONTIGUOUS = ("flash_attention_for_cpu", "layer_norm", "group_norm", "embedding_dense_backward", "softmax_backward")
+#: Written over an operand that dies; dense results; results as dense as their operands (as `passes/inplace.py`).
+_OVER = frozenset({aten.add.Tensor, aten.mul.Tensor})
+_DENSE = frozenset(
+    {
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.cat.default, aten.embedding.default,
+        aten.embedding_dense_backward.default,
+    }
+)  # fmt: skip
+_POINTWISE = _OVER | {
+    aten.sub.Tensor, aten.div.Tensor, aten.neg.default, aten.silu.default, aten.gelu.default,
+    aten.gelu_backward.default, aten.silu_backward.default,
+}  # fmt: skip
+#: Kinds of placeholders that outlive the step.
+HELD = {"param": "parameters", "buffer": "buffers", "input": "inputs"}
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A tensor on one rank. `base`: whose memory it is (itself, or what it is a view of)."""
+
+    size: float
+    ins: tuple[Buffer, ...] = ()
+    alias: bool = False
+    free: bool = False  # computing it again costs no arithmetic
+    held: str = ""  # kind of memory, of a placeholder
+    kind: str = "transient"
+    strided: bool = False
+    dense: bool = False  # known to be contiguous, so that it may be written over
+    product: bool = False  # of matrices: written where it is wanted
+
+    @property
+    def base(self) -> Buffer:
+        """The buffer whose memory this is."""
+        found = self
+        while found.alias:
+            found = found.ins[0]
+        return found
+
+
+@dataclass(eq=False)
+class Event:
+    """Something runs: reads `ins`, makes `outs`.
+
+    ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
+    """
+
+    ins: tuple[Buffer, ...]
+    outs: tuple[Buffer, ...]
+    ahead: bool = False
+    over: bool = False
+
+
+@dataclass(eq=False)
+class Travel:
+    """A gather of a parameter, or a reduction of a gradient: may share a bucket with others of its `key`."""
+
+    source: Buffer
+    out: Buffer
+    sent: float
+    received: float
+    key: tuple[object, ...]
+    moved: bool  # the result is copied into place
+    stacked: bool  # the operand is copied before it is sent
+
+
+@dataclass
+class Tape:
+    """Events by phase. Gathers of parameters are in `gathers`, by the order in which they are first read."""
+
+    forward: list[Event | Travel] = field(default_factory=list)
+    backward: list[Event | Travel] = field(default_factory=list)
+    placeholders: list[Buffer] = field(default_factory=list)
+    outputs: list[Buffer] = field(default_factory=list)
+    grads: list[Buffer] = field(default_factory=list)
+    largest: float = 0.0  # bytes of the largest trained piece
+
+    def of(self, phase: str) -> list[Event | Travel]:
+        """The events of a phase."""
+        return self.backward if phase == BACKWARD else self.forward
+
+
+def record(items: Items, plan: Plan, specs: Specs) -> Tape:
+    """The tape of one rank under `plan`; buckets are not packed yet."""
+    return _Recorder(items, plan, specs).run()
+
+
+class _Recorder:
+    def __init__(self, items: Items, plan: Plan, specs: Specs) -> None:
+        self.items, self.plan, self.specs = items, plan, specs
+        self.sizes = plan.mesh.sizes
+        self.tape = Tape()
+        self.at: dict[tuple[Tensor, Spec, str], Buffer] = {}
+        self.made: dict[Tensor, Buffer] = {}
+        self.again: set[int] = set()  # parameters that are gathered for each phase
+        self.stored: set[Buffer] = set()  # what comes out of placeholders by moves and gathers
+        self._bytes: dict[tuple[Meta, Spec], float] = {}
+        self.sinks: dict[int, list[Item]] = {}
+        for item in items.items:
+            if item.kind in ("grad", "output", "buffer_new"):
+                self.sinks.setdefault(item.ins[0].item, []).append(item)
+
+    def run(self) -> Tape:
+        for item in self.items.items:
+            if item.kind == "op":
+                self._op(item)
+            elif item.ins:
+                continue  # a sink: brought home right behind its producer
+            else:
+                self._source(item)
+            for sink in self.sinks.get(item.index, ()):
+                self._sink(sink)
+        return self.tape
+
+    def _source(self, item: Item) -> None:
+        if not item.outs or item.outs[0] is None:
+            return
+        tensor, spec = Tensor(item.index, 0), self.specs.outs[item.index][0]
+        size = self._size(item.outs[0], spec)
+        buffer = Buffer(size, held=HELD.get(item.kind, "inputs"), free=True)
+        if item.kind == "param":
+            if storage_of(self.plan, item).gather == "twice":
+                self.again.add(item.index)
+            if item.source is not None and item.source.trainable:
+                self.tape.largest = max(self.tape.largest, size)
+        buffer.kind = buffer.held
+        self.tape.placeholders.append(buffer)
+        self.stored.add(buffer)
+        self.made[tensor] = buffer
+
+    def _op(self, item: Item) -> None:
+        assert item.node is not None
+        target, phase = item.node.target, item.phase
+        ins = [self._bring(t, s, phase) for t, s in zip(item.ins, self.specs.ins[item.index])]
+        events = self.tape.of(phase)
+        if any(part in op_name(item.node) for part in _CONTIGUOUS):
+            for i, x in enumerate(ins):
+                if x.strided:
+                    ins[i] = Buffer(x.size, (x,), free=True)
+                    events.append(Event((x,), (ins[i],)))
+        view = target in VIEWS or (target in _MAYBE and bool(ins) and not ins[0].strided)
+        vals = item.node.meta["val"]
+        vals = vals if isinstance(vals, (tuple, list)) else (vals,)
+        outs = []
+        free = target in _MOVES or not ins
+        for index, (meta, spec) in enumerate(zip(item.outs, self.specs.outs[item.index])):
+            if meta is None:
+                continue
+            val = vals[index]
+            if view and target is aten.view.default and ins[0].strided and not _viewable(ins[0], val):
+                view = False
+            strided = bool(isinstance(val, torch.Tensor) and not val.is_contiguous())
+            out = Buffer(self._size(meta, spec), tuple(ins), view and bool(ins), free, strided=strided)
+            out.dense = target in _DENSE or (_dense(target, ins, out) and not strided)
+            out.product = target is aten.mm.default
+            self.made[Tensor(item.index, index)] = out
+            outs.append(out)
+            if free and ins and all(x in self.stored for x in ins):
+                self.stored.add(out)
+        events.append(Event(tuple(ins), tuple(outs), over=target in _OVER))
+
+    def _sink(self, item: Item) -> None:
+        tensor, spec = item.ins[0], self.specs.ins[item.index][0]
+        if item.kind != "grad":
+            self.tape.outputs.append(self._bring(tensor, spec, FORWARD))
+            return
+        param = self.items.items[self.items.param[item.name]]
+        if storage_of(self.plan, param).reduce == "all_reduce":
+            home = self.specs.outs[tensor.item][tensor.index]
+            mid = tuple(R if p.kind == "P" else p for p in home)
+            reduced = self._bring(tensor, mid, BACKWARD, grad=True)
+            out = self._move(self.items.meta(tensor), reduced, mid, spec, BACKWARD, grad=True)
+        else:
+            out = self._bring(tensor, spec, BACKWARD, grad=True)
+        out.base.kind = "gradients"
+        self.tape.grads.append(out)
+
+    # ---- communication -----------------------------------------------------------------------------------------
+
+    def _bring(self, tensor: Tensor, spec: Spec, phase: str, grad: bool = False) -> Buffer:
+        home = self.specs.outs[tensor.item][tensor.index]
+        if spec == home:
+            return self.made[tensor]
+        apart = tensor.item in self.again
+        for place in (phase, FORWARD) if phase == BACKWARD and not apart else (phase,):
+            found = self.at.get((tensor, spec, place))
+            if found is not None:
+                return found
+        out = self._move(self.items.meta(tensor), self.made[tensor], home, spec, phase, grad, apart)
+        self.at[tensor, spec, phase] = out
+        return out
+
+    def _move(
+        self, meta: Meta, x: Buffer, src: Spec, dst: Spec, phase: str, grad: bool = False, apart: bool = False
+    ) -> Buffer:
+        for level, step in enumerate(steps(meta.shape, src, dst, self.sizes)):
+            x = self._step(step, meta.itemsize, x, phase, grad, (level, phase, apart))
+        return x
+
+    def _step(self, step: Step, itemsize: int, x: Buffer, phase: str, grad: bool, mark: tuple[object, ...]) -> Buffer:
+        before, after = (math.prod(n) * itemsize for n in (step.before, step.after))
+        events = self.tape.of(phase)
+        out = Buffer(after, (x,), free=step.kind == "local_chunk", dense=True)
+        if step.kind == "local_chunk":
+            events.append(Event((x,), (out,)))
+            if x in self.stored:
+                self.stored.add(out)
+            return out
+        if x.strided and step.kind != "all_to_all":
+            copy = Buffer(x.size, (x,), free=True, kind="collectives")
+            events.append(Event((x,), (copy,)))
+            x = copy
+        unmoved = step.cat <= 0 and step.cat_outer == 1
+        if step.cat > 0 and all(n == 1 for n in step.before[: step.cat]) and step.cat_outer == 1:
+            unmoved = True
+        unstacked = step.split <= 0 or all(n == 1 for n in step.before[: step.split])
+        unstacked = unstacked and step.split_outer == 1
+        key = (step.kind, step.axis, step.reduce, itemsize, *mark)
+        gather, reduction = step.kind == "all_gather" and x in self.stored, grad and bool(step.reduce)
+        if gather or reduction:
+            events.append(
+                Travel(x, out, before, after, key, not unmoved, step.kind == "reduce_scatter" and not unstacked)
+            )
+            if gather:
+                out.kind = "gathered"
+                self.stored.add(out)
+            return out
+        if step.kind in ("reduce_scatter", "all_to_all") and not unstacked:
+            stack = Buffer(before, (x,), free=True, kind="collectives")
+            events.append(Event((x,), (stack,)))
+            x = stack
+        if step.kind in ("all_gather", "all_to_all"):
+            # What arrives, and what unpacks it: a copy unless the pieces lie in place.
+            staged = Buffer(after, (x,), kind="collectives")
+            events.append(Event((x,), (staged,), ahead=True))
+            out.ins, out.alias = (staged,), unmoved
+            events.append(Event((staged,), (out,)))
+        else:
+            events.append(Event((x,), (out,), over=step.kind == "all_reduce"))
+        return out
+
+    def _size(self, meta: Meta, spec: Spec) -> float:
+        key = (meta, spec)
+        found = self._bytes.get(key)
+        if found is None:
+            found = self._bytes[key] = float(math.prod(local_shape(meta.shape, spec, self.sizes)) * meta.itemsize)
+        return found
+
+
+def _dense(target: object, ins: Sequence[Buffer], out: Buffer) -> bool:
+    if out.alias or target is aten.clone.default:
+        return ins[0].dense
+    same = [x for x in ins if x.size == out.size]
+    return target in _POINTWISE and bool(same) and all(x.dense for x in same)
+
+
+def _viewable(x: Buffer, val: object) -> bool:
+    """Whether torch made `val` of a strided operand without a copy; capture saw the same strides."""
+    return isinstance(val, torch.Tensor) and not val.is_contiguous()
+
+
+__all__: Sequence[str] = ["HELD", "Buffer", "Event", "Tape", "Travel", "record"]

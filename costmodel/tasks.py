@@ -1,0 +1,241 @@
+"""The local program of a plan as tasks, small collectives merged: what `costmodel.simulate` runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from autopar.costmodel.comm import collective_seconds, step_seconds
+from autopar.costmodel.devices import Link, Machine
+from autopar.costmodel.edges import MOVES
+from autopar.costmodel.items import Item, Items, Meta, Tensor
+from autopar.costmodel.legal import Specs, storage_of
+from autopar.costmodel.ops import Compute
+from autopar.graph import BACKWARD
+from autopar.plan import Plan
+from autopar.reshard import Step, steps
+from autopar.rule import WHOLE
+from autopar.spec import R, Spec
+
+#: As `passes/bucket.py` and `passes/overlap.py`.
+BUCKET_BYTES = 25 << 20
+AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
+
+AHEAD = ("all_gather", "all_to_all")
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """An op (`stream` -1, `lazy` False), a move (-1, True), or a collective on a stream."""
+
+    name: str
+    phase: str
+    seconds: float
+    stream: int
+    lazy: bool
+    srcs: list[Task]
+    kind: str = ""
+    key: tuple[Any, ...] = ()  # collectives of one key may share a bucket
+    before: float = 0.0  # bytes on one rank on either side
+    after: float = 0.0
+    leaves: bool = False  # only the output reads it
+    first_use: float = math.inf
+    into: Task | None = None  # the bucket that it travels in
+    missing: int = 0  # ops it waits for
+    issued: int = -1  # number of ops that had run when it was issued
+    end: float = 0.0
+    done: bool = False
+
+
+class Tasks:
+    """The local program of a plan as tasks, in graph order."""
+
+    def __init__(self, items: Items, plan: Plan, specs: Specs, compute: Compute, where: Machine) -> None:
+        self.items, self.plan, self.specs, self.compute, self.where = items, plan, specs, compute, where
+        self.all: list[Task] = []
+        tiers: dict[Link, int] = {}
+        self.tier = [tiers.setdefault(link, len(tiers)) for link in where.links]
+        names: list[list[str]] = [[] for _ in tiers]
+        for name, tier in zip(plan.mesh.names, self.tier):
+            names[tier].append(name)
+        self.streams = ["+".join(row) for row in names]
+        self.at: dict[tuple[Tensor, Spec, str, str], Task | None] = {}  # what is at hand
+        self.ends: list[Task] = []  # what the output reads
+        self._ways: dict[tuple[Meta, Spec, Spec, str], list[tuple[Step, float]]] = {}
+        self._seconds: dict[tuple[Any, ...], float] = {}
+        self.twice = {i.index for i in items.items if i.kind == "param" and storage_of(plan, i).gather == "twice"}
+        sizes = plan.mesh.sizes
+        for item in items.items:
+            if item.kind == "op":
+                row = tuple(c if n > 1 else WHOLE for c, n in zip(plan.choice(item.name), sizes))
+                self._op(item, row)
+            elif item.kind == "grad":
+                held = storage_of(plan, items.items[items.param[item.name]])
+                self._end(self._bring(item, 0, held.reduce))
+            elif item.ins:
+                self._end(self._bring(item, 0, ""))
+            else:
+                for index in range(len(item.outs)):
+                    self._own(Tensor(item.index, index), None)
+
+    def _own(self, tensor: Tensor, task: Task | None) -> None:
+        self.at[tensor, self.specs.outs[tensor.item][tensor.index], "", ""] = task
+
+    def _op(self, item: Item, row: tuple[Any, ...]) -> None:
+        key = (item.signature, row)
+        seconds = self._seconds.get(key)
+        if seconds is None:
+            seconds = self._seconds[key] = self.compute.seconds(item, row)
+        srcs = [t for k in range(len(item.ins)) if (t := self._bring(item, k, "")) is not None]
+        assert item.node is not None
+        task = Task(item.name, item.phase, seconds, -1, item.node.target in MOVES, srcs)
+        self.all.append(task)
+        for index in range(len(item.outs)):
+            self._own(Tensor(item.index, index), task)
+
+    def _end(self, task: Task | None) -> None:
+        if task is not None:
+            self.ends.append(task)
+
+    def _bring(self, reader: Item, position: int, reduce: str) -> Task | None:
+        """What makes operand `position` of `reader` in the spec that it wants; None: it is there from the start."""
+        tensor, dst = reader.ins[position], self.specs.ins[reader.index][position]
+        src = self.specs.outs[tensor.item][tensor.index]
+        home = self.at[tensor, src, "", ""]
+        if src == dst:
+            return home
+        phase = reader.phase if tensor.item in self.twice else ""
+        key = (tensor, dst, phase, reduce)
+        if key not in self.at:
+            again = phase == BACKWARD
+            self.at[key] = self._travel(tensor, src, dst, reduce, home, reader.phase, again)
+        return self.at[key]
+
+    def _travel(
+        self, tensor: Tensor, src: Spec, dst: Spec, reduce: str, home: Task | None, phase: str, again: bool
+    ) -> Task | None:
+        meta, last = self.items.meta(tensor), home
+        name = self.items.items[tensor.item].name
+        for step, seconds in self._way(meta, src, dst, reduce):
+            before, after = (math.prod(s) * meta.itemsize for s in (step.before, step.after))
+            srcs = [] if last is None else [last]
+            collective = step.kind != "local_chunk"
+            last = Task(
+                f"{step.kind} {name}",
+                phase,
+                seconds,
+                self.tier[step.axis] if collective else -1,
+                not collective,
+                srcs,
+                step.kind,
+                (step.kind, step.axis, step.reduce, meta.dtype, phase, again),
+                before,
+                after,
+            )
+            self.all.append(last)
+        return last
+
+    def _way(self, meta: Meta, src: Spec, dst: Spec, reduce: str) -> list[tuple[Step, float]]:
+        key = (meta, src, dst, reduce)
+        found = self._ways.get(key)
+        if found is None:
+            mid = tuple(R if p.kind == "P" else p for p in src) if reduce == "all_reduce" else src
+            sizes = self.plan.mesh.sizes
+            moves = [*steps(meta.shape, src, mid, sizes), *steps(meta.shape, mid, dst, sizes)]
+            found = self._ways[key] = [(s, step_seconds(s, meta.itemsize, self.where)) for s in moves]
+        return found
+
+
+# ---- buckets -------------------------------------------------------------------------------------------------------
+
+
+def bucket(tasks: Tasks) -> None:
+    """Merge small collectives as `passes/bucket.py` does: one latency for many."""
+    _first_uses(tasks)
+    gathers, reductions = _gathers(tasks), _reductions(tasks)
+    gathers.sort(key=lambda pair: pair[0].first_use)
+    for found in (gathers, reductions):
+        open_: dict[tuple[Any, ...], list[Task]] = {}
+        filled: dict[tuple[Any, ...], float] = {}
+        groups: list[list[Task]] = []
+        for task, level in found:
+            size, key = max(task.before, task.after), (*task.key, level)
+            if size >= BUCKET_BYTES:
+                continue
+            if key not in open_ or filled[key] + size > BUCKET_BYTES:
+                open_[key], filled[key] = [], 0.0
+                groups.append(open_[key])
+            open_[key].append(task)
+            filled[key] += size
+        for group in groups:
+            if len(group) > 1:
+                tasks.all.append(_merge(tasks, group))
+
+
+def _merge(tasks: Tasks, group: list[Task]) -> Task:
+    first = group[0]
+    before, after = sum(t.before for t in group), sum(t.after for t in group)
+    together = collective_seconds(first.kind, first.key[1], before, after, tasks.where)
+    seconds = min(together, sum(t.seconds for t in group))  # a measured curve may bend
+    made = Task(
+        f"{first.name} and {len(group) - 1} more",
+        first.phase,
+        seconds,
+        first.stream,
+        False,
+        [s for t in group for s in t.srcs],
+        first.kind,
+        (),
+        before,
+        after,
+        first.leaves,
+        min(t.first_use for t in group),
+    )
+    for task in group:
+        task.into = made
+    return made
+
+
+def _first_uses(tasks: Tasks) -> None:
+    """For every move and collective the first op (by number in `all`) that needs it, and whether only outputs do."""
+    for number in range(len(tasks.all) - 1, -1, -1):
+        task = tasks.all[number]
+        use = task.first_use if task.lazy or task.stream >= 0 else number
+        for src in task.srcs:
+            src.first_use = min(src.first_use, use)
+    for task in tasks.all:
+        task.leaves = task.first_use == math.inf and (task.stream >= 0 or task.lazy)
+
+
+def _gathers(tasks: Tasks) -> list[tuple[Task, int]]:
+    """Gathers of what is there from the start, with the number of gathers before each."""
+    level: dict[int, int] = {}
+    found = []
+    for task in tasks.all:
+        moves = task.lazy or task.kind == "all_gather"
+        if not moves or any(id(s) not in level for s in task.srcs):
+            continue
+        before = max((level[id(s)] for s in task.srcs), default=0)
+        level[id(task)] = before + (task.kind == "all_gather")
+        if task.kind == "all_gather":
+            found.append((task, before))
+    return found
+
+
+def _reductions(tasks: Tasks) -> list[tuple[Task, int]]:
+    """Reductions that only the output reads, with the number of reductions behind each."""
+    behind: dict[int, int] = {}
+    other: set[int] = set()  # read by something that is no such reduction, nor a move
+    found = []
+    for task in reversed(tasks.all):
+        reduces = task.kind in ("all_reduce", "reduce_scatter")
+        fine = task.leaves and id(task) not in other and (reduces or task.lazy)
+        if fine and reduces:
+            found.append((task, behind.get(id(task), 0)))
+        for src in task.srcs:
+            if fine:
+                behind[id(src)] = max(behind.get(id(src), 0), behind.get(id(task), 0) + reduces)
+            else:
+                other.add(id(src))
+    return found[::-1]

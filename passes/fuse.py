@@ -1,0 +1,74 @@
+"""Fused kernels again, for graphs that run op by op: planning wants one form per idea, execution the fewest kernels.
+
+* a product and the bias added to it: `addmm` (the capture takes it apart, for a bias inside a product would be added
+  once per shard; here all that is settled);
+* operands of attention are copied to be contiguous only if their last dim is not: its kernels take any other strides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from autopar.passes import edit
+
+aten = torch.ops.aten
+
+_FLAT = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+#: Kernels that step through operands of four dims by stride, but for the last dim.
+_STRIDED_ATTENTION = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+
+
+def fuse(gm: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite a bound, functional local graph as described above. `gm` is changed."""
+    for node in list(gm.graph.nodes):
+        if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+            _bias(gm.graph, node)
+        elif node.target in _STRIDED_ATTENTION:
+            _keep_strides(gm.graph, node)
+    edit.remove_dead(gm)
+    gm.recompile()
+    return gm
+
+
+def _bias(graph: fx.Graph, node: fx.Node) -> None:
+    """product + bias, with changes of shape between that keep the last dim, is addmm and those changes."""
+    for flat, bias in (node.args, node.args[::-1]):
+        if not isinstance(flat, fx.Node) or not isinstance(bias, fx.Node) or len(edit.shape(bias)) != 1:
+            continue
+        product = flat
+        while product.target in _FLAT and len(product.users) == 1:
+            product = product.args[0]  # type: ignore[assignment]
+        same = product.meta["val"].dtype is bias.meta["val"].dtype is node.meta["val"].dtype
+        if product.target is not aten.mm.default or len(product.users) > 1 or not same:
+            continue
+        width = edit.shape(product)[1]
+        if edit.shape(flat)[-1] != width or edit.shape(bias) != (width,) or edit.shape(flat) != edit.shape(node):
+            continue
+        with graph.inserting_before(node):
+            out = edit.call(graph, aten.addmm.default, bias, *product.args, like=node)
+            if edit.shape(out) != edit.shape(node):
+                out = edit.call(graph, aten.view.default, out, list(edit.shape(node)), like=node)
+        node.replace_all_uses_with(out)
+        return
+
+
+def _keep_strides(graph: fx.Graph, node: fx.Node) -> None:
+    for x in node.all_input_nodes:
+        if x.target is aten.contiguous.default and len(x.args) == 1 and not x.kwargs and len(edit.shape(x)) == 4:
+            with graph.inserting_before(node):
+                kept = graph.call_function(last_dim_dense, (x.args[0],))
+            edit.inherit(kept, x)
+            kept.meta["val"] = x.meta["val"]
+            node.replace_input_with(x, kept)
+
+
+def last_dim_dense(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if neighbours along its last dim are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+__all__ = ["fuse", "last_dim_dense"]

@@ -1,0 +1,58 @@
+"""Optimizers that cannot update sharded parameters say so before their first step.
+
+Torch runs an optimizer on DTensors op by op. Some read a norm as a Python number, which for a sharded tensor is the
+norm of this rank's piece: wrong updates, without a word. Others use ops that DTensor refuses with an error from inside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from autopar.errors import RuntimeUseError
+
+_WHOLE = 'or keep the parameters whole (constraints={"*": "replicate"})'
+#: Class -> why not, and what to do; for parameters that are sharded.
+_REFUSED: dict[type[Optimizer], tuple[str, str]] = {
+    torch.optim.Adafactor: ("takes norms of each rank's piece for norms of the parameter", f"use AdamW, {_WHOLE}"),
+    torch.optim.Rprop: ("assigns through masks, which torch's DTensor cannot", f"use AdamW or SGD, {_WHOLE}"),
+}
+#: Classes whose fused form torch's DTensor does not know, sharded or not.
+_NOT_FUSED = (torch.optim.SGD, torch.optim.Adagrad)
+_meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+_hooked = False
+
+
+def watch(mesh: DeviceMesh | None) -> None:
+    """Check, from now on, every optimizer that steps parameters on `mesh` (None: nothing is sharded)."""
+    global _hooked
+    if mesh is None:
+        return
+    _meshes.add(mesh)
+    if not _hooked:
+        register_optimizer_step_pre_hook(_check)
+        _hooked = True
+
+
+def _check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a step.
+
+    Raises:
+        RuntimeUseError: `optimizer` would give wrong numbers, or torch's error from inside; nothing has changed yet.
+    """
+    name = type(optimizer).__name__
+    reason = next((why for cls, why in _REFUSED.items() if isinstance(optimizer, cls)), None)
+    fusible = isinstance(optimizer, _NOT_FUSED)
+    if reason is None and not fusible:
+        return
+    for group in optimizer.param_groups:
+        ours = [p for p in group["params"] if isinstance(p, DTensor) and p.device_mesh in _meshes]
+        if fusible and group.get("fused") and ours:
+            raise RuntimeUseError(f"{name}(fused=True) does not know DTensor parameters; leave out fused=True")
+        if reason is not None and any(p.is_shard() for tensor in ours for p in tensor.placements):
+            raise RuntimeUseError(f"{name} cannot update sharded parameters: it {reason[0]}; {reason[1]}")

@@ -1,0 +1,152 @@
+"""The predicted peak against what is really alive, and what it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import autopar
+from autopar import passes
+from autopar.capture import capture
+from autopar.costmodel import liveness, planner
+from autopar.costmodel.items import items_of
+from autopar.costmodel.legal import plan_specs
+from autopar.costmodel.memory import KINDS, OPTIMIZERS, Policy
+from autopar.costmodel.order import ahead
+from autopar.costmodel.tape import Buffer, Event
+from autopar.errors import ConstraintError
+from autopar.mesh import Mesh
+from autopar.passes.bucket import BUCKET_BYTES, bucket
+from autopar.passes.overlap import overlap
+from autopar.plan import Plan
+from tests.harness import Ranks
+from tests.live_bytes import LiveBytes
+from tests.zoo import ZOO
+
+STRATEGIES = ("dp:ddp", "dp:zero1", "dp:zero2", "dp:zero3", "tp:tp", "tp:tp_sp")
+_PROGRAMS = {}
+
+
+def program(name: str):
+    """The captured program of a tiny model."""
+    if name not in _PROGRAMS:
+        model, batch = ZOO[name](seed=0)
+        found = capture(model, (), batch)
+        _PROGRAMS[name] = getattr(found, "program", found)
+    return _PROGRAMS[name]
+
+
+def planned(name: str, strategy: str, size: int = 2) -> Plan:
+    """A plan under one strategy."""
+    axis, _, wish = strategy.partition(":")
+    mesh = Mesh.parse(f"{axis}={size}")
+    return planner.plan(program(name), mesh, constraints={axis: wish}, output_specs="free")
+
+
+def measured(name: str, text: str) -> int:
+    """On one rank: the peak of live bytes in the third step of AdamW."""
+    model, batch = ZOO[name](seed=0)
+    plan = Plan.from_json(text)
+    pm = autopar.compile(model, plan.mesh, example=batch, plan=plan)
+    optimizer = torch.optim.AdamW(pm.parameters())
+
+    def step() -> None:
+        out = pm(**batch)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    with LiveBytes([*pm.parameters(), *pm.buffers(), *batch.values(), *state]) as live:
+        step()
+    return live.peak
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as started:
+        yield started
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_llama_within_five_percent(ranks, strategy):
+    plan = planned("llama", strategy)
+    peak = max(ranks.run(measured, "llama", plan.to_json()))
+    assert plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("gpt2", "dp:zero3"), ("gpt2", "tp:tp"), ("resnet", "dp:zero2")])
+def test_other_models_within_five_percent(ranks, name, strategy):
+    plan = planned(name, strategy)
+    peak = max(ranks.run(measured, name, plan.to_json()))
+    assert plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+def test_live_bytes_counts_storages_once():
+    kept = torch.ones(100)
+    with LiveBytes([kept]) as live:
+        a = kept * 2
+        b = a.view(10, 10)
+        assert live.now == 800
+        del a
+        assert live.now == 800  # the view keeps it
+        del b
+        assert live.now == 400
+    assert live.peak == 800
+
+
+def peak(name: str, strategy: str, optimizer: str = "adamw", slack: float = 0.0) -> dict[str, float]:
+    """Predicted bytes by kind."""
+    plan, items = planned(name, strategy), items_of(program(name))
+    return liveness.peak(items, plan, plan_specs(items, plan), Policy(True, None, optimizer), slack)
+
+
+def test_kinds_and_slack():
+    plain, slack = peak("llama", "dp:zero2"), peak("llama", "dp:zero2", slack=0.1)
+    assert tuple(plain) == KINDS and plain["slack"] == 0
+    assert slack["slack"] == pytest.approx(0.1 * sum(plain.values()))
+    assert all(v >= 0 for v in plain.values())
+
+
+def test_state_by_class_of_optimizer():
+    parameters = peak("llama", "dp:ddp")["parameters"]
+    factors = {"adamw": 2, "sgd": 0, "sgd_momentum": 1, "lion": 1, "amsgrad": 3}
+    for name, factor in factors.items():
+        assert peak("llama", "dp:ddp", name)["optimizer"] == factor * parameters
+    assert OPTIMIZERS["adafactor"].state((8, 4)) == 12 and OPTIMIZERS["adafactor"].state((2, 8, 4)) == 24
+    assert OPTIMIZERS["adafactor"].state((7,)) == 7
+    with pytest.raises(ConstraintError, match="no optimizer 'adamx' is known; choose one of adamw"):
+        Policy(True, None, "adamx")
+
+
+def test_the_planner_takes_an_optimizer():
+    found = [
+        planner.plan(program("llama"), Mesh.parse("dp=2"), constraints={"dp": "ddp"}, optimizer=name).predicted
+        for name in ("adamw", "sgd")
+    ]
+    assert found[0]["memory"]["optimizer"] > found[1]["memory"]["optimizer"] == 0
+
+
+def test_zero_stages_need_less_and_less():
+    held = [sum(peak("llama", f"dp:{s}").values()) for s in ("ddp", "zero1", "zero2", "zero3")]
+    assert held[0] > held[1] > held[3] and held[0] > held[2] > held[3]
+
+
+def test_constants_are_those_of_the_passes():
+    assert liveness.BUCKET_BYTES == BUCKET_BYTES
+    defaults = overlap.__defaults__
+    assert defaults[:2] == (liveness.AHEAD_BYTES, liveness.PENDING_BYTES)
+    assert passes.SYMBOLIC[-1] is bucket
+
+
+def test_gathers_run_ahead_within_the_window():
+    weights = [Buffer(10, held="parameters") for _ in range(3)]
+    wholes = [Buffer(20, (w,)) for w in weights]
+    starts = [Event((w,), (g,), ahead=True) for w, g in zip(weights, wholes)]
+    uses = [Event((g,), (Buffer(1, (g,)),)) for g in wholes]
+    serial = [e for pair in zip(starts, uses) for e in pair]
+    assert ahead(serial, 40) == [starts[0], starts[1], uses[0], starts[2], uses[1], uses[2]]
+    assert ahead(serial, 1) == serial
+    assert ahead(uses, 40) == uses
