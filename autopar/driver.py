@@ -129,7 +129,7 @@ def compile(
         "the plan", given and _decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
     )
     # passes/fuse.py and inplace.py stay off: gradients that are views of one bucket cannot be deep-copied.
-    build = _Builder(control, asked, given, eager=False)
+    build = _Builder(control, asked, given, eager=backend == "eager")
     options = Options(check, backend, asked.data_axes, init, asked.shared)
     module = ParallelModule(model, empty, grid, control, build, options)
     if call is not None:

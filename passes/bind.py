@@ -39,8 +39,9 @@ STARTS = (
     functional.all_to_all_single.default,
 )
 WAIT = functional.wait_tensor.default
-#: all_reduce over its operand, of `passes/inplace.py`.
+#: Of `passes/inplace.py`: all_reduce over its operand, all_gather into a buffer that is there.
 IN_PLACE_REDUCE = functional.all_reduce_.default
+GATHER_INTO = functional.all_gather_into_tensor_out.default
 #: `gm.meta` key that says the graph has no symbolic node left.
 BOUND = "autopar_bound"
 

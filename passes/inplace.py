@@ -8,7 +8,9 @@ able to tell:
 * what a bucket packs is written into the bucket where it is computed: a matrix product writes its result there at once
   (`mm.out`), other values are copied there as soon as they exist, not joined by `cat` at the end;
 * pieces of a reduced bucket that go to the output are handed out as views of it. They are gradients, which the
-  optimizer reads together and frees together.
+  optimizer reads together and frees together;
+* what all_gather brings is written into memory of ours. That is for safety, not for speed: the functional form goes
+  through gloo's coalesced gathers, which corrupt the heap when several are in flight (seen on torch 2.13).
 
 Placeholders, constants and outputs are never written to: tensors saved for the backward may be read twice. Compilers
 do the same themselves, so that their graphs do not pass here.
@@ -22,7 +24,7 @@ import torch
 from torch import fx
 
 from autopar.passes import edit
-from autopar.passes.bind import IN_PLACE_REDUCE, WAIT, functional
+from autopar.passes.bind import GATHER_INTO, IN_PLACE_REDUCE, WAIT, functional
 
 aten = torch.ops.aten
 
@@ -68,6 +70,7 @@ def inplace(gm: fx.GraphModule) -> fx.GraphModule:
     _hand_out_views(gm)
     _pack_early(gm)
     _reduce_in_place(gm)
+    _gather_into(gm)  # last: the others know the functional form
     gm.recompile()
     return gm
 
@@ -293,6 +296,15 @@ def _reduce_in_place(gm: fx.GraphModule) -> None:
             x: fx.Node = node.args[0]
             if memory.root[x].target is aten.new_empty.default or memory.dies_at(x, node):
                 node.target = IN_PLACE_REDUCE
+
+
+def _gather_into(gm: fx.GraphModule) -> None:
+    """all_gather into a buffer that is there."""
+    for node in gm.graph.nodes:
+        if node.target is functional.all_gather_into_tensor.default:
+            with gm.graph.inserting_before(node):
+                out = edit.call(gm.graph, aten.new_empty.default, node.args[0], list(edit.shape(node)), like=node)
+            node.target, node.kwargs = GATHER_INTO, {"out": out}
 
 
 __all__ = ["inplace"]

@@ -18,7 +18,7 @@ from autopar.graph import BACKWARD, FORWARD, op_name
 from autopar.mesh import Mesh
 from autopar.passes import collectives as c
 from autopar.passes import edit
-from autopar.passes.bind import BOUND, IN_PLACE_REDUCE, STARTS, WAIT
+from autopar.passes.bind import BOUND, GATHER_INTO, IN_PLACE_REDUCE, STARTS, WAIT
 
 _REDUCES = ("sum", "max", "min")
 
@@ -114,7 +114,7 @@ def _symbolic(node: fx.Node, mesh: Mesh | None) -> None:
 def _bound(node: fx.Node) -> None:
     if node.target in c.SYMBOLIC:
         raise PassError(f"{node.name} ({_title(node)}) is symbolic, but the graph is bound; bind lowers all of them")
-    starts = (*STARTS, IN_PLACE_REDUCE)
+    starts = (*STARTS, IN_PLACE_REDUCE, GATHER_INTO)
     if node.target in starts:
         if not node.users:
             raise PassError(f"{node.name} ({_title(node)}) is never waited for")

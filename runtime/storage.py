@@ -64,6 +64,9 @@ def rewrap(like: DTensor) -> Callable[[torch.Tensor], DTensor]:
     mesh, placements, size, stride = like.device_mesh, like.placements, like.shape, like.stride()
 
     def wrap(piece: torch.Tensor) -> DTensor:
+        if piece.storage_offset():
+            # The DTensor would take over the offset without the memory: torch then fails to copy it (copy.deepcopy).
+            piece = torch.from_dlpack(piece)
         return DTensor.from_local(piece, mesh, placements, run_check=False, shape=size, stride=stride)
 
     return wrap

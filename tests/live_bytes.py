@@ -31,6 +31,7 @@ class LiveBytes(TorchDispatchMode):
         self.names: dict[int, tuple[str, int]] = {}  # number of a storage -> op that made it, bytes
         self.at_peak: Counter[str] = Counter()
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._spans: dict[int, tuple[int, int]] = {}  # number of a storage -> its addresses
         self._number = 0
         for tensor in held:
             self._count(tensor, "held")
@@ -49,11 +50,13 @@ class LiveBytes(TorchDispatchMode):
         if local.device.type == "meta":
             return
         storage = local.untyped_storage()
-        if storage in self._seen:
-            return
+        size, start = storage.nbytes(), storage.data_ptr()
+        if storage in self._seen or any(a <= start and start + size <= b for a, b in self._spans.values()):
+            return  # known, or memory of a storage that is, under another head
         self._number += 1
-        number, size = self._number, storage.nbytes()
+        number = self._number
         self._seen[storage] = number
+        self._spans[number] = (start, start + size)
         self.names[number] = (f"{name} {tuple(local.shape)}", size)
         weakref.finalize(storage, self._gone, number)
         self.now += size
@@ -66,3 +69,4 @@ class LiveBytes(TorchDispatchMode):
 
     def _gone(self, number: int) -> None:
         self.now -= self.names.pop(number)[1]
+        del self._spans[number]

@@ -11,7 +11,7 @@ from torch import fx
 
 from autopar.graph import FORWARD
 from autopar.passes import edit
-from autopar.passes.bind import BOUND, IN_PLACE_REDUCE, WAIT, functional
+from autopar.passes.bind import BOUND, GATHER_INTO, IN_PLACE_REDUCE, WAIT, functional
 from autopar.passes.fuse import fuse, last_dim_dense
 from autopar.passes.inplace import inplace
 from autopar.passes.verify import verify
@@ -245,3 +245,17 @@ def test_a_bucket_beside_an_op_of_several_results():
     rows = [b(aten.view.default, part, [part.meta["val"].numel()]) for part in parts]
     ops = check(b.done(b.reduce(b(aten.cat.default, rows, 0))), (4, 4), (4,))
     assert "aten.cat.default" not in ops
+
+
+def test_gathers_fill_memory_of_ours():
+    """Several functional gathers in flight corrupt the heap on gloo; the form that is given its memory does not."""
+    b = Builder()
+    x = b.input(2, 3)
+    start = b(functional.all_gather_into_tensor.default, x, 2, "none")
+    start.meta["val"] = torch.empty(4, 3, dtype=F64, device="meta")
+    wait = b(WAIT, start)
+    wait.meta["val"] = start.meta["val"]
+    after = inplace(b.done(b(aten.neg.default, wait)))
+    verify(after)
+    targets = [n.target for n in after.graph.nodes if n.op == "call_function"]
+    assert targets == [aten.new_empty.default, GATHER_INTO, WAIT, aten.neg.default]

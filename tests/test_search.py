@@ -13,6 +13,7 @@ from autopar.capture import capture
 from autopar.costmodel import search
 from autopar.costmodel.devices import DEVICES, Link
 from autopar.costmodel.planner import plan
+from autopar.costmodel.sweep import GAP
 from autopar.errors import InfeasibleError, MeshError
 from autopar.mesh import Mesh
 from tests import zoo
@@ -52,7 +53,8 @@ def test_the_best_comes_first_and_is_the_planners_own(program, found):
     assert steps == sorted(steps)
     assert min(steps) == steps[0] < steps[1]  # so that the order means something
     again = plan(program, found[0].mesh, device=PAIRS)
-    assert again.predicted["step_s"] == pytest.approx(steps[0])
+    # Solves end within a gap, and where in it depends on how long they were given.
+    assert again.predicted["step_s"] == pytest.approx(steps[0], rel=2 * GAP)
     listed = search.best_plan(found).solver["meshes"]
     assert [m["mesh"] for m in listed] == [str(t.mesh) for t in found]
     assert autopar.Plan.from_json(search.best_plan(found).to_json()).solver["meshes"] == listed
