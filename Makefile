@@ -43,8 +43,8 @@ test-all: setup ## every test, the long sweeps too
 check: setup wheel ## ruff, mypy on the installed wheel, house rules, the smallest tests; under a minute
 	"$(BIN)/ruff" check .
 	cd $(SITE) && MYPYPATH="$(CURDIR)/$(SITE)" "$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p autopar
-	"$(BIN)/python" -m pytest -m "not slow" tests/test_house.py
-	"$(BIN)/python" -m pytest -m tiny --ignore=tests/test_house.py
+	"$(BIN)/python" -m pytest -m "not slow" tests/test_house.py tests/test_documents.py
+	"$(BIN)/python" -m pytest -m tiny --ignore=tests/test_house.py --ignore=tests/test_documents.py
 
 # mypy is blind to the mapped folders of an editable install, so it reads the wheel as a user would install it.
 wheel: setup

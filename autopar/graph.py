@@ -57,6 +57,17 @@ VIEWS: frozenset[Any] = frozenset(
 )
 #: Ops through which a parameter is still seen as itself: in another way, or in another precision.
 LOOKS: frozenset[Any] = VIEWS | {aten._to_copy.default, aten.clone.default}
+#: Ops that rearrange elements, perhaps into new memory or another dtype, and compute nothing.
+COPIES: frozenset[Any] = frozenset(
+    {
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten._to_copy.default,
+        aten.cat.default,
+    }
+)
 
 
 class Value(NamedTuple):

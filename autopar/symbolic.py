@@ -56,8 +56,7 @@ class Batches:
         old, new = self.traced.returned, Returned()
         new.__dict__.update(old.__dict__)
         new.leaves = [
-            Leaf(path, self.number(value, size) if isinstance(value, SYMBOLIC) else value)
-            for path, value in old.leaves
+            Leaf(path, self.number(value, size) if isinstance(value, SYMBOLIC) else value) for path, value in old.leaves
         ]
         return new
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from autopar.errors import PassError
+from autopar.graph import COPIES
 from autopar.graph import VIEWS as GRAPH_VIEWS
 from autopar.passes import collectives as c
 
@@ -39,15 +40,7 @@ STRIDED = frozenset(
 #: Copies if the operand has strides, else views.
 MAYBE_COPIES = (aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default)
 #: Ops that copy or rearrange elements (perhaps to another dtype) and compute nothing.
-MOVES = VIEWS | {
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten._to_copy.default,
-    aten.cat.default,
-    c.local_chunk,
-}
+MOVES = VIEWS | COPIES | {c.local_chunk}
 
 
 class Draft(fx.GraphModule):

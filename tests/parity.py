@@ -55,9 +55,7 @@ def run_local(local: LocalProgram, values: list[torch.Tensor]) -> dict[Key, Any]
     """The local graph on every rank in lock step; global results, with all replicas compared."""
     mesh = local.mesh
     ranks = range(mesh.num_devices)
-    rows = [
-        [shard(v, s, mesh.sizes, mesh.coordinates(r)) for v, s in zip(values, local.source_specs)] for r in ranks
-    ]
+    rows = [[shard(v, s, mesh.sizes, mesh.coordinates(r)) for v, s in zip(values, local.source_specs)] for r in ranks]
     got = lockstep.run(local.gm, mesh, rows)
     out: dict[Key, Any] = {}
     for i, (sink, spec) in enumerate(zip(local.program.sinks, local.sink_specs)):
