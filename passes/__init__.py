@@ -18,6 +18,7 @@ from autopar.mesh import Mesh
 from autopar.passes.bind import bind
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
+from autopar.passes.direct import direct
 from autopar.passes.edit import finished
 from autopar.passes.fuse import fuse
 from autopar.passes.inplace import inplace
@@ -75,7 +76,7 @@ def finish(
     # Overlap orders what all others have made; what is in place depends on that order.
     steps = (partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups), overlap)
     out, report = run(gm, (*steps, *EAGER) if eager else steps, mesh=mesh, title=title)
-    return finished(out), report
+    return finished(direct(out) if eager else out), report
 
 
 __all__ = ["LocalProgram", "Parts", "Report", "cut", "finish", "lower"]

@@ -1,7 +1,8 @@
-"""Optimizers that cannot update sharded parameters say so before their first step.
+"""What happens when an optimizer steps our parameters: it is refused if it would be wrong, and quickened if it can be.
 
 Torch runs an optimizer on DTensors op by op. Some read a norm as a Python number, which for a sharded tensor is the
 norm of this rank's piece: wrong updates, without a word. Others use ops that DTensor refuses with an error from inside.
+Both say so before their first step. What works element by element steps local pieces (`runtime/local_step.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from autopar.errors import RuntimeUseError
+from autopar.runtime.local_step import ELEMENTWISE, eligible, stand_in, take_over
 
 _WHOLE = 'or keep the parameters whole (constraints={"*": "replicate"})'
 #: Class -> why not, and what to do; for parameters that are sharded.
@@ -25,21 +28,48 @@ _REFUSED: dict[type[Optimizer], tuple[str, str]] = {
 #: Classes whose fused form torch's DTensor does not know, sharded or not.
 _NOT_FUSED = (torch.optim.SGD, torch.optim.Adagrad)
 _meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+_last: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 _hooked = False
 
 
 def watch(mesh: DeviceMesh | None) -> None:
-    """Check, from now on, every optimizer that steps parameters on `mesh` (None: nothing is sharded)."""
+    """Look, from now on, at every optimizer that steps parameters on `mesh` (None: nothing is sharded)."""
     global _hooked
     if mesh is None:
         return
     _meshes.add(mesh)
     if not _hooked:
-        register_optimizer_step_pre_hook(_check)
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)
         _hooked = True
 
 
-def _check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check; then have `_localise` run after the optimizer's own hooks, which may change gradients."""
+    _check(optimizer)
+    if type(optimizer) in ELEMENTWISE:
+        if optimizer in _last:
+            _last.pop(optimizer).remove()
+        if not torch.compiler.is_compiling():
+            _last[optimizer] = optimizer.register_step_pre_hook(_localise)
+
+
+def _localise(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Step a stand-in over local pieces, if that is the same. With a closure gradients come during the step: not then.
+
+    The arguments of a step begin with the optimizer itself; a torch where they do not is left alone.
+    """
+    if kwargs or len(args) != 1 or args[0] is not optimizer or not eligible(optimizer, _meshes):
+        return None
+    return (stand_in(optimizer),), kwargs
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if args and args[0] is not optimizer and type(args[0]) is type(optimizer):
+        take_over(optimizer, args[0])
+
+
+def _check(optimizer: Optimizer) -> None:
     """Before a step.
 
     Raises:
