@@ -273,6 +273,8 @@ def lost(opened: Opened, mine: Bill, rival: Rival) -> str:
     if rival.bill.step_s - mine.step_s > TIE * mine.step_s:
         reasons = [f"{signed(s, seconds)}: {words}" for s, words in more[:2] if s >= 0.2 * more[0][0]]
         text += ("; " if text else "") + "; ".join(reasons)
+    elif mine.step_s - rival.bill.step_s > TIE * mine.step_s and not text:
+        text = "it did not: the search, which solves one axis after the other, missed it"
     return text or "the same time"
 
 

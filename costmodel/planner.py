@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autopar.collector import resting_collector
 from autopar.costmodel.choices import Pins, Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.constraints import Wishes, pin
@@ -85,23 +86,24 @@ def plan(
         ConstraintError: a constraint names nothing or cannot be met.
         SolverError: the solver ended without a usable answer.
     """
-    return _Planner(
-        program,
-        mesh,
-        machine(device, mesh, links),
-        memory_limit,
-        dict(constraints or {}),
-        optimizer_bytes,
-        optimizer,
-        inputs,
-        input_specs,
-        output_specs == "free",
-        links,
-        dict(storage or {}),
-        {address: tuple(row) for address, row in (choices or {}).items()},
-        time_limit,
-        progress or (lambda what, done: None),
-    ).run()
+    with resting_collector():
+        return _Planner(
+            program,
+            mesh,
+            machine(device, mesh, links),
+            memory_limit,
+            dict(constraints or {}),
+            optimizer_bytes,
+            optimizer,
+            inputs,
+            input_specs,
+            output_specs == "free",
+            links,
+            dict(storage or {}),
+            {address: tuple(row) for address, row in (choices or {}).items()},
+            time_limit,
+            progress or (lambda what, done: None),
+        ).run()
 
 
 def transfer(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.graph import BACKWARD
 from autopar.passes import edit
 from autopar.passes.bind import GATHER_INTO, IN_PLACE_REDUCE, WAIT, functional
 
@@ -177,8 +178,13 @@ def _overwrite(gm: fx.GraphModule) -> None:
 
 
 def _hand_out_views(gm: fx.GraphModule) -> None:
-    """Leave out the copies of pieces of a reduced bucket that only the output reads."""
+    """Leave out the copies of pieces of a reduced bucket that only the output reads, where they are gradients.
+
+    What a forward hands out belongs to the user, who may write to it or save it: that gets memory of its own.
+    """
     for node in list(gm.graph.nodes):
+        if node.meta.get("phase") != BACKWARD:
+            continue
         piece = node.args[0] if node.target is aten.clone.default else None
         if not isinstance(piece, fx.Node) or piece.target is not aten.slice.Tensor or len(edit.shape(piece)) != 1:
             continue

@@ -114,7 +114,7 @@ class Control:
         """
         if self.grid.control is None or self.grid.size == 1:
             return [list(row)]
-        mine = torch.tensor(row, dtype=torch.int64)
+        mine = torch.tensor(row, dtype=torch.int64, device="cpu")
         out = [torch.empty_like(mine) for _ in range(self.grid.size)]
         with answered(self.grid):
             dist.all_gather(out, mine, group=self.grid.control)

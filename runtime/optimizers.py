@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from autopar.errors import RuntimeUseError
-from autopar.runtime.local_step import ELEMENTWISE, eligible, stand_in, take_over
+from autopar.runtime.local_step import ELEMENTWISE, eligible, step_pieces
 
 _WHOLE = 'or keep the parameters whole (constraints={"*": "replicate"})'
 #: Class -> why not, and what to do; for parameters that are sharded.
@@ -27,7 +27,8 @@ _REFUSED: dict[type[Optimizer], tuple[str, str]] = {
 }
 #: Classes whose fused form torch's DTensor does not know, sharded or not.
 _NOT_FUSED = (torch.optim.SGD, torch.optim.Adagrad)
-_meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+#: By id: equal meshes of two lives of torch.distributed are two.
+_meshes: weakref.WeakValueDictionary[int, DeviceMesh] = weakref.WeakValueDictionary()
 _last: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 _hooked = False
 
@@ -37,10 +38,9 @@ def watch(mesh: DeviceMesh | None) -> None:
     global _hooked
     if mesh is None:
         return
-    _meshes.add(mesh)
+    _meshes[id(mesh)] = mesh
     if not _hooked:
         register_optimizer_step_pre_hook(_before)
-        register_optimizer_step_post_hook(_after)
         _hooked = True
 
 
@@ -55,18 +55,14 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _localise(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Step a stand-in over local pieces, if that is the same. With a closure gradients come during the step: not then.
+    """Step local pieces, if that is the same; torch's own step then gets an optimizer with nothing left to do.
 
-    The arguments of a step begin with the optimizer itself; a torch where they do not is left alone.
+    With a closure gradients come during the step: not then. The arguments of a step begin with the optimizer itself; a
+    torch where they do not is left alone.
     """
-    if kwargs or len(args) != 1 or args[0] is not optimizer or not eligible(optimizer, _meshes):
+    if kwargs or len(args) != 1 or args[0] is not optimizer or not eligible(optimizer, list(_meshes.values())):
         return None
-    return (stand_in(optimizer),), kwargs
-
-
-def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if args and args[0] is not optimizer and type(args[0]) is type(optimizer):
-        take_over(optimizer, args[0])
+    return (step_pieces(optimizer),), kwargs
 
 
 def _check(optimizer: Optimizer) -> None:
@@ -80,8 +76,9 @@ def _check(optimizer: Optimizer) -> None:
     fusible = isinstance(optimizer, _NOT_FUSED)
     if reason is None and not fusible:
         return
+    meshes = list(_meshes.values())
     for group in optimizer.param_groups:
-        ours = [p for p in group["params"] if isinstance(p, DTensor) and p.device_mesh in _meshes]
+        ours = [p for p in group["params"] if isinstance(p, DTensor) and p.device_mesh in meshes]
         if fusible and group.get("fused") and ours:
             raise RuntimeUseError(f"{name}(fused=True) does not know DTensor parameters; leave out fused=True")
         if reason is not None and any(p.is_shard() for tensor in ours for p in tensor.placements):

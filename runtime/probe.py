@@ -35,7 +35,7 @@ class Local:
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values."""
-        box = torch.tensor(value, dtype=torch.float64)
+        box = torch.tensor(value, dtype=torch.float64, device="cpu")
         dist.all_reduce(box, dist.ReduceOp.MAX)
         return float(box)
 

@@ -146,8 +146,9 @@ class Step:
         for i, (sink, value) in enumerate(zip(self.values, values)):
             if sink.kind != "output" or sink.node is None:
                 continue
-            if self._handed_back[i] or id(value) in seen:
-                value = value.clone()  # a parameter or input handed back, or one tensor under two names
+            part = value.untyped_storage().nbytes() != value.nbytes
+            if self._handed_back[i] or part or id(value) in seen:
+                value = value.clone()  # of a parameter or input, of something larger, or one tensor under two names
             seen.add(id(value))
             spec = self.plan.outputs.get(sink.name, self._whole)
             out.append(value if spec == self._whole else as_dtensor(value, self._shape(sink), spec, self.grid))

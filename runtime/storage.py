@@ -140,7 +140,7 @@ class Loader:
         if self.grid.rank == 0:
             full = full.cpu().contiguous()
         else:
-            full = torch.empty(shape, dtype=dtype)
+            full = torch.empty(shape, dtype=dtype, device="cpu")
         # As bytes: every dtype travels, also those the backend does not know.
         dist.broadcast(full.reshape(-1).view(torch.uint8), group_src=0, group=self.grid.control)
         return full

@@ -25,7 +25,9 @@ MAX_LINES = 500
 # ---- who may import whom -------------------------------------------------------------------------------------------
 
 #: The plain data: imported by everybody, importing nothing of ours but each other.
-BASE = {f"autopar.{m}" for m in ("errors", "mesh", "spec", "rule", "graph", "plan", "ops", "reshard", "tree")}
+BASE = {
+    f"autopar.{m}" for m in ("collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "reshard", "tree")
+}
 #: Capture and its parts.
 CAPTURE = {
     f"autopar.{m}"

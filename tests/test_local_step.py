@@ -108,6 +108,41 @@ def test_checkpoints(ranks):
     ranks.run(checkpointed)
 
 
+def stepped(module, fused):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=fused)
+    backward(module, optimizer)
+    optimizer.step()
+    return optimizer
+
+
+def from_another_plan(fused):
+    """State laid out by another plan, or by none, is brought over by torch, not taken for a piece."""
+    plain = net()
+    optimizer = stepped(plain, fused)
+    backward(plain, optimizer)
+    optimizer.step()
+    for source in (net(), compiled(WHOLE), compiled(ZERO3)):
+        state = stepped(source, fused).state_dict()
+        for constraints in (WHOLE, ZERO3):
+            module = compiled(constraints)
+            optimizer = stepped(module, fused)
+            optimizer.load_state_dict(copy.deepcopy(state))
+            backward(module, optimizer)
+            try:
+                optimizer.step()
+            except RuntimeError as error:  # torch says that it cannot
+                assert "mixed torch.Tensor and DTensor" in str(error), error
+                continue
+            got = module.full_state_dict()
+            for key, want in plain.state_dict().items():
+                torch.testing.assert_close(got[key], want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_of_another_plan(ranks, fused):
+    ranks.run(from_another_plan, fused)
+
+
 def mixed():
     """A closure now and then, parameters of one's own, a hook that replaces gradients, a frozen parameter."""
     states = []
@@ -115,7 +150,13 @@ def mixed():
         own = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
         optimizer = torch.optim.AdamW([*module.parameters(), own], lr=1e-2)
         names = []
-        optimizer.register_step_post_hook(lambda opt, args, kwargs, names=names: names.append(type(opt).__name__))
+
+        def shrink(opt, args, kwargs, names=names):
+            names.append(type(opt).__name__)
+            for p in opt.param_groups[0]["params"]:
+                opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"] * 0.5
+
+        optimizer.register_step_post_hook(shrink)
 
         def halve(opt, args, kwargs):
             for p in opt.param_groups[0]["params"]:
@@ -166,3 +207,42 @@ def guarded():
 
 def test_errors_and_versions(ranks):
     ranks.run(guarded)
+
+
+def told():
+    """A loss on parameters, made before the step, is stale after it, with and without state."""
+    for momentum in (0.0, 0.9):
+        module = compiled(ZERO3)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-2, momentum=momentum)
+        backward(module, optimizer)
+        penalty = sum(p.pow(2).sum() for p in module.parameters())
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            penalty.backward()
+
+
+def test_autograd_is_told(ranks):
+    ranks.run(told)
+
+
+def unusual(name):
+    """A parameter listed twice; gradients of another dtype, where the optimizer takes them."""
+    states = []
+    for module in (compiled(ZERO3), net()):
+        several = list(module.parameters())
+        if name == "SGD":
+            several[0].grad_dtype = torch.float32
+        optimizer = getattr(torch.optim, name)(several + several[:1], lr=1e-2)
+        for _ in range(2):
+            backward(module, optimizer)
+            optimizer.step()
+        ours = isinstance(module, autopar.ParallelModule)
+        states.append(module.full_state_dict() if ours else module.state_dict())
+    for key, want in states[1].items():
+        torch.testing.assert_close(states[0][key], want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_unusual_parameters(ranks, name):
+    ranks.run(unusual, name)
