@@ -8,6 +8,7 @@ repeats.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -24,6 +25,8 @@ Clock = Callable[[], float]
 Work = Callable[[], object]
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+#: Seconds of a collective, at least: what is less is noise.
+SHORTEST = 1e-6
 #: Bytes of the larger side of a collective.
 SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
 QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
@@ -237,12 +240,24 @@ def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Cr
 
 
 def _collectives(world: World, ruler: _Ruler, sizes: Sequence[int], rounds: int) -> dict[str, Curve]:
-    """Rounds over everything, so that what else the machine does falls on all alike."""
+    """Rounds over everything, so that what else the machine does falls on all alike.
+
+    Before every collective each rank multiplies matrices, as it would in a step, and the time of that alone is taken
+    off: ranks that share cores come to a collective at different times, and wait for each other.
+    """
+    a = torch.ones(512, 384)
+    b = torch.ones(384, 512)
+    product = functools.partial(torch.mm, a, b)
+    alone: dict[int, list[float]] = {}
     shapes = [(g, w) for w in (2, 4, 8) if w <= world.num for g in (2, 4, 8) if g <= w]
     every = [(kind, g, w, size) for g, w in shapes for kind in KINDS for size in sizes]
-    works = [world.collective(*one) if world.rank < one[2] else _nothing for one in every]
+    works = [_after(product, world.collective(*one)) if world.rank < one[2] else _nothing for one in every]
     times: list[list[float]] = [[] for _ in every]
     for turn in range(rounds + 1):  # the first one only connects
+        for ranks in sorted({w for _, w in shapes}):
+            world.barrier()
+            mine = ruler.over(product, 16) if world.rank < ranks else 0.0
+            alone.setdefault(ranks, []).append(world.largest(mine))
         for at, (kind, group, ranks, size) in enumerate(every):
             if world.rank == 0:
                 world.tell(f"{kind}, {ranks} ranks in groups of {group}", 0.6 + 0.4 * turn / (rounds + 1))
@@ -257,10 +272,19 @@ def _collectives(world: World, ruler: _Ruler, sizes: Sequence[int], rounds: int)
             for at in reversed(range(len(every))):
                 if every[at][:3] == (kind, group, ranks):
                     # A smaller message takes no longer than a larger one: what says so is noise.
-                    least = min(least, statistics.median(times[at]))
+                    seconds = statistics.median(times[at]) - statistics.median(alone[ranks])
+                    least = min(least, max(seconds, SHORTEST))
                     points.append((float(every[at][3]), least))
             out[f"{kind}/{group}/{ranks}"] = curve(points, grows=True)
     return out
+
+
+def _after(first: Work, then: Work) -> Work:
+    def both() -> None:
+        first()
+        then()
+
+    return both
 
 
 def _nothing() -> None:
