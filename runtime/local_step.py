@@ -101,7 +101,7 @@ def _piece(param: DTensor) -> torch.Tensor:
     if param.grad is not None:
         if param.grad.dtype != piece.dtype:
             piece.grad_dtype = None
-        piece.grad = param.grad.to_local()
+        piece.grad = _local(param.grad)
     return piece
 
 
@@ -114,8 +114,9 @@ def _take_over(optimizer: Optimizer, twin: Optimizer) -> None:
         for key, value in twin.state.get(piece, {}).items():
             known = optimizer.state[param]
             if key not in known or _local(known[key]) is not value:
-                cut = isinstance(param, DTensor) and isinstance(value, torch.Tensor) and key not in _NUMBERS
-                known[key] = rewrap(param)(value) if cut else value
+                if isinstance(param, DTensor) and isinstance(value, torch.Tensor) and key not in _NUMBERS:
+                    value = rewrap(param)(value)
+                known[key] = value
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
