@@ -1,8 +1,7 @@
 """Call ops by torch's own Python functions, where there is one: the last touch to a graph that runs op by op.
 
-An `OpOverload` is called through a schema that is checked at run time; `torch.mm` and its kin parse their arguments in
-C++ and cost half of that, a microsecond less per call. The same kernels run. Graphs that other passes or a compiler
-will still read keep their overloads.
+An `OpOverload` is called through a schema that is read at run time; `torch.mm` and its kin parse their arguments in
+code made for them. The same kernels run. Graphs that other passes or a compiler will still read keep their overloads.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Optimizers that work element by element step this rank's pieces, not DTensors.
 
-Torch dispatches every op of an optimizer on every DTensor in Python: dozens of microseconds each, some fifty times a
-parameter. Where an update of an element depends on that element alone, the same step on the local pieces gives the same
-numbers. So, before such a step, a stand-in of the optimizer is made whose parameters, gradients and state are the local
-tensors (no copies), and the step runs on that; then state that is new is wrapped, so that `state_dict()`, checkpoints
-and hooks see DTensors as ever.
+Torch dispatches every op of an optimizer on every DTensor in Python. Where an update of an element depends on that
+element alone, the same step on the local pieces gives the same numbers. So, before such a step, a stand-in of the
+optimizer is made whose parameters, gradients and state are the local tensors (no copies), and the step runs on that;
+then state that is new is wrapped, so that `state_dict()`, checkpoints and hooks see DTensors as ever.
 """
 
 from __future__ import annotations

@@ -76,6 +76,12 @@ class Ranks:
             raise RanksError("\n".join(f"--- rank {rank} of {self.num}: {failure}" for rank, failure in failed))
         return results
 
+    def failures(self, function: Callable[..., Any], *args: Any, timeout: float = 90) -> list[str]:
+        """`Type: message` by rank, of a function that fails on every one."""
+        out = self.outcomes(function, *args, timeout=timeout)
+        assert all(isinstance(o, Failure) for o in out), out
+        return [f"{o.kind}: {o.message}" for o in out]
+
     def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
         """Results by rank, with a `Failure` in place of what a rank could not return."""
         if not self._workers:

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Failure, Ranks
+from harness import Ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -89,12 +89,6 @@ def assert_grads(ours, plain):
 def ranks():
     with Ranks(2) as group:
         yield group
-
-
-def failures(ranks, function, *args):
-    out = ranks.outcomes(function, *args, timeout=90)
-    assert all(isinstance(o, Failure) for o in out), out
-    return [f"{o.kind}: {o.message}" for o in out]
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------
@@ -276,7 +270,7 @@ def other_scale():
 
 
 def test_what_is_no_piece_must_be_the_same(ranks):
-    for text in failures(ranks, other_scale):
+    for text in ranks.failures(other_scale):
         assert text.startswith("BatchError: argument 'w'") and "no piece of the batch" in text
 
 
@@ -289,7 +283,7 @@ def global_plan():
 
 
 def test_plan_of_global_batches_takes_no_local_ones(ranks):
-    for text in failures(ranks, global_plan):
+    for text in ranks.failures(global_plan):
         assert text.startswith("PlanError: local batches bring input x as [dp], the plan takes it as [-]")
 
 
@@ -305,7 +299,7 @@ def wrong_id(kind, value):
 
 @pytest.mark.parametrize(("kind", "value"), [("ids", 16), ("ids", -1), ("labels", 99), ("labels", -3)])
 def test_ids_out_of_range_are_no_zeros(ranks, kind, value):
-    for text in failures(ranks, wrong_id, kind, value):
+    for text in ranks.failures(wrong_id, kind, value):
         assert text.startswith("IndexError: ") and "out of" in text
 
 
@@ -319,7 +313,7 @@ def changed_before_backward():
 
 
 def test_parameters_changed_between_forward_and_backward(ranks):
-    for text in failures(ranks, changed_before_backward):
+    for text in ranks.failures(changed_before_backward):
         assert "modified by an inplace operation" in text
 
 
@@ -328,7 +322,7 @@ def other_factor():
 
 
 def test_ranks_whose_models_differ_in_a_number(ranks):
-    for text in failures(ranks, other_factor):
+    for text in ranks.failures(other_factor):
         assert text.startswith("RankMismatchError: the ranks disagree on the captured program")
 
 
@@ -362,6 +356,51 @@ def copies_and_states():
 
 def test_copies_and_states(ranks):
     ranks.run(copies_and_states)
+
+
+class Sums(nn.Module):
+    """Two sums over the batch beside the loss, which one bucket brings."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y.sum(0), (y * y).sum(0)
+
+
+def owned_outputs():
+    """What a forward hands out may be written to, copied and saved."""
+    pm = autopar.compile(Sums(), "dp=2", example=(numbers(8, 4),), constraints={"dp": "ddp"})
+    first, second = pm(numbers(8, 4))
+    before = second.detach().clone()
+    copy.deepcopy(first.detach())
+    first.mul_(2)
+    assert torch.equal(second, before) and first.untyped_storage().nbytes() == first.nbytes
+    (first.sum() + second.sum()).backward()
+
+
+def test_outputs_are_the_users_own(ranks):
+    ranks.run(owned_outputs)
+
+
+def elsewhere():
+    """A default device of the user's is not where ranks agree."""
+    one, given = compiled("dp=2", **ZERO3), batch()
+    torch.set_default_device("meta")
+    try:
+        one(**given)["loss"].backward()
+    finally:
+        torch.set_default_device(None)
+    plain = net()
+    plain(**given)["loss"].backward()
+    assert_grads(one, plain)
+
+
+def test_a_default_device_stays_out_of_it(ranks):
+    ranks.run(elsewhere)
 
 
 def training(options):

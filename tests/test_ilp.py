@@ -84,7 +84,7 @@ def test_a_decision_without_partner_is_named():
 def test_cbc_agrees(monkeypatch):
     """The fall-back of an installation without highspy."""
     if not pulp.PULP_CBC_CMD(msg=False).available():
-        pytest.skip("this PuLP brings no CBC")
+        pytest.skip("PuLP has no CBC for this processor, so that there is no fall-back to compare")
     problem = random_problem(3)
     expected = solve(problem, gap=1e-7)
     monkeypatch.setattr(ilp, "highspy", None)

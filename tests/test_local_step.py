@@ -121,6 +121,7 @@ def from_another_plan(fused):
     optimizer = stepped(plain, fused)
     backward(plain, optimizer)
     optimizer.step()
+    equal = 0
     for source in (net(), compiled(WHOLE), compiled(ZERO3)):
         state = stepped(source, fused).state_dict()
         for constraints in (WHOLE, ZERO3):
@@ -136,11 +137,14 @@ def from_another_plan(fused):
             got = module.full_state_dict()
             for key, want in plain.state_dict().items():
                 torch.testing.assert_close(got[key], want, rtol=1e-10, atol=1e-12)
+            equal += 1
+    return equal
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_state_of_another_plan(ranks, fused):
-    ranks.run(from_another_plan, fused)
+    # Between plans always; from a plain model into one plan at least, where torch takes that.
+    assert min(ranks.run(from_another_plan, fused)) >= 4
 
 
 def mixed():

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Failure, Ranks
+from harness import Ranks
 from torch import nn
 
 import autopar
@@ -55,12 +55,6 @@ def ranks():
         yield group
 
 
-def failures(ranks, function, *args):
-    out = ranks.outcomes(function, *args, timeout=90)
-    assert all(isinstance(o, Failure) for o in out), out
-    return [f"{o.kind}: {o.message}" for o in out]
-
-
 def with_shared(options):
     """Losses and gradients of a shared matrix, ours and the model's."""
     out = []
@@ -104,7 +98,7 @@ def other_matrix():
 
 
 def test_a_shared_tensor_must_be_equal(ranks):
-    for text in failures(ranks, other_matrix):
+    for text in ranks.failures(other_matrix):
         assert text.startswith("BatchError: argument 'm' (float64 (4, 4)) holds other values on rank 1 than on rank 0")
         assert "shared= names it" in text
 
@@ -114,7 +108,7 @@ def other_names():
 
 
 def test_ranks_must_share_the_same(ranks):
-    for text in failures(ranks, other_names):
+    for text in ranks.failures(other_names):
         assert text.startswith("RankMismatchError: the ranks disagree on the options of compile") and "shared x" in text
 
 
@@ -123,7 +117,7 @@ def everything_shared():
 
 
 def test_something_must_be_a_batch(ranks):
-    for text in failures(ranks, everything_shared):
+    for text in ranks.failures(everything_shared):
         assert text.startswith("BatchError: ") and "not named in shared=" in text
 
 
@@ -163,7 +157,7 @@ def plan_without_shared():
 
 
 def test_a_plan_must_share_the_same(ranks):
-    for text in failures(ranks, plan_without_shared):
+    for text in ranks.failures(plan_without_shared):
         assert text.startswith("PlanError: the plan is for another model (fingerprint ") and "sizes" in text
 
 
