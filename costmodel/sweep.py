@@ -112,11 +112,11 @@ class Search:
         self.share = max(1, len(orders[0]))
         for number, seed in enumerate(seeds[:IMPROVED]):
             self.progress("improving experts' plans", 0.9 + 0.03 * number)
-            for found in (seed, self._order(orders[0], seed.state, sweeps=1)):
-                # Whether it fits is asked last: it takes a price.
-                quicker = found is not None and (best is None or _seconds(found) < _seconds(best))
-                if found is not None and quicker and self._fits(found):
-                    best = found
+            for plan in (seed, self._order(orders[0], seed.state, sweeps=1)):
+                if plan is None or (best is not None and _seconds(plan) >= _seconds(best)):
+                    continue
+                if self._fits(plan):  # asked last: it takes a price
+                    best = plan
         return best
 
     # ---- experts -----------------------------------------------------------------------------------------------
