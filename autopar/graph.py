@@ -20,6 +20,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -211,7 +212,11 @@ def named_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 def op_name(node: fx.Node) -> str:
     """Short printable name of the op: "aten.mm", "autopar.rand"."""
-    target: Any = node.target
+    return _target_name(node.target)
+
+
+@lru_cache(maxsize=4096)
+def _target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target.namespace}.{target._schema.name.split('::')[1]}"
         return name if target._overloadname == "default" else f"{name}.{target._overloadname}"

@@ -126,6 +126,9 @@ class BoundRule:
 
     rule: Rule
     sizes: Mapping[str, int] = field(hash=False, compare=True)
+    _placed: dict[Choice, tuple[tuple[Placement, ...], tuple[Placement, ...]]] = field(
+        default_factory=dict, init=False, repr=False, hash=False, compare=False
+    )
 
     @property
     def ins(self) -> tuple[Operand, ...]:
@@ -145,6 +148,12 @@ class BoundRule:
         Raises:
             RuleError: the choice names a factor or group the rule does not have, or a factor never to be split.
         """
+        found = self._placed.get(choice)
+        if found is None:
+            found = self._placed[choice] = self._place(choice)
+        return found
+
+    def _place(self, choice: Choice) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
         if choice.through >= 0:
             if choice.through >= len(self.rule.linear):
                 raise RuleError(f"rule '{self.rule}' has no linear group {choice.through}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from autopar.costmodel.items import Item, Items, items_of
 from autopar.errors import PlanError, RuleError
@@ -64,23 +65,23 @@ def check_plan(program: Program, plan: Plan) -> None:
 
 def plan_specs(items: Items, plan: Plan) -> Specs:
     """Spec of every operand and result under a plan. Raises PlanError as `check_plan`."""
-    sizes, num = plan.mesh.sizes, len(plan.mesh.sizes)
-    whole: Spec = (R,) * num
+    sizes = plan.mesh.sizes
+    whole: Spec = (R,) * len(sizes)
     _check_names(items, plan)
     ins: list[tuple[Spec, ...]] = []
     outs: list[tuple[Spec, ...]] = []
+    known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule
     for item in items.items:
         if item.kind == "op":
-            row = plan.choice(item.name)
-            rule = items.rule(item)
-            if len(row) != num:
-                raise PlanError(f"{item.name}: the plan has {len(row)} choices for {num} mesh axes")
-            try:
-                found = op_specs(rule, row)
-            except RuleError as error:
-                allowed = ", ".join(rule.splittable()) or "none"
-                raise PlanError(f"{item.name}: {error}; its splittable factors are: {allowed}") from None
-        elif item.kind == "param":
+            rule, row = items.rule(item), plan.choice(item.name)
+            op = known.get((id(rule), row))
+            if op is None:
+                op = known[id(rule), row] = _checked(item, rule, row, plan)
+            ins.append(op.ins)
+            outs.append(op.outs)
+            _check_partial(item, op.partial, outs, plan)
+            continue
+        if item.kind == "param":
             found = ((), (_stored(plan, item),))
         elif item.kind == "input":
             found = ((), (tuple(plan.inputs.get(item.name, whole)),))
@@ -93,11 +94,43 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
             found = ((whole,) * len(item.ins), (whole,) * len(item.outs))
         ins.append(found[0])
         outs.append(found[1])
-        _check_item(item, found, outs, sizes, plan)
-        if item.kind == "op" and not items.rule(item).fits(plan.choice(item.name), sizes):
-            chosen, factors = " ".join(str(c) for c in plan.choice(item.name)), dict(items.rule(item).sizes)
-            raise PlanError(f"{item.name}: choice '{chosen}' does not divide its factors {factors} on {plan.mesh}")
+        _check_layouts(item, found, plan)
+        _check_partial(item, _partial(found[0], sizes), outs, plan)
     return Specs(ins, outs)
+
+
+class _OpSpecs(NamedTuple):
+    """Specs of an op under its choices. partial: operand, axis and placement of what it takes as a partial sum."""
+
+    ins: tuple[Spec, ...]
+    outs: tuple[Spec, ...]
+    partial: list[tuple[int, int, Placement]]
+
+
+def _checked(item: Item, rule: BoundRule, row: tuple[Choice, ...], plan: Plan) -> _OpSpecs:
+    """Specs of an op, which do not depend on its neighbours. Raises PlanError where its choices are not legal."""
+    sizes = plan.mesh.sizes
+    if len(row) != len(sizes):
+        raise PlanError(f"{item.name}: the plan has {len(row)} choices for {len(sizes)} mesh axes")
+    try:
+        found = op_specs(rule, row)
+    except RuleError as error:
+        allowed = ", ".join(rule.splittable()) or "none"
+        raise PlanError(f"{item.name}: {error}; its splittable factors are: {allowed}") from None
+    _check_layouts(item, found, plan)
+    if not rule.fits(row, sizes):
+        chosen, factors = " ".join(str(c) for c in row), dict(rule.sizes)
+        raise PlanError(f"{item.name}: choice '{chosen}' does not divide its factors {factors} on {plan.mesh}")
+    return _OpSpecs(*found, _partial(found[0], sizes))
+
+
+def _partial(ins: Sequence[Spec], sizes: Sequence[int]) -> list[tuple[int, int, Placement]]:
+    return [
+        (position, axis, place)
+        for position, spec in enumerate(ins)
+        for axis, place in enumerate(spec)
+        if place.kind == "P" and sizes[axis] > 1
+    ]
 
 
 def _stored(plan: Plan, item: Item) -> Spec:
@@ -118,16 +151,11 @@ def storage_of(plan: Plan, item: Item) -> Storage:
     return plan.stored(item.name)
 
 
-def _check_item(
-    item: Item,
-    found: tuple[tuple[Spec, ...], tuple[Spec, ...]],
-    outs: list[tuple[Spec, ...]],
-    sizes: Sequence[int],
-    plan: Plan,
-) -> None:
+def _check_layouts(item: Item, found: tuple[tuple[Spec, ...], tuple[Spec, ...]], plan: Plan) -> None:
+    sizes = plan.mesh.sizes
     metas = [*zip(item.in_meta, found[0]), *zip(item.outs, found[1])]
     for meta, spec in metas:
-        if meta is not None and not valid(meta.shape, spec, tuple(sizes)):
+        if meta is not None and not valid(meta.shape, spec, sizes):
             try:
                 layout(meta.shape, spec, sizes)
             except ValueError as error:
@@ -135,14 +163,20 @@ def _check_item(
                     f"{item.name}: {format_placements(spec)} does not fit shape {meta.shape} "
                     f"on mesh {plan.mesh}: {error}"
                 ) from None
-    for position, (tensor, spec) in enumerate(zip(item.ins, found[0])):
-        made = outs[tensor.item][tensor.index]
-        for axis, place in enumerate(spec):
-            if place.kind == "P" and made[axis] != place and sizes[axis] > 1:
-                raise PlanError(
-                    f"{item.name}: choice {plan.choice(item.name)[axis]} on axis {plan.mesh.names[axis]} lets a "
-                    f"{place} through operand {position}, but its producer gives {made[axis]}"
-                )
+
+
+def _check_partial(
+    item: Item, partial: list[tuple[int, int, Placement]], outs: list[tuple[Spec, ...]], plan: Plan
+) -> None:
+    """A partial sum that an item takes must be what its producer makes; nothing else can make one."""
+    for position, axis, place in partial:
+        tensor = item.ins[position]
+        made = outs[tensor.item][tensor.index][axis]
+        if made != place:
+            raise PlanError(
+                f"{item.name}: choice {plan.choice(item.name)[axis]} on axis {plan.mesh.names[axis]} lets a "
+                f"{place} through operand {position}, but its producer gives {made}"
+            )
 
 
 def _check_names(items: Items, plan: Plan) -> None:

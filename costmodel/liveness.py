@@ -148,7 +148,7 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
             if event is members[-1]:
                 tail[:0] = _reduce(members, packs.get(id(members)), out)
                 pending[id(members)] = sum(t.sent for t in members)
-                while sum(pending.values()) > PENDING_BYTES:
+                while len(pending) > 1 and sum(pending.values()) > PENDING_BYTES:
                     first = next(iter(pending))
                     out += tails.pop(first)
                     late = {x: g for x, g in late.items() if g != first}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.costmodel.tape import Buffer, Event
+from autopar.costmodel.tasks import TWO
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class _Start:
 
 
 def ahead(events: Sequence[Event], window: float) -> list[Event]:
-    """The events in the order described above; `window`: bytes of results that may fly, one is always allowed."""
+    """The events in the order described above; `window`: bytes of results that may fly, two are always allowed."""
     return _Order(events, window).run() if any(e.ahead for e in events) else list(events)
 
 
@@ -118,7 +119,7 @@ class _Order:
         while self.ready:
             start = self.ready[0]
             if start.event not in self.placed:
-                if self.flying and sum(self.flying.values()) + start.size > self.window:
+                if len(self.flying) >= TWO and sum(self.flying.values()) + start.size > self.window:
                     return
                 self._place(start.event)
             if self.ready and self.ready[0] is start:

@@ -24,6 +24,8 @@ EXPERTS = (
     ("zero3", "zero3", "zero3"),
     ("zero2", "zero2", "zero2"),
     ("ddp", "ddp", "ddp"),
+    ("ddp", "ddp", "tp_sp"),
+    ("ddp", "ddp", "tp"),
 )
 _ONE = (("zero3",), ("zero2",), ("ddp",), ("tp_sp",), ("tp",))
 

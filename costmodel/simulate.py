@@ -5,7 +5,8 @@ Independent of the integer program and its assumptions on overlap: the local pro
 
 * ops run in graph order on the stream of computation; moves (views, casts, slices) run when they are first needed;
 * a reduction is issued when its operand exists, a gather or all-to-all ahead of its first use within a window of bytes,
-  nearest use first;
+  nearest use first; one that reads another collective, half way from that to its first use, if it is a reduction that
+  only the output reads, when the next of the other's kind is issued;
 * a collective starts when it is issued and its link is free, and is waited for at its first use; what only the
   output reads is pending, within a window of bytes, until the end of its phase;
 * the optimizer's update comes after the backward.
@@ -16,11 +17,12 @@ buckets is not counted. Linear in the program.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.devices import Device, Link, machine
@@ -29,7 +31,7 @@ from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
-from autopar.costmodel.tasks import AHEAD, AHEAD_BYTES, BUCKET_BYTES, PENDING_BYTES, Task, Tasks, bucket
+from autopar.costmodel.tasks import AHEAD, AHEAD_BYTES, BUCKET_BYTES, PENDING_BYTES, TWO, Task, Tasks, bucket
 from autopar.graph import BACKWARD, FORWARD, Program
 from autopar.plan import Plan
 
@@ -146,7 +148,7 @@ class _Clock:
         self.carried = [0.0] * len(tasks.streams)
         self.steps = 0  # ops that have run
         self.spans: list[Span] = []
-        self.flying = 0.0  # bytes of gathers issued and not waited for
+        self.flying: dict[int, float] = {}  # gathers issued and not waited for (by id) -> bytes
         self.pending: deque[Task] = deque()  # reductions issued that only the output reads
         self.held = 0.0  # their bytes
         self.sent: list[Task] = []  # issued since `_Phase` has last looked
@@ -196,7 +198,7 @@ class _Clock:
         if self.keep:
             self.spans.append(Span(task.name, self.tasks.streams[task.stream], start, task.end))
         if task.kind in AHEAD:
-            self.flying += task.after
+            self.flying[id(task)] = task.after
         elif task.leaves:
             self.pending.append(task)
             self.held += task.before
@@ -205,13 +207,17 @@ class _Clock:
         self.now = max(self.now, task.end)
         task.done = True
         if task.kind in AHEAD:
-            self.flying -= task.after
+            self.flying.pop(id(task), None)
         elif task.leaves:
             self.held -= task.before
 
+    def full(self, more: float) -> bool:
+        """Whether a gather of so many bytes has to wait until another one is used."""
+        return len(self.flying) >= TWO and sum(self.flying.values()) + more > AHEAD_BYTES
+
     def drain(self, limit: float) -> None:
-        """Wait for the oldest reductions while too many are pending."""
-        while self.pending and self.held > limit:
+        """Wait for the oldest reductions while too many are pending; the newest is always allowed."""
+        while len(self.pending) > 1 and self.held > limit:
             oldest = self.pending.popleft()
             if not oldest.done:
                 self._wait(oldest)
@@ -227,7 +233,13 @@ class _Phase:
         self.units = [t for t in mine if t.stream >= 0]
         self.ends = [t for t in tasks.ends if t.phase == phase]
         self.gathers: list[tuple[float, int, Task]] = []  # heap: may be issued ahead
-        self.later: deque[tuple[int, Task]] = deque()  # wait for a collective just issued to have had an op's time
+        # Heap: step, number, count; the first task was issued, the second reads it, and waits until that has had time.
+        self.later: list[tuple[int, int, int, Task, Task]] = []
+        self.pushed = 0
+        self.next: dict[tuple[Any, ...], list[tuple[Task, Task]]] = {}  # lane -> pairs of which the second may be next
+        self.released: set[tuple[int, int]] = set()
+        self.start = clock.steps
+        self.at = [n for n, t in enumerate(tasks.all) if t.phase == phase and t.stream < 0 and not t.lazy]
         self.readers: dict[int, list[Task]] = {}
         self.number = {id(t): n for n, t in enumerate(self.units)}
         self.after: dict[int, list[Task]] = {}  # collective -> collectives that read it
@@ -278,10 +290,14 @@ class _Phase:
         clock = self.clock
         while True:
             for unit in clock.sent:
-                self.later += [(unit.issued, u) for u in self.after.pop(id(unit), ())]
+                self._sent(unit)
             clock.sent.clear()
-            while self.later and self.later[0][0] < clock.steps:
-                unit = self.later.popleft()[1]
+            while self.later and self.later[0][0] <= clock.steps:
+                *_, before, unit = heapq.heappop(self.later)
+                pair = id(before), id(unit)
+                if pair in self.released:
+                    continue
+                self.released.add(pair)
                 unit.missing -= 1
                 if not unit.missing:
                     self._ready(unit)
@@ -289,10 +305,30 @@ class _Phase:
                 return
             unit = self.gathers[0][2]
             if unit.issued < 0:
-                if unit.kind in AHEAD and clock.flying > 0 and clock.flying + unit.after > AHEAD_BYTES:
+                if unit.kind in AHEAD and clock.full(unit.after):
                     return
                 clock.issue(unit)
             heapq.heappop(self.gathers)
+
+    def _sent(self, unit: Task) -> None:
+        """A collective has been issued: when may those be that read it, or the one before it in its lane?"""
+        lane = unit.key[:2]
+        waiting = self.next.pop(lane, [])
+        for before, reader in waiting:
+            self._push(max(self.clock.steps, before.issued + 1), before, reader)
+        for reader in self.after.pop(id(unit), ()):
+            self._push(self._due(unit, reader), unit, reader)
+            if reader.leaves:
+                self.next.setdefault(lane, []).append((unit, reader))
+
+    def _push(self, due: int, before: Task, unit: Task) -> None:
+        self.pushed += 1
+        heapq.heappush(self.later, (due, self.number[id(unit)], self.pushed, before, unit))
+
+    def _due(self, before: Task, unit: Task) -> int:
+        """The last step at which a unit that reads another one has to wait, as `passes/overlap.py` has it."""
+        use = self.start + bisect.bisect_left(self.at, unit.first_use)
+        return before.issued + max(1, (use - before.issued) // 2)
 
 
 def _through(task: Task, roots: dict[int, list[Task]]) -> list[Task]:

@@ -90,6 +90,7 @@ class Search:
         self.usable = [[USABLE] * self.prices.comm.tiers for _ in range(PHASES)]
         self.overlap = False  # whether the program knows that late transports hide; it is easier without
         self.tight = False  # a plan without regard to the limit did not fit
+        self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
 
     def run(self, orders: list[list[int]]) -> Found | None:
@@ -97,6 +98,8 @@ class Search:
         seeds = self._seeds(orders[0])
         found: list[Found] = []
         for number, order in enumerate(orders):
+            if found and self._late():
+                break
             names = ", ".join(self.mesh.names[a] for a in order) or "none"
             self.progress(f"solving axes {names}", 0.3 + 0.3 * number)
             self.share = (len(orders) - number) * max(1, len(order))
@@ -104,15 +107,18 @@ class Search:
             if candidate is not None:
                 found.append(candidate)
         best = min(found, key=_seconds, default=None)
-        if best is not None and self._learn(best):
+        # What can be hidden is learnt from the quickest: only there it decides.
+        if best is not None and not self._late() and self._learn(min([best, *seeds[:1]], key=_seconds)):
             self.progress("hiding communication", 0.85)
             self.overlap = True
-            again = self._order(orders[0], best.state, sweeps=1)
+            again = self._order(orders[0], best.state, sweeps=1, rounds=2)
             best = min((f for f in (best, again) if f is not None), key=_seconds)
         self.share = max(1, len(orders[0]))
         for number, seed in enumerate(seeds[:IMPROVED]):
             self.progress("improving experts' plans", 0.9 + 0.03 * number)
-            for plan in (seed, self._order(orders[0], seed.state, sweeps=1)):
+            stop = best is not None and self._late()
+            improved = None if stop else self._order(orders[0], seed.state, sweeps=1, rounds=2)
+            for plan in (seed, improved):
                 if plan is None or (best is not None and _seconds(plan) >= _seconds(best)):
                     continue
                 if self._fits(plan):  # asked last: it takes a price
@@ -171,11 +177,17 @@ class Search:
 
     # ---- sweeps ------------------------------------------------------------------------------------------------
 
-    def _order(self, order: list[int], start: State, sweeps: int = SWEEPS) -> Found | None:
-        """Solve the axes in this order until it fits; None if it does not."""
+    def _late(self) -> bool:
+        """Whether the time is up: what would only improve on a plan is left out."""
+        return time.perf_counter() > self.deadline
+
+    def _order(self, order: list[int], start: State, sweeps: int = SWEEPS, rounds: int = ROUNDS) -> Found | None:
+        """Solve the axes in this order until it fits, tightening the stand-in; None if it does not in `rounds`."""
         # Without a limit the program is smaller; most plans fit anyway.
-        limit = self.limit if self.tight else None
-        for _ in range(ROUNDS):
+        limit = None
+        if self.tight and self.limit is not None:
+            limit = self.limit - (self.short if self.short < math.inf else 0.0)
+        for _ in range(rounds):
             before = len(self.solves)
             state = self._sweeps(order, limit, start, sweeps)
             if state is None:
@@ -192,7 +204,10 @@ class Search:
                 limit = self.limit
                 continue
             # The stand-in counted less than the walk: take the difference off, and a little more.
-            limit = min(limit * 0.98, self._proxy(state, order[-1]) - (found.peak - self.limit) * 1.05)
+            proxy = self._proxy(state, order[-1])
+            self.short = min(self.short, max(0.0, found.peak - proxy))
+            limit = min(limit * 0.98, proxy - (found.peak - self.limit) * 1.05)
+            start, sweeps = state, 1  # little has to change
             if limit <= 0:
                 return None
         return None
@@ -217,7 +232,7 @@ class Search:
                     best = (seconds, state)
                 if quiet >= len(order) - 1 and not first:
                     return best[1] if best else None
-            if time.perf_counter() > self.deadline or (fits and last - seconds < GAIN * seconds):
+            if self._late() or (fits and last - seconds < GAIN * seconds):
                 break
             last = seconds if fits else math.inf
         return best[1] if best else None

@@ -221,8 +221,12 @@ class _Recorder:
     def _move(
         self, meta: Meta, x: Buffer, src: Spec, dst: Spec, phase: str, grad: bool = False, apart: bool = False
     ) -> Buffer:
-        for level, step in enumerate(steps(meta.shape, src, dst, self.sizes)):
-            x = self._step(step, meta.itemsize, x, phase, grad, (level, phase, apart))
+        moves = steps(meta.shape, src, dst, self.sizes)
+        before, behind = 0, sum(s.kind != "local_chunk" for s in moves)
+        for step in moves:
+            behind -= step.kind != "local_chunk"
+            x = self._step(step, meta.itemsize, x, phase, grad, (before, behind, phase, apart))
+            before += step.kind != "local_chunk"
         return x
 
     def _step(self, step: Step, itemsize: int, x: Buffer, phase: str, grad: bool, mark: tuple[object, ...]) -> Buffer:

@@ -21,6 +21,7 @@ from autopar.spec import R, Spec
 #: As `passes/bucket.py` and `passes/overlap.py`.
 BUCKET_BYTES = 25 << 20
 AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
+TWO = 2
 
 AHEAD = ("all_gather", "all_to_all")
 
@@ -160,7 +161,7 @@ def bucket(tasks: Tasks) -> None:
         filled: dict[tuple[Any, ...], float] = {}
         groups: list[list[Task]] = []
         for task, level in found:
-            size, key = max(task.before, task.after), (*task.key, level)
+            size, key = max(task.before, task.after), (*task.key, *level)
             if size >= BUCKET_BYTES:
                 continue
             if key not in open_ or filled[key] + size > BUCKET_BYTES:
@@ -186,7 +187,7 @@ def _merge(tasks: Tasks, group: list[Task]) -> Task:
         False,
         [s for t in group for s in t.srcs],
         first.kind,
-        (),
+        first.key,
         before,
         after,
         first.leaves,
@@ -208,34 +209,41 @@ def _first_uses(tasks: Tasks) -> None:
         task.leaves = task.first_use == math.inf and (task.stream >= 0 or task.lazy)
 
 
-def _gathers(tasks: Tasks) -> list[tuple[Task, int]]:
-    """Gathers of what is there from the start, with the number of gathers before each."""
-    level: dict[int, int] = {}
-    found = []
+def _gathers(tasks: Tasks) -> list[tuple[Task, tuple[int, int]]]:
+    """Gathers of what is there from the start, with the numbers of gathers before and behind each."""
+    before: dict[int, int] = {}
+    inside: list[Task] = []
     for task in tasks.all:
-        moves = task.lazy or task.kind == "all_gather"
-        if not moves or any(id(s) not in level for s in task.srcs):
-            continue
-        before = max((level[id(s)] for s in task.srcs), default=0)
-        level[id(task)] = before + (task.kind == "all_gather")
-        if task.kind == "all_gather":
-            found.append((task, before))
-    return found
+        if (task.lazy or task.kind == "all_gather") and all(id(s) in before for s in task.srcs):
+            before[id(task)] = max((before[id(s)] + (s.kind == "all_gather") for s in task.srcs), default=0)
+            inside.append(task)
+    behind = _behind(inside, ("all_gather",))
+    return [(t, (before[id(t)], behind.get(id(t), 0))) for t in inside if t.kind == "all_gather"]
 
 
-def _reductions(tasks: Tasks) -> list[tuple[Task, int]]:
-    """Reductions that only the output reads, with the number of reductions behind each."""
-    behind: dict[int, int] = {}
+def _reductions(tasks: Tasks) -> list[tuple[Task, tuple[int, int]]]:
+    """Reductions that only the output reads, with the numbers of such reductions before and behind each."""
+    kinds = ("all_reduce", "reduce_scatter")
     other: set[int] = set()  # read by something that is no such reduction, nor a move
-    found = []
+    inside: list[Task] = []
     for task in reversed(tasks.all):
-        reduces = task.kind in ("all_reduce", "reduce_scatter")
-        fine = task.leaves and id(task) not in other and (reduces or task.lazy)
-        if fine and reduces:
-            found.append((task, behind.get(id(task), 0)))
+        if task.leaves and id(task) not in other and (task.kind in kinds or task.lazy):
+            inside.append(task)
+        else:
+            other.update(id(s) for s in task.srcs)
+    inside.reverse()
+    behind = _behind(inside, kinds)
+    before: dict[int, int] = {}
+    for task in inside:
+        before[id(task)] = max((before[id(s)] + (s.kind in kinds) for s in task.srcs if id(s) in before), default=0)
+    return [(t, (before[id(t)], behind.get(id(t), 0))) for t in inside if t.kind in kinds]
+
+
+def _behind(tasks: list[Task], kinds: tuple[str, ...]) -> dict[int, int]:
+    """By id, the largest number of collectives of these kinds behind each that another of `tasks` reads."""
+    behind: dict[int, int] = {}
+    for task in reversed(tasks):
         for src in task.srcs:
-            if fine:
-                behind[id(src)] = max(behind.get(id(src), 0), behind.get(id(task), 0) + reduces)
-            else:
-                other.add(id(src))
-    return found[::-1]
+            found = behind.get(id(task), 0) + (task.kind in kinds)
+            behind[id(src)] = max(behind.get(id(src), 0), found)
+    return behind

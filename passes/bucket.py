@@ -1,6 +1,8 @@
 """Merge small collectives into few flat ones: latency is paid per call.
 
-Merged are collectives of one kind, axis, dtype, reduction and phase that cannot depend on each other:
+Merged are collectives of one kind, axis, dtype, reduction and phase that cannot depend on each other, because they have
+as many such collectives before them and as many behind them (one that has none behind it would make the next of a chain
+wait for more than its own operand):
 
 * gathers of parameters: the operand comes from placeholders through moves only (perhaps through other such gathers).
   They are taken in the order of their first use, so that a bucket can be fetched just ahead of it;
@@ -28,6 +30,8 @@ aten = torch.ops.aten
 
 #: Bytes of a bucket: large enough that bandwidth, not latency, is what a call costs.
 BUCKET_BYTES = 25 << 20
+#: Numbers of collectives before and behind one.
+Level = tuple[int, int]
 
 
 def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModule:
@@ -51,14 +55,14 @@ def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModu
     return gm
 
 
-def _key(node: fx.Node, level: int) -> tuple[Any, ...]:
+def _key(node: fx.Node, level: Level) -> tuple[Any, ...]:
     _, axis, parts, *how = edit.symbolic_args(node)
     reduce = how[-1] if node.target in (c.all_reduce, c.reduce_scatter) else ""
     marks = (bool(node.meta.get("regather")), bool(node.meta.get("keep")))
     return (node.target, axis, parts, reduce, node.meta["val"].dtype, node.meta["phase"], marks, level)
 
 
-def _pack(found: Iterable[tuple[fx.Node, int]], limit: int) -> list[list[fx.Node]]:
+def _pack(found: Iterable[tuple[fx.Node, Level]], limit: int) -> list[list[fx.Node]]:
     """Groups of two and more, in order of appearance; neighbours of one key until the bucket is full."""
     open_: dict[tuple[Any, ...], tuple[list[fx.Node], int]] = {}
     groups: list[list[fx.Node]] = []
@@ -77,46 +81,49 @@ def _pack(found: Iterable[tuple[fx.Node, int]], limit: int) -> list[list[fx.Node
     return [g for g in groups if len(g) > 1]
 
 
-def _gathers(gm: fx.GraphModule) -> list[tuple[fx.Node, int]]:
-    """All-gathers of what placeholders hold, with the number of gathers before each, by first use."""
-    level: dict[fx.Node, int] = {}
+def _gathers(gm: fx.GraphModule) -> list[tuple[fx.Node, Level]]:
+    """All-gathers of what placeholders hold, with the numbers of gathers before and behind each, by first use."""
+    before: dict[fx.Node, int] = {}
     found = []
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            level[node] = 0
+            before[node] = 0
         elif is_op(node) and (node.target in edit.MOVES or node.target is c.all_gather):
             inputs = node.all_input_nodes
-            if inputs and all(n in level for n in inputs):
-                before = max(level[n] for n in inputs)
-                level[node] = before + (node.target is c.all_gather)
+            if inputs and all(n in before for n in inputs):
+                level = max(before[n] + (n.target is c.all_gather) for n in inputs)
+                before[node] = level
                 if node.target is c.all_gather:
-                    found.append((node, before))
+                    found.append(node)
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
     first: dict[fx.Node, int] = {}
+    behind: dict[fx.Node, int] = {}
     for node in reversed(gm.graph.nodes):
-        if node in level:
-            uses = [first[u] if u in level else position[u] for u in node.users]
-            first[node] = min(uses, default=position[node])
-    return sorted(found, key=lambda item: (first[item[0]], position[item[0]]))
+        if node in before:
+            first[node] = min((first[u] if u in before else position[u] for u in node.users), default=position[node])
+            inside = [u for u in node.users if u in before]
+            behind[node] = max((behind[u] + (u.target is c.all_gather) for u in inside), default=0)
+    found.sort(key=lambda n: (first[n], position[n]))
+    return [(n, (before[n], behind[n])) for n in found]
 
 
-def _reductions(gm: fx.GraphModule) -> list[tuple[fx.Node, int]]:
-    """Reductions only the output reads, with the number of such reductions behind each, in graph order."""
-    after: dict[fx.Node, int] = {}
-    found = []
+def _reductions(gm: fx.GraphModule) -> list[tuple[fx.Node, Level]]:
+    """Reductions only the output reads, with the numbers of such before and behind each, in graph order."""
+    kinds = (c.all_reduce, c.reduce_scatter)
+    behind: dict[fx.Node, int] = {}
     for node in reversed(gm.graph.nodes):
+        reduces = node.target in kinds
         if node.op == "output":
-            after[node] = 0
-            continue
-        reduces = node.target in (c.all_reduce, c.reduce_scatter)
-        if node.op != "call_function" or not (reduces or node.target in edit.MOVES):
-            continue
-        if node.users and all(u in after for u in node.users):
-            behind = max(after[u] for u in node.users)
-            after[node] = behind + reduces
-            if reduces:
-                found.append((node, behind))
-    return found[::-1]
+            behind[node] = 0
+        elif node.op == "call_function" and (reduces or node.target in edit.MOVES):
+            if node.users and all(u in behind for u in node.users):
+                behind[node] = max(behind[u] + (u.target in kinds) for u in node.users)
+    before: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        if node in behind:
+            inside = [n for n in node.all_input_nodes if n in behind]
+            before[node] = max((before[n] + (n.target in kinds) for n in inside), default=0)
+    return [(n, (before[n], behind[n])) for n in gm.graph.nodes if n in behind and n.target in kinds]
 
 
 def _merge_gathers(graph: fx.Graph, group: list[fx.Node]) -> None:

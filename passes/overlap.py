@@ -6,8 +6,12 @@ In each phase, the nodes that compute keep their order. Around them
 * it is waited for, with the moves that unpack it, right before the first node that needs the result; what only the
   output reads (reduced gradients) is waited for at the end;
 * gathers and all-to-alls run ahead of their first use by at most `ahead_bytes` of results, nearest use first, so that
-  ZeRO-3 does not hold all parameters at once; one is always allowed;
-* reductions of outputs may be pending up to `pending_bytes` of operands, then the oldest is waited for.
+  ZeRO-3 does not hold all parameters at once; two are always allowed, one to be used and one to come;
+* one that reads another collective (a parameter that is split over two axes) starts half way from that to its own first
+  use: sooner, computation would wait for the other; later, for this one. If only the output reads it (a gradient that
+  is reduced over two axes), when the next of the other's kind starts, if that is sooner;
+* reductions of outputs may be pending up to `pending_bytes` of operands, then the oldest is waited for; the newest is
+  always allowed.
 
 The order follows from the graph alone, which is the same on every rank, so every rank starts the same collectives in
 the same order.
@@ -18,6 +22,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -26,6 +31,8 @@ from autopar.passes import edit
 from autopar.passes.bind import STARTS, WAIT, functional
 from autopar.passes.bucket import BUCKET_BYTES
 
+#: Gathers that may always fly.
+TWO = 2
 _AHEAD = (functional.all_gather_into_tensor.default, functional.all_to_all_single.default)
 
 
@@ -52,11 +59,17 @@ class _Unit:
     prepare: tuple[fx.Node, ...]  # operands first
     needs: tuple[fx.Node, ...]  # what the unit reads from outside
     first_use: float = math.inf
+    first_step: int = 0  # computing nodes before that
     missing: int = 0  # computed nodes it reads that are not placed yet
 
     @property
     def bytes(self) -> int:
         return edit.nbytes(self.start)
+
+
+def _lane(start: fx.Node) -> tuple[Any, ...]:
+    """What collectives that run one after the other have in common: the kind, and the group."""
+    return start.target, start.args[-1]
 
 
 class _Scheduler:
@@ -85,7 +98,9 @@ class _Scheduler:
                 self._open(unit)
         self.steps = 0  # computing nodes placed
         self.started: dict[fx.Node, int] = {}  # start -> steps when it was placed
-        self.flying = 0  # bytes of gathers started and not waited for
+        self.lanes: dict[tuple[Any, ...], int] = {}  # how many of a kind, on one group, have started
+        self.lane_at: dict[fx.Node, int] = {}  # start -> that number with it
+        self.flying: dict[fx.Node, int] = {}  # gathers started and not waited for -> bytes
         self.pending: dict[fx.Node, int] = {}  # starts of reductions of outputs, not waited for -> bytes
 
     def run(self) -> None:
@@ -134,14 +149,14 @@ class _Scheduler:
             unit = self.of_start[node]
             (self.open_gathers if node.target in _AHEAD else self.open_reductions).remove(unit)
             self.started[node] = self.steps
+            self.lanes[_lane(node)] = self.lane_at[node] = self.lanes.get(_lane(node), 0) + 1
             if node.target in _AHEAD:
-                self.flying += unit.bytes
+                self.flying[node] = unit.bytes
             elif unit.first_use == math.inf:
                 self.pending[node] = edit.nbytes(node.args[0])  # type: ignore[arg-type]
         elif node.target is WAIT:
             start: fx.Node = node.args[0]  # type: ignore[assignment]
-            if start.target in _AHEAD and start in self.started:
-                self.flying -= edit.nbytes(start)
+            self.flying.pop(start, None)
             self.pending.pop(start, None)
 
     def _start_ready(self) -> None:
@@ -156,23 +171,23 @@ class _Scheduler:
             for unit in list(self.open_gathers):
                 if unit.start in self.order or not self._ready(unit):
                     continue
-                if self.flying and self.flying + unit.bytes > self.ahead:
+                if len(self.flying) >= TWO and sum(self.flying.values()) + unit.bytes > self.ahead:
                     break
                 self._place(unit.start)
                 progress = True
 
     def _open(self, unit: _Unit) -> None:
-        """All a unit still misses comes out of other collectives: it may start when those have had time."""
+        """All a unit still misses comes out of other collectives: it may start when they have had time."""
         if unit.start.target in _AHEAD:
             bisect.insort(self.open_gathers, unit, key=lambda u: (u.first_use, self.position[u.start]))
         else:
             bisect.insort(self.open_reductions, unit, key=lambda u: self.position[u.start])
 
     def _ready(self, unit: _Unit) -> bool:
-        """All it reads is there, or comes out of collectives that have had a computing node's time to finish."""
-        return all(n in self.order or self._settled(n) for n in unit.needs)
+        """All it reads is there, or comes out of collectives that have had time to finish."""
+        return all(n in self.order or self._settled(n, unit) for n in unit.needs)
 
-    def _settled(self, node: fx.Node) -> bool:
+    def _settled(self, node: fx.Node, unit: _Unit) -> bool:
         stack, seen = [node], {node}
         while stack:
             top = stack.pop()
@@ -182,7 +197,7 @@ class _Scheduler:
                 return False
             if top.target is WAIT:
                 start: fx.Node = top.args[0]  # type: ignore[assignment]
-                if start in self.inside and self.started.get(start, self.steps) >= self.steps:
+                if start in self.inside and not self._had_time(start, unit):
                     return False
                 continue
             if top not in self.lazy:
@@ -193,9 +208,18 @@ class _Scheduler:
                     stack.append(n)
         return True
 
+    def _had_time(self, before: fx.Node, unit: _Unit) -> bool:
+        """Whether a collective that `unit` reads has been under way for long enough."""
+        started = self.started.get(before, self.steps)
+        if self.steps <= started:
+            return False
+        if unit.first_use == math.inf and self.lanes.get(_lane(before), 0) > self.lane_at.get(before, 0):
+            return True
+        return self.steps >= started + max(1, (unit.first_step - started) // 2)
+
     def _drain(self) -> None:
         """Wait for the oldest reductions of outputs while too many are pending, and free what they held."""
-        while sum(self.pending.values()) > self.pending_limit:
+        while len(self.pending) > 1 and sum(self.pending.values()) > self.pending_limit:
             start = next(iter(self.pending))
             stack = list(start.users)
             while stack:
@@ -262,8 +286,13 @@ class _Scheduler:
                 elif user.op != "output":
                     uses.append(len(self.nodes))  # the next phase reads it
             first[node] = min(uses)
+        computing = [
+            n for n in self.nodes if n not in self.lazy and n not in self.in_unit and n.target not in edit.MOVES
+        ]
+        steps = [self.position[n] for n in computing]
         for unit in self.units:
             unit.first_use = first[unit.start]
+            unit.first_step = bisect.bisect_left(steps, unit.first_use)
 
 
 __all__ = ["overlap"]

@@ -8,7 +8,7 @@ import torch
 import autopar
 from autopar import passes
 from autopar.capture import capture
-from autopar.costmodel import liveness, planner
+from autopar.costmodel import liveness, planner, tasks
 from autopar.costmodel.items import items_of
 from autopar.costmodel.legal import plan_specs
 from autopar.costmodel.memory import KINDS, OPTIMIZERS, Policy
@@ -17,7 +17,7 @@ from autopar.costmodel.tape import Buffer, Event
 from autopar.errors import ConstraintError
 from autopar.mesh import Mesh
 from autopar.passes.bucket import BUCKET_BYTES, bucket
-from autopar.passes.overlap import overlap
+from autopar.passes.overlap import TWO, overlap
 from autopar.plan import Plan
 from tests.harness import Ranks
 from tests.live_bytes import LiveBytes
@@ -139,6 +139,7 @@ def test_constants_are_those_of_the_passes():
     defaults = overlap.__defaults__
     assert defaults[:2] == (liveness.AHEAD_BYTES, liveness.PENDING_BYTES)
     assert passes.SYMBOLIC[-1] is bucket
+    assert tasks.TWO == TWO
 
 
 def test_gathers_run_ahead_within_the_window():
@@ -148,5 +149,6 @@ def test_gathers_run_ahead_within_the_window():
     uses = [Event((g,), (Buffer(1, (g,)),)) for g in wholes]
     serial = [e for pair in zip(starts, uses) for e in pair]
     assert ahead(serial, 40) == [starts[0], starts[1], uses[0], starts[2], uses[1], uses[2]]
-    assert ahead(serial, 1) == serial
+    assert ahead(serial, 1) == ahead(serial, 40)  # two may always fly
+    assert ahead(serial, 60) == [*starts, *uses]
     assert ahead(uses, 40) == uses

@@ -242,6 +242,23 @@ def test_bucket_goes_level_by_level():
     assert (ops(out).count("all_gather"), ops(out).count("reduce_scatter")) == (2, 2)
 
 
+def test_bucket_keeps_chains_apart():
+    """A weight that goes on to a second gather does not travel with those that do not: it would wait for them."""
+    b = Build("dp=2,tp=2")
+    p = [b.put(f"p{i}", 4, 4) for i in range(4)]
+    x = b.put("x0", 8, 8)
+    for i, w in enumerate(p):
+        whole = b(c.all_gather, w, "dp", 0)
+        if i % 2:
+            whole = b(c.all_gather, whole, "tp", 1)
+            x = b(aten.mm.default, x, whole)
+        else:
+            x = b(aten.mm.default, x, b(aten.cat.default, [whole, whole], 1))
+    gm = apply(b, b.done([x]), bucket)
+    sent = [n.args[0].meta["val"].numel() for n in gm.graph.nodes if n.target is c.all_gather]
+    assert sorted(sent) == [2 * 16, 2 * 16, 2 * 32]  # two of one gather; two of a first, and their second
+
+
 def test_bucket_leaves_what_computation_reads():
     b = Build()
     x, p = b.put("x0", 4), b.put("p0", 4)
@@ -304,7 +321,7 @@ def test_overlap_gathers_ahead_within_its_bytes(ahead):
     b = Build()
     one = 8 * 8 * 8
     nodes = ordered(b, layers(b), ahead_bytes=ahead * one)
-    assert in_flight(nodes) == max(ahead, 1) * one
+    assert in_flight(nodes) == max(ahead, 2) * one  # one to be used, and one to come
 
 
 def test_overlap_starts_early_and_waits_late():
@@ -343,6 +360,37 @@ def test_overlap_gives_a_second_gather_time():
     text = [n.target for n in nodes if n.target in (*STARTS, WAIT, aten.mm.default)]
     start = functional.all_gather_into_tensor.default
     assert text == [start, aten.mm.default, WAIT, start, aten.mm.default, WAIT, aten.mm.default]
+
+
+def chain(b, n=6):
+    """Gradients that are reduced over two axes, one after the other, each between computations."""
+    x = b.put("t0", 8, 8)
+    grads = []
+    for _ in range(n):
+        x = b(aten.mm.default, x, x)
+        grads.append(b(c.reduce_scatter, b(c.reduce_scatter, x, "dp", 0, "sum"), "tp", 1, "sum"))
+    return b.done([b(aten.exp.default, b.put("x0", 4))], grads)
+
+
+def test_overlap_starts_a_second_reduction_when_the_next_first_one_does():
+    """Sooner, computation would wait for the first to end."""
+    b = Build("dp=2,tp=2")
+    nodes = [n for n in ordered(b, chain(b)) if n.target in (*STARTS, aten.mm.default)]
+    text = ["mm" if n.target is aten.mm.default else n.args[-1] for n in nodes]
+    assert text[:8] == ["mm", "dp", "mm", "dp", "tp", "mm", "dp", "tp"]
+    assert text.count("dp") == text.count("tp") == 6
+
+
+def test_overlap_starts_a_second_gather_half_way_to_its_use():
+    b = Build("dp=2,tp=2")
+    p, h = b.put("p0", 4, 4), b.put("x0", 8, 8)
+    w = b(c.all_gather, b(c.all_gather, p, "dp", 0), "tp", 1)
+    for _ in range(8):
+        h = b(aten.mm.default, h, h)
+    nodes = ordered(b, b.done([b(aten.mm.default, h, w)]))
+    text = [n.target for n in nodes if n.target in (*STARTS, aten.mm.default)]
+    start = functional.all_gather_into_tensor.default
+    assert [i for i, t in enumerate(text) if t is start] == [0, 5]
 
 
 def test_overlap_puts_the_forward_first():

@@ -1,0 +1,69 @@
+"""Where experts agree on a plan, the planner finds that plan by itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from autopar.capture import capture
+from autopar.costmodel.planner import plan
+from autopar.graph import Program
+from autopar.mesh import Mesh
+from autopar.plan import Plan
+from autopar.targets import Target, build
+
+#: A Llama of 1.9 billion parameters: 30 GB with gradients and Adam's state.
+LLAMA = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 8192,
+}  # fmt: skip
+SLOW, FAST = 0, 1  # 8 GPUs share a node, so that tp=8 stays inside and dp goes over the network
+COLUMN, ROW, EITHER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("down_proj",), ("o_proj",)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Program:
+    built = build(Target("hf:llama", 4, 8192, "bf16", LLAMA))
+    return capture(built.model, built.args, built.kwargs)
+
+
+@pytest.fixture(scope="module")
+def tight(llama) -> Plan:
+    """Under a limit that parameters copied along dp do not meet; one sequence a group, so tp has no batch to split."""
+    return plan(llama, Mesh.parse("dp=4,tp=8"), device="h100", memory_limit=5_000_000_000, output_specs="free")
+
+
+def _factors(found: Plan, axis: int) -> dict[str, str]:
+    """Linear layer of a block -> the factor its forward matmul is split by on an axis."""
+    out = {}
+    for address, row in found.choices.items():
+        layer = re.fullmatch(r"fwd:model\.layers\.\*\.\w+\.(\w+)/mm#0", address)
+        if layer:
+            out[layer[1]] = row[axis].factor
+    assert set(out) == {*COLUMN, *ROW, *EITHER}
+    return out
+
+
+def test_a_llama_block_is_megatrons_on_the_fast_axis(tight):
+    """Column, then row (Shoeybi et al., 2019, section 3): `mm` is [i, k] x [k, j], so j then k.
+
+    Behind attention there is a choice: row, or heads are exchanged for tokens (Jacobs et al., 2023), which moves less.
+    """
+    found = _factors(tight, FAST)
+    assert {found.pop(name) for name in EITHER} <= {"k", "i"}
+    assert found == {**dict.fromkeys(COLUMN, "j"), **dict.fromkeys(ROW, "k")}
+
+
+def test_it_is_zero_on_the_slow_axis(tight):
+    """The batch is split, and of every parameter of a block each rank stores its piece (Rajbhandari et al., 2020)."""
+    assert set(_factors(tight, SLOW).values()) == {"i"}
+    inside = {n: s for n, s in tight.storage.items() if ".layers." in n}
+    assert len(inside) == 9 * LLAMA["num_hidden_layers"]
+    assert all(s.spec[SLOW].kind == "S" and s.reduce == "reduce_scatter" for s in inside.values())
+
+
+def test_the_limit_is_why(llama, tight):
+    """The same Megatron with parameters copied along the slow axis would not fit."""
+    copied = plan(llama, Mesh.parse("dp=4,tp=8"), device="h100", constraints={"dp": "ddp"}, output_specs="free")
+    assert tight.predicted["peak_bytes"] <= 5_000_000_000 < copied.predicted["peak_bytes"]
