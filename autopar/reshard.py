@@ -46,6 +46,20 @@ class Step(NamedTuple):
     before: Shape
     after: Shape
 
+    @property
+    def stacks(self) -> bool:
+        """Whether what is sent has to be brought together first: pieces of a dim that is not the outermost lie apart."""
+        if self.kind not in ("reduce_scatter", "all_to_all"):
+            return False
+        return self.split_outer > 1 or any(n > 1 for n in self.before[: max(0, self.split)])
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether what arrives has to be put in its place, likewise."""
+        if self.kind not in ("all_gather", "all_to_all"):
+            return False
+        return self.cat_outer > 1 or any(n > 1 for n in self.before[: max(0, self.cat)])
+
 
 WHOLE = Cut(-1, 1)
 _ORDER = ("local_chunk", "reduce_scatter", "all_to_all", "all_reduce", "all_gather")

@@ -91,7 +91,8 @@ def calibrate(world: World, quick: bool, device: torch.device, clock: Clock, bus
         found = _kernels(kernels_ruler, quick, world.tell)
     world.barrier()
     rounds = 3 if quick else 7
-    crowds = _crowds(world, ruler, kernels_ruler, rounds)
+    # Sharing processor cores says nothing of GPUs.
+    crowds = () if device.type == "cuda" else _crowds(world, ruler, kernels_ruler, rounds)
     collectives = _collectives(world, ruler, QUICK_SIZES if quick else SIZES, rounds)
     if found is None or found.measured is None:
         return None
@@ -136,17 +137,12 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
         points.append((flops, flops / net(lambda x=x, w=w: nn.functional.conv2d(x, w, padding=1))))  # type: ignore[misc]
     matmul["convolution"] = curve(points)
     tell("attention", 0.25)
-    points = []
-    for heads, seq in ((4, 16), (8, 64), (8, 256)):
-        q = torch.ones(2, heads, seq, 32, device=device)
-        flops = 4.0 * q.numel() * seq
-        points.append((flops, flops / net(lambda q=q: _attend(q))))  # type: ignore[misc]
-    attention = curve(points)
+    attention = curve(_attention_of_gpu(net, device) if big else _attention_of_cpu(net, device))
     memory = {}
     for at, name in enumerate(TRAFFIC):
         tell(f"memory: {name}", 0.3 + 0.03 * at)
         points = []
-        for rows in (8, 128, 1024, 8192) if not big else (128, 4096, 65536):
+        for rows in (8, 128, 1024, 8192) if not big else (128, 4096, 65536, 1 << 19):
             moved, work = TRAFFIC[name](torch.ones(rows, 256, device=device))
             points.append((moved, moved / net(work)))
         memory[name] = curve(points)
@@ -175,8 +171,34 @@ def _launch(ruler: _Ruler) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def _attend(q: torch.Tensor) -> torch.Tensor:
-    return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+def _attention_of_cpu(net: Callable[[Work], float], device: torch.device) -> list[tuple[float, float]]:
+    """(FLOPs, FLOP/s) of causal attention, forward."""
+    points = []
+    for heads, seq in ((4, 16), (8, 64), (8, 256)):
+        q = torch.ones(2, heads, seq, 32, device=device)
+        flops = 4.0 * q.numel() * seq
+        points.append((flops, flops / net(lambda q=q: _attend(q, q, q))))  # type: ignore[misc]
+    return points
+
+
+def _attention_of_gpu(net: Callable[[Work], float], device: torch.device) -> list[tuple[float, float]]:
+    """The same in half precision, forward and backward together, whose rates differ.
+
+    FLOPs are those of the forward, 4 of the 14 parts of both (as `costmodel.ops.global_flops` counts), and as there
+    what a causal mask rules out is counted too.
+    """
+    points = []
+    for heads, seq in ((8, 256), (16, 1024), (16, 4096), (32, 8192)):
+        x = torch.ones(3, 2, heads, seq, 64, device=device, dtype=torch.bfloat16)
+        qkv = [part.clone().requires_grad_() for part in x]
+        flops = 4.0 * x[0].numel() * seq
+        seconds = net(lambda x=x, qkv=qkv: torch.autograd.grad(_attend(*qkv), qkv, x[0]))  # type: ignore[misc]
+        points.append((flops, 3.5 * flops / seconds))
+    return points
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def _lookup(x: torch.Tensor) -> tuple[float, Work]:

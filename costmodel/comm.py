@@ -2,9 +2,9 @@
 
 With p ranks on the axis and n local bytes (the larger side of the step): gather and scatter move (p-1)/p n, an
 all-reduce twice that, an all-to-all (p-1)/p of the local piece; each message round costs the link's latency,
-ceil(log2 p) rounds (twice for an all-reduce). A local slice costs its memory traffic. Source: Thakur, Rabenseifner,
-Gropp, "Optimization of collective communication operations in MPICH" (2005), the ring for bandwidth and the tree for
-latency.
+ceil(log2 p) rounds (twice for an all-reduce). A local slice costs its memory traffic, and so does a copy that brings
+pieces together or puts them in place (`Step.stacks`, `Step.unpacks`). Source: Thakur, Rabenseifner, Gropp,
+"Optimization of collective communication operations in MPICH" (2005), the ring for bandwidth and the tree for latency.
 """
 
 from __future__ import annotations
@@ -19,11 +19,29 @@ from autopar.spec import Shape, Spec
 
 
 def step_seconds(step: Step, itemsize: int, machine: Machine) -> float:
-    """Seconds of one step on one rank."""
+    """Seconds of one step on one rank, copies included."""
+    return sent_seconds(step, itemsize, machine) + _copies(step, itemsize, machine)
+
+
+def sent_seconds(step: Step, itemsize: int, machine: Machine) -> float:
+    """Seconds of one step on one rank without the copies on either side."""
     before, after = math.prod(step.before) * itemsize, math.prod(step.after) * itemsize
     if step.kind == "local_chunk":
         return 2 * after / machine.device.traffic() + machine.device.launch
     return collective_seconds(step.kind, step.axis, before, after, machine)
+
+
+def _copies(step: Step, itemsize: int, machine: Machine) -> float:
+    seconds = 0.0
+    for needed, shape in ((step.stacks, step.before), (step.unpacks, step.after)):
+        if needed:
+            seconds += copy_seconds(float(math.prod(shape) * itemsize), machine)
+    return seconds
+
+
+def copy_seconds(size: float, machine: Machine) -> float:
+    """Seconds to bring `size` bytes into another order."""
+    return 2 * size / machine.device.traffic("copy", 2 * size) + machine.device.launch
 
 
 def collective_seconds(kind: str, axis: int, before: float, after: float, machine: Machine) -> float:
@@ -79,7 +97,7 @@ class Comm:
                 seconds = step_seconds(step, itemsize, self.machine)
                 total += seconds
                 if step.kind != "local_chunk":
-                    busy[self.tier[step.axis]] += seconds
+                    busy[self.tier[step.axis]] += sent_seconds(step, itemsize, self.machine)
             found = self._seconds[key] = total, tuple(busy)
         return found
 

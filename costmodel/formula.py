@@ -349,6 +349,8 @@ class _Maker:
                 bandwidth, latency = link_symbols(name)
                 cost = kind.sent(p) * size / bandwidth + kind.rounds(p) * latency
                 cost += kind.traffic * size / self.device.traffic() + kind.launches(p) * self.device.launch
+                copies = int(step.stacks) + int(step.unpacks)
+                cost += copies * (2 * size / self.device.traffic() + self.device.launch)
                 key = f"{'slicing' if step.kind == 'local_chunk' else step.kind} over {name}"
                 out[key] = out.get(key, sympy.Integer(0)) + m.edge.count * cost
         return out

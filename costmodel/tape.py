@@ -242,22 +242,17 @@ class _Recorder:
             copy = Buffer(x.size, (x,), free=True, kind="collectives")
             events.append(Event((x,), (copy,)))
             x = copy
-        unmoved = step.cat <= 0 and step.cat_outer == 1
-        if step.cat > 0 and all(n == 1 for n in step.before[: step.cat]) and step.cat_outer == 1:
-            unmoved = True
-        unstacked = step.split <= 0 or all(n == 1 for n in step.before[: step.split])
-        unstacked = unstacked and step.split_outer == 1
         key = (step.kind, step.axis, step.reduce, itemsize, *mark)
         gather, reduction = step.kind == "all_gather" and x in self.stored, grad and bool(step.reduce)
         if gather or reduction:
             events.append(
-                Travel(x, out, before, after, key, not unmoved, step.kind == "reduce_scatter" and not unstacked)
+                Travel(x, out, before, after, key, step.unpacks, step.kind == "reduce_scatter" and step.stacks)
             )
             if gather:
                 out.kind = "gathered"
                 self.stored.add(out)
             return out
-        if step.kind in ("reduce_scatter", "all_to_all") and not unstacked:
+        if step.stacks:
             stack = Buffer(before, (x,), free=True, kind="collectives")
             events.append(Event((x,), (stack,)))
             x = stack
@@ -265,7 +260,7 @@ class _Recorder:
             # What arrives, and what unpacks it: a copy unless the pieces lie in place.
             staged = Buffer(after, (x,), kind="collectives")
             events.append(Event((x,), (staged,), ahead=True))
-            out.ins, out.alias = (staged,), unmoved
+            out.ins, out.alias = (staged,), not step.unpacks
             events.append(Event((staged,), (out,)))
         else:
             events.append(Event((x,), (out,), over=step.kind == "all_reduce"))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.costmodel.comm import collective_seconds, step_seconds
+from autopar.costmodel.comm import collective_seconds, copy_seconds, sent_seconds
 from autopar.costmodel.devices import Link, Machine
 from autopar.costmodel.edges import MOVES
 from autopar.costmodel.items import Item, Items, Meta, Tensor
@@ -120,6 +120,8 @@ class Tasks:
         name = self.items.items[tensor.item].name
         for step, seconds in self._way(meta, src, dst, reduce):
             before, after = (math.prod(s) * meta.itemsize for s in (step.before, step.after))
+            if step.stacks:
+                last = self._copy(f"pieces of {name}", phase, before, last)
             srcs = [] if last is None else [last]
             collective = step.kind != "local_chunk"
             last = Task(
@@ -135,7 +137,15 @@ class Tasks:
                 after,
             )
             self.all.append(last)
+            if step.unpacks:
+                last = self._copy(f"pieces of {name}", phase, after, last)
         return last
+
+    def _copy(self, name: str, phase: str, size: float, src: Task | None) -> Task:
+        """A move that brings pieces together, or puts them in place."""
+        made = Task(name, phase, copy_seconds(size, self.where), -1, True, [] if src is None else [src])
+        self.all.append(made)
+        return made
 
     def _way(self, meta: Meta, src: Spec, dst: Spec, reduce: str) -> list[tuple[Step, float]]:
         key = (meta, src, dst, reduce)
@@ -144,7 +154,7 @@ class Tasks:
             mid = tuple(R if p.kind == "P" else p for p in src) if reduce == "all_reduce" else src
             sizes = self.plan.mesh.sizes
             moves = [*steps(meta.shape, src, mid, sizes), *steps(meta.shape, mid, dst, sizes)]
-            found = self._ways[key] = [(s, step_seconds(s, meta.itemsize, self.where)) for s in moves]
+            found = self._ways[key] = [(s, sent_seconds(s, meta.itemsize, self.where)) for s in moves]
         return found
 
 

@@ -10,6 +10,10 @@ What the backward needs of the forward is either saved or computed again:
   result: a bool mask is saved and its float copy made again;
 * anything else is saved, once. Of a view, it is the base that is saved: the view would keep it alive anyhow.
 
+Where kernels are fused, an element-wise result whose operands are at hand anyway, and which only element-wise ops and
+sums read, is computed again: within their kernel it costs no traffic, and keeping it would cost the forward a write and
+the backward a read.
+
 Backward nodes that need no gradient (parameters gathered again, their transposes, zeros) stand in the backward graph.
 """
 
@@ -18,11 +22,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from autopar.errors import PassError
 from autopar.graph import BACKWARD, Sink, Source
 from autopar.passes import edit
+
+
+aten = torch.ops.aten
+#: Reductions that a compiler fuses with what they read.
+_SUMS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,10 @@ class Parts:
     saved_bytes: int
 
 
-def partition(gm: fx.GraphModule, sources: Sequence[Source], sinks: Sequence[Sink]) -> Parts:
+def partition(gm: fx.GraphModule, sources: Sequence[Source], sinks: Sequence[Sink], fuses: bool = False) -> Parts:
     """Cut `gm`, whose placeholders are those of `sources` and whose outputs those of `sinks`, in order.
 
-    `gm` is not changed. A graph without gradients gives an empty backward.
+    `gm` is not changed. A graph without gradients gives an empty backward. fuses: a compiler will fuse what it can.
 
     Raises:
         PassError: placeholders or outputs do not fit `sources` and `sinks`, or a forward output depends on a tangent.
@@ -76,6 +86,8 @@ def partition(gm: fx.GraphModule, sources: Sequence[Source], sinks: Sequence[Sin
 
     needed = _needed(grads, late)
     saved = _choose_saved(gm, needed)
+    if fuses:
+        saved = _without_fusable(saved, late, [v for v in results if isinstance(v, fx.Node)])
     again = _recomputed(needed, saved)
 
     forward = _extract(gm, inputs, [*results, *saved], late)
@@ -186,6 +198,35 @@ def _choose_saved(gm: fx.GraphModule, needed: Sequence[fx.Node]) -> list[fx.Node
         elif missing:
             saved.update(dict.fromkeys(members))
     return sorted(saved, key=order.__getitem__)
+
+
+def _without_fusable(saved: list[fx.Node], late: dict[fx.Node, None], results: list[fx.Node]) -> list[fx.Node]:
+    """Without what fused kernels of the backward compute on their way; the last first, so that chains shrink to heads."""
+    kept = dict.fromkeys(saved)
+    outputs = set(results)
+    for node in reversed(saved):
+        if not _pointwise(node) or node in outputs or not _read_by_fused(node, late):
+            continue
+        del kept[node]
+        if any(_missing(operand, kept) for operand in node.all_input_nodes):
+            kept[node] = None
+    return [n for n in saved if n in kept]
+
+
+def _pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _read_by_fused(node: fx.Node, late: dict[fx.Node, None]) -> bool:
+    """Whether every reader in the backward, behind moves, is an op that a compiler fuses with what it reads."""
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user.target in edit.MOVES:
+            stack.extend(user.users)
+        elif user in late and not _pointwise(user) and user.target not in _SUMS:
+            return False
+    return True
 
 
 def _recomputed(needed: Sequence[fx.Node], saved: Sequence[fx.Node]) -> dict[fx.Node, None]:

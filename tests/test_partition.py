@@ -21,10 +21,10 @@ aten = torch.ops.aten
 MESHES = ("a=2,b=2", "a=4", "a=2,b=1,c=2")
 
 
-def halves(b, gm):
+def halves(b, gm, fuses=False):
     """Cut, check, and compare forward then backward with the joint graph; the parts."""
     rows = b.inputs(gm)
-    parts = partition(gm, b.sources, b.sinks)
+    parts = partition(gm, b.sources, b.sinks, fuses)
     verify(parts.forward, mesh=b.mesh, deep=True)
     verify(parts.backward, mesh=b.mesh, deep=True)
     given = [[v for v, s in zip(row, b.sources) if s.kind != "tangent"] for row in rows]
@@ -41,9 +41,24 @@ def halves(b, gm):
 def test_partition_of_random_graphs(seed):
     b, gm = random_joint(seed, MESHES[seed % 3])
     before = describe(gm)
-    halves(b, gm)
+    plain = halves(b, gm)
     halves(b, apply(b, gm, cancel, bucket))
+    assert halves(b, gm, fuses=True).saved_bytes <= plain.saved_bytes
     assert describe(gm) == before
+
+
+def test_partition_for_fused_kernels_saves_the_heads_of_chains():
+    b = Build()
+    x, w, t = b.put("x0", 4, 4), b.put("p0", 4, 4), b.put("t0", 4, 4)
+    h = b(aten.mm.default, x, w)
+    gate = b(aten.sigmoid.default, h)  # computed again: only element-wise ops read it
+    y = b(aten.mul.Tensor, h, gate)  # saved: a product reads it
+    out = b(aten.mm.default, y, w)
+    grad = b(aten.mul.Tensor, b(aten.mul.Tensor, t, gate), h)
+    other = b(aten.mm.default, b(aten.permute.default, y, [1, 0]), t)
+    gm = b.done([out], [grad, other])
+    assert halves(b, gm).saved == (h.name, gate.name, y.name)
+    assert halves(b, gm, fuses=True).saved == (h.name, y.name)
 
 
 def test_partition_of_zero3_gathers_again_and_saves_nothing():
