@@ -5,8 +5,9 @@
 
 A step is forward, backward and `AdamW(fused=True)`, the same on both sides. Both sides run in the same processes, with
 the same values and the same batch, in turns; what is compared is the median over the turns of (time here / time of the
-peer in the same turn). autopar is pinned to the peer's strategy; the row "free" is what the planner chooses if nothing
-is pinned, beside DDP, and takes no part in the verdict. A row whose losses differ is BAD whatever its time.
+peer in the same turn). The machine is calibrated first, as `autopar calibrate` does. autopar is pinned to the peer's
+strategy; the row "free" is what the planner chooses if nothing is pinned, beside DDP, and takes no part in the verdict.
+A row whose losses differ is BAD whatever its time.
 
 The last line is the verdict: every ratio at most `BAR`.
 """
@@ -44,8 +45,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 from autopar import report
+from autopar.cli_calibrate import measure as calibrated
+from autopar.costmodel import profile
+from autopar.costmodel.devices import Device
 
 BAR = 1.0
+DEVICE = "device.json"  # what calibration has found
 #: Losses of the two sides after the same steps may differ by rounding only (float32, sums in another order).
 LOSS_RTOL = 1e-4
 Batch = dict[str, torch.Tensor]
@@ -170,7 +175,7 @@ def _fsdp(model: nn.Module, case: Case, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
 
 
-def ours(strategy: str, backend: str, case: Case) -> tuple[StepFn, str]:
+def ours(strategy: str, backend: str, case: Case, device: Device) -> tuple[StepFn, str]:
     """The step of autopar, and the strategies it took."""
     count = dist.get_world_size() if dist.is_initialized() else 1
     data = strategy in ("ddp", "zero3")
@@ -178,7 +183,7 @@ def ours(strategy: str, backend: str, case: Case) -> tuple[StepFn, str]:
     pins = {axis: strategy} if strategy != "free" and count > 1 else None
     batch = piece(case.batch) if data and count > 1 else case.batch
     pm = autopar.compile(
-        case.model, f"{axis}={count}", example=batch, constraints=pins, backend=backend, device="cpu",
+        case.model, f"{axis}={count}", example=batch, constraints=pins, backend=backend, device=device,
         batch="local" if data and count > 1 else "global",
     )  # fmt: skip
     return stepper(pm, batch), report.strategy(pm.plan)
@@ -232,7 +237,9 @@ def measure(sides: dict[str, StepFn], repeats: int, steps: int) -> tuple[Times, 
     return times, cpu, losses
 
 
-def compare(model: str, case: Case, table: list[tuple[str, str, str]], repeats: int, steps: int) -> list[Row]:
+def compare(
+    model: str, case: Case, table: list[tuple[str, str, str]], repeats: int, steps: int, device: Device
+) -> list[Row]:
     """Rows for (strategy, backend, peer) triples of one peer, measured together."""
     count = dist.get_world_size() if dist.is_initialized() else 1
     (peer_name,) = {p for _, _, p in table}
@@ -240,7 +247,7 @@ def compare(model: str, case: Case, table: list[tuple[str, str, str]], repeats: 
     words = {}
     for strategy, backend, _ in table:
         name = f"{strategy}/{backend}"
-        sides[name], chosen = ours(strategy, backend, case)
+        sides[name], chosen = ours(strategy, backend, case, device)
         words[name] = f"autopar {backend}" if count == 1 else f"autopar {strategy}"
         if strategy == "free" and count > 1:
             words[name] += f" ({chosen})"
@@ -271,11 +278,13 @@ def work(rank: int, count: int, folder: str, models: list[str], peers: list[str]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     if count > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet{count}", rank=rank, world_size=count)
+    device, _ = profile.from_json(Path(folder, DEVICE).read_text(encoding="utf-8"))
     rows = []
     for model in models:
         for name in peers:
             torch.manual_seed(0)
-            rows += compare(model, CASES[model](), [t for t in PAIRS[count > 1] if t[2] == name], repeats, steps)
+            chosen = [t for t in PAIRS[count > 1] if t[2] == name]
+            rows += compare(model, CASES[model](), chosen, repeats, steps, device)
             torch.compiler.reset()
             gc.collect()
             if rank == 0:
@@ -320,8 +329,11 @@ def main() -> int:
     repeats = args.repeats or (7 if args.quick else 25)
     console = Console(width=160, highlight=False)
     rows: list[Row] = []
+    counts = args.processes or ([1, 2] if args.quick else [1, 2, 4])
+    device = calibrated(max(counts), args.quick, console)
     with tempfile.TemporaryDirectory() as folder:
-        for count in args.processes or ([1, 2] if args.quick else [1, 2, 4]):
+        Path(folder, DEVICE).write_text(profile.to_json(device), encoding="utf-8")
+        for count in counts:
             known = dict.fromkeys(p for *_, p in PAIRS[count > 1])
             peers = [p for p in known if args.peers is None or p in args.peers]
             console.print(f"{count} process{'es' * (count > 1)} ...")

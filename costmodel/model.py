@@ -147,7 +147,8 @@ class Model:
         limit = self.problem.limit
         if limit is None:
             return
-        unit = max(limit, 1.0) / 1e3
+        # A limit far below what has to be held must not blow up the row.
+        unit = max(limit, max(map(abs, self.bytes.values()), default=0.0) / 1e3, 1.0) / 1e3
         terms = {v: c / unit for v, c in self.bytes.items()}
         _add(terms, CONST, (self.problem.fixed - limit) / unit)
         if self.problem.penalty is not None:

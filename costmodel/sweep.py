@@ -38,6 +38,8 @@ IMPROVED = 3
 ROUNDS = 4
 #: Part of a phase that a window of gathers can use, until a simulation has shown it.
 USABLE = 0.9
+#: Part of the limit below which the stand-in is not tightened: it has told nothing about this plan.
+LEAST = 0.05
 #: Seconds of a tie-breaker: less than anything that is priced.
 TIE = 1e-9
 #: Largest relative gap of a solve; sweeps repeat, so a smaller one is not worth its time.
@@ -208,7 +210,7 @@ class Search:
             self.short = min(self.short, max(0.0, found.peak - proxy))
             limit = min(limit * 0.98, proxy - (found.peak - self.limit) * 1.05)
             start, sweeps = state, 1  # little has to change
-            if limit <= 0:
+            if limit < LEAST * self.limit:
                 return None
         return None
 
