@@ -25,11 +25,11 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors as desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import get_current_meta
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
 from autopar.assemble import ROLE, Role, Traced, assemble
@@ -40,6 +40,7 @@ from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
 from autopar.graph import Program
+from autopar.modes import HOST, ExplicitAttention, OnHost, check_host
 from autopar.shared_memory import check_memory, overlaps
 from autopar.symbolic import Batches
 from autopar.tree import batched
@@ -151,6 +152,7 @@ def _traced(
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
             raise CaptureError(explain(error, model)) from None
+        check_host(gm.graph)
         _set_roles(gm.graph)
         _set_modules(gm.graph)
         traced = Traced(
@@ -191,17 +193,16 @@ def _symbol(mode: FakeTensorMode, examples: list[torch.Tensor]) -> torch.SymInt:
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str, batch: torch.SymInt | None = None) -> torch.Tensor:
     """A contiguous fake twin of a real, fake or meta tensor, dim 0 as long as `batch`, if given.
 
-    Meta tensors are taken to live on the CPU.
+    Meta tensors and those on an accelerator are taken to live on the CPU, so that a program is the same everywhere.
     """
     if tensor.layout is not torch.strided:
         raise CaptureError(f"{what} is {tensor.layout}; only dense tensors are supported: use .to_dense()")
     plain = (torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor)
     if type(tensor) not in plain:
         raise CaptureError(f"{what} is a {type(tensor).__name__}, a tensor subclass; only plain tensors are supported")
-    device = "cpu" if tensor.is_meta else tensor.device
     with mode:
         shape = tensor.shape if batch is None else (batch, *tensor.shape[1:])
-        return torch.empty(shape, dtype=tensor.dtype, device=device)
+        return torch.empty(shape, dtype=tensor.dtype, device=HOST)
 
 
 @contextlib.contextmanager
@@ -237,6 +238,8 @@ def _fakes(model: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
             for name, value in list(module.__dict__.items()):
                 if isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
                     module.__dict__[name] = twin(value, f"{path}.{name}".lstrip("."))
+                elif isinstance(value, torch.Tensor) and value.device.type != "cpu":  # it becomes a constant
+                    module.__dict__[name] = value.detach().to(HOST)
         yield mode
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -293,7 +296,12 @@ def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> fx.GraphModule:
     # The stack keeps a FakeTensorMode active until it is closed: close it at once, or the user's next op breaks.
     with contextlib.ExitStack() as stack:
         stack.enter_context(_marked_modules(wrapper.model))
-        stack.enter_context(_ExplicitAttention())
+        stack.enter_context(_use_lazy_graph_module(True))  # no code is written for graphs that nobody calls
+        if torch.get_default_device().type == "cuda":
+            stack.enter_context(HOST)  # what is made without naming a device
+        stack.enter_context(ExplicitAttention())
+        stack.enter_context(OnHost())
+        stack.enter_context(_set(FunctionalTensor, "cuda", lambda x, *_, **__: x))  # its own asks for a GPU
         # The check for singular matrices would be traced as a token, which a graph that is cut up cannot pass on.
         check = torch._library.simple_registry.singleton.find("aten::_linalg_check_errors").effect
         stack.enter_context(_set(check, "_effect", None))
@@ -368,23 +376,6 @@ def _marked_modules(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _ExplicitAttention(TorchFunctionMode):
-    """Attention with dropout as plain ops: the fused kernels of GPUs draw their masks where nobody can split them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            if args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0):
-                with sdpa_kernel(SDPBackend.MATH):
-                    return func(*args, **kwargs)
-        if func is nn.functional.multilabel_margin_loss:
-            raise CaptureError(
-                "multilabel_margin_loss: torch traces it as another function than it runs; use "
-                "multilabel_soft_margin_loss, or write the margins out with clamp"
-            )
-        return func(*args, **kwargs)
 
 
 # ---- what torch calls the parts of a joint graph -------------------------------------------------------------------

@@ -18,13 +18,13 @@ from autopar import passes
 from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
-from autopar.errors import BatchError, MeshError, PlanError, RuntimeUseError
+from autopar.errors import BatchError, MeshError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.options import Asked, Example, arguments, ask
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Programs
-from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
+from autopar.runtime.groups import Grid, MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
 from autopar.runtime.step import Lowered, check_backend
@@ -56,7 +56,8 @@ def compile(
     buffers are used by all; the model is not changed and may be deleted afterwards.
 
     Args:
-        model: any module that `torch.export` can trace, in the mode (train or eval) it is to start in.
+        model: any module that `torch.export` can trace, in the mode (train or eval) it is to start in. Where it is,
+            on the CPU or on CUDA, the compiled module runs; from the meta device, on CUDA under torchrun if there is.
         mesh: "dp=2,tp=4", an `autopar.Mesh`, or a torch DeviceMesh; or a number of devices, or "auto" for all that
             run: then axes and sizes are searched too, which needs `example`. A mesh of one runs in a plain process;
             otherwise processes come from torchrun, and torch.distributed is initialised if it is not yet.
@@ -104,12 +105,6 @@ def compile(
     grid = connect(mesh, default_device(mesh, model), timeout)
     control = Control(grid)
     with control.together("reading the options"):
-        if grid.device.type != "cpu":
-            raise RuntimeUseError(
-                f"this version runs on CPU processes (gloo) only, not on {grid.device}: captured graphs hold the CPU's "
-                'attention op and constants. Planning for GPUs works (autopar.plan, device="h100"); to run, keep the '
-                "model on the CPU"
-            )
         check_backend(backend)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
@@ -118,6 +113,7 @@ def compile(
         call = arguments(example)
         refuse_old_norms(model)
         empty = skeleton(model)
+    control.same("the kind of device", grid.device.type, "put the model on the same kind of device on every rank")
     control.same(
         "the model",
         same_fields(model),
@@ -193,20 +189,26 @@ def register_rule(op: Any, rule: Any) -> None:
 
 
 def lower(
-    program: Program, plan: Plan, coordinates: tuple[int, ...], group_names: Mapping[str, str], eager: bool = False
+    program: Program,
+    plan: Plan,
+    coordinates: tuple[int, ...],
+    group_names: Mapping[str, str],
+    eager: bool = False,
+    target: passes.Target = passes.HOST,
 ) -> Lowered:
-    """This rank's forward and backward graphs of `program` under `plan`; `eager`: to run op by op.
+    """This rank's forward and backward graphs of `program` under `plan`, for `target`; `eager`: to run op by op.
 
     Raises:
         PlanError: the plan is not legal for the program; names the op.
     """
-    local, _ = passes.lower(program, plan, rules.rule_for)
-    parts = passes.cut(local)
+    local, _ = passes.lower(program, plan, rules.rule_for, target)
+    parts = passes.cut(local, fuses=not eager)
     title = "-".join(map(str, coordinates))
-    forward, _ = passes.finish(parts.forward, plan.mesh, coordinates, group_names, f"forward-{title}", eager)
+    place = (plan.mesh, coordinates, group_names)
+    forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target)
     if not program.training:
         return Lowered(program, plan, forward, None)
-    backward, _ = passes.finish(parts.backward, plan.mesh, coordinates, group_names, f"backward-{title}", eager)
+    backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
     return Lowered(program, plan, forward, backward, parts.saved_inputs)
 
 
@@ -218,6 +220,20 @@ _NEWS = {
     "are not captured again",
     KNOWN: "",
 }
+
+
+def target_of(grid: Grid) -> passes.Target:
+    """What this rank's graphs are made for."""
+    if grid.device.type != "cuda":
+        return passes.Target(grid.device, staged=grid.staged)
+    power, kernels = torch.cuda.get_device_capability(grid.device), set()
+    if power >= (8, 0) and torch.backends.cuda.flash_sdp_enabled():
+        kernels.add("flash")
+    # As torch itself prefers them: on H100 and B200 and their kin, from the version that is right at every length.
+    if power in ((9, 0), (10, 0)) and torch.backends.cuda.cudnn_sdp_enabled():
+        if (torch.backends.cudnn.version() or 0) > 91500:
+            kernels.add("cudnn")
+    return passes.Target(grid.device, frozenset(kernels), grid.staged)
 
 
 class _Builder:
@@ -240,11 +256,12 @@ class _Builder:
             program.digest(),
             "the model's code must take the same path on every rank (no branches on the rank)",
         )
-        with torch.autocast(grid.device.type, enabled=False):  # it is in the program, and not for what follows
+        with torch.autocast("cpu", enabled=False):  # it is in the program, and not for what follows
             plan = self._plan(program, pieces, first, self.plans.get(captured.form))
             self.plans[captured.form] = plan
             with control.together("lowering"):
-                lowered = lower(program, plan, grid.mesh.coordinates(grid.rank), grid.group_names, self.eager)
+                at = grid.mesh.coordinates(grid.rank)
+                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid))
         return replace(lowered, news=_NEWS[captured.how])
 
     def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:

@@ -29,6 +29,17 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "use torch.where to choose by element, or decide from shapes and arguments",
     ),
     (
+        r"autocast for cuda is on",
+        "autocast for CUDA is on, and its casts, which depend on the device an op runs on, cannot be captured",
+        "cast the model instead (model.to(torch.bfloat16)), and leave autocast('cuda') out",
+    ),
+    (
+        r"two different devices",
+        "a tensor on the GPU is neither a parameter, a buffer nor an attribute of a module, and a program is captured "
+        "on the CPU",
+        "register it with register_buffer in __init__, or pass it to forward",
+    ),
+    (
         r"non-Fake Tensor|convert all Tensors to FakeTensors|Mixing fake",
         "the model uses a tensor that is neither a parameter nor a buffer",
         "register it with register_buffer in __init__",

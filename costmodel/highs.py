@@ -15,9 +15,11 @@ try:
 except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan says so
     highspy = None  # type: ignore[assignment]
 
-#: With rows (8), a choice within so many times the gap asked for is taken without branching; its own gap is told.
+#: Prices of a byte that are tried where the first is too low.
+PRICES = 6
+#: With rows (8) or (6), a choice within so many times the gap asked for is taken without branching, and its gap told.
 NEAR = 10.0
-#: Columns up to which branching is quick; beyond, with rows (8), the best of the relaxations is taken as it is.
+#: Columns up to which branching is quick; beyond, with rows (8) or (6), the best of the relaxations is taken as it is.
 SMALL = 4000
 
 
@@ -31,13 +33,14 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
     relaxed = np.array(solver.getSolution().col_value)
     if _answered(solver) and _is_whole(relaxed, whole):
         return Answer("optimal", relaxed, 0.0)
-    if model.exposed and _answered(solver):
+    if (model.exposed or model.memory is not None) and _answered(solver):
         bound = float(solver.getInfo().objective_function_value)
         start = _nearest(model, solver, whole, time_limit, start, bound / max(1e-9, 1 - NEAR * gap))
         if start is not None:
             value = model.value(start)
             reached = max(0.0, 1 - bound / value) if 0 < value < INF else INF
-            if gap >= 1e-3 and (reached <= NEAR * gap or (len(model.high) > SMALL and reached < INF)):
+            large = len(model.high) > SMALL and reached < INF
+            if gap >= 1e-3 and (reached <= NEAR * gap or large):
                 columns, values = model.point(start)
                 point = np.zeros(len(model.high))
                 point[columns] = values
@@ -69,42 +72,85 @@ def _branch(model: Model, solver: Any, whole: Any, time_limit: float, start: Seq
 def _nearest(
     model: Model, solver: Any, whole: Any, time_limit: float, start: Sequence[int] | None, enough: float
 ) -> Sequence[int] | None:
-    """The best choice of `start` and of two relaxations without rows (8), which make them mix choices.
+    """The best choice of `start` and of relaxations without the rows that weigh all decisions at once.
 
-    In the one, these rows are priced by their multipliers in what `solver` holds (Lagrangian relaxation; Geoffrion,
-    1974), in the other nothing overlaps. Both are integral nearly always. The second is left out when the first gives
-    a value of `enough` or less.
+    Rows (8) and the limit on memory (6) make the relaxation mix choices. Priced instead, by their multipliers in what
+    `solver` holds (Lagrangian relaxation; Geoffrion, 1974), they leave a program that is integral nearly always. With
+    rows (8) a relaxation in which nothing overlaps is asked, too, unless the first gives a value of `enough` or less.
     """
     duals = np.abs(np.array(solver.getSolution().row_dual))
+    found = [] if start is None else [list(start)]
     priced: Terms = {}
     for row in model.exposed:
-        for v, c in model.rows[row][0].items():
-            priced[v] = priced.get(v, 0.0) + duals[row] * c
+        _weigh(priced, model.rows[row][0], duals[row])
     serial: Terms = {}
     for terms in (t for part in model.late for t in part):
-        for v, c in terms.items():
-            serial[v] = serial.get(v, 0.0) + c
-    found = [] if start is None else [list(start)]
-    for extra in (priced, serial):
-        lp = _arrays(model, model.exposed)
-        cost = np.array(lp.col_cost_)
+        _weigh(serial, terms, 1.0)
+    for extra in (priced, serial) if model.exposed else (priced,):
+        found += _Relaxation(model, extra, duals, whole, time_limit).choices()
+        if any(model.value(choice) <= enough for choice in found):
+            break
+    return min(found, key=model.value, default=None)
+
+
+class _Relaxation:
+    """A model without rows (8) and (6): the first at the cost `extra`, the second at a price per byte.
+
+    The multiplier of (6) is where the relaxation changes its mind, so the choice at that price may be just over the
+    limit: the least price at which it is met is looked for between that one and higher ones.
+    """
+
+    def __init__(self, model: Model, extra: Terms, duals: Any, whole: Any, time_limit: float) -> None:
+        self.model, self.whole, self.time_limit = model, whole, time_limit
+        self.memory: Terms = {} if model.memory is None else model.rows[model.memory][0]
+        self.price = 0.0 if model.memory is None else float(duals[model.memory])
+        lp = _arrays(model, [*model.exposed, *([] if model.memory is None else [model.memory])])
+        self.base = np.array(lp.col_cost_)
         for v, c in extra.items():
             if v != CONST:
-                cost[v] += c
-        lp.col_cost_ = np.where(np.abs(cost) < 1e-12, 0.0, cost)
-        other = _solver(lp, time_limit, 1e-3)
-        other.run()
-        values = np.array(other.getSolution().col_value)
-        if _answered(other) and not _is_whole(values, whole):
-            other.changeColsIntegrality(len(whole), whole, _integer(whole))
-            other.setOptionValue("time_limit", other.getRunTime() + time_limit)
-            other.run()
-            values = np.array(other.getSolution().col_value)
-        if _answered(other):
-            found.append(read(model, values))
-            if model.value(found[-1]) <= enough:
-                break
-    return min(found, key=model.value, default=None)
+                self.base[v] += c
+        self.solver = _solver(lp, time_limit, 1e-3)
+
+    def choices(self) -> list[list[int]]:
+        """At the multiplier, and, where that does not meet the limit, the best that do."""
+        first = self._at(1.0)
+        found = [] if first is None else [first]
+        if first is None or self.model.value(first) < INF:
+            return found
+        low, high = 1.0, 0.0
+        for _ in range(PRICES):
+            factor = (low * high) ** 0.5 if high else 2 * low
+            choice = self._at(factor)
+            if choice is not None and self.model.value(choice) < INF:
+                found.append(choice)
+                high = factor
+            else:
+                low = factor
+        return found
+
+    def _at(self, factor: float) -> list[int] | None:
+        """The choice at a multiple of the price; None if it was not found in time."""
+        cost = self.base.copy()
+        for v, c in self.memory.items():
+            cost[v] += factor * self.price * c
+        cost = np.where(np.abs(cost) < 1e-12, 0.0, cost)
+        solver = self.solver
+        columns = np.arange(len(cost), dtype=np.int32)
+        solver.changeColsCost(len(cost), columns, cost)
+        solver.setOptionValue("time_limit", solver.getRunTime() + self.time_limit)
+        solver.run()
+        values = np.array(solver.getSolution().col_value)
+        if _answered(solver) and not _is_whole(values, self.whole):
+            solver.changeColsIntegrality(len(self.whole), self.whole, _integer(self.whole))
+            solver.run()
+            values = np.array(solver.getSolution().col_value)
+            solver.changeColsIntegrality(len(self.whole), self.whole, np.zeros(len(self.whole), dtype=np.uint8))
+        return read(self.model, values) if _answered(solver) else None
+
+
+def _weigh(into: Terms, terms: Terms, weight: float) -> None:
+    for v, c in terms.items():
+        into[v] = into.get(v, 0.0) + weight * c
 
 
 def _solver(lp: Any, time_limit: float, gap: float) -> Any:

@@ -24,6 +24,7 @@ class Model:
         self.whole: list[int] = []  # columns that must be 0 or 1
         self.rows: list[tuple[Terms, float, float]] = []  # lower <= terms <= upper
         self.exposed: list[int] = []  # which of them are of kind (8)
+        self.memory: int | None = None  # and which is (6)
         self.objective: Terms = {}
         self.bytes: Terms = {}
         floor = sum(min(g.cost[o] for o in a) for g, a in zip(problem.groups, self.alive))
@@ -155,6 +156,7 @@ class Model:
             over = self._column(high=INF)
             terms[over] = -1.0
             _add(self.objective, over, self.problem.penalty * unit * self.scale)
+        self.memory = len(self.rows)
         self._row(terms, -INF, 0.0)
 
     def _exposed(self) -> None:

@@ -1,6 +1,7 @@
 """Graph rewriting: from a program and its plan to the two graphs that one rank runs.
 
-lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC
+lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC;
+                                                                              on a GPU causal and to_device
 cut      joint local graph -> forward and backward                                           partition
 finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
 """
@@ -15,9 +16,12 @@ from torch import fx
 
 from autopar.graph import Program
 from autopar.mesh import Mesh
+from autopar.passes.attention import keep_strides
 from autopar.passes.bind import bind
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
+from autopar.passes.causal import causal
+from autopar.passes.device import HOST, Target, statistics, to_device
 from autopar.passes.direct import direct
 from autopar.passes.edit import finished
 from autopar.passes.fuse import fuse
@@ -41,21 +45,28 @@ EAGER: tuple[Pass, ...] = (
 )
 
 
-def lower(program: Program, plan: Plan, rule_of: RuleOf) -> tuple[LocalProgram, Report]:
-    """The local graph of `program` under `plan`, and what each pass did.
+def lower(program: Program, plan: Plan, rule_of: RuleOf, target: Target = HOST) -> tuple[LocalProgram, Report]:
+    """The local graph of `program` under `plan` for `target`, and what each pass did.
 
     Raises:
         PlanError: the plan is not legal for the program.
         PassError: a pass broke an invariant (a defect of ours); names the pass and the node.
     """
     local = insert_collectives(program, plan, rule_of)
-    gm, report = run(local.gm, SYMBOLIC, mesh=plan.mesh, title="local")
+    # The device last: all others know the program's ops; before the cut, which sees what is saved for the backward.
+    steps = SYMBOLIC
+    if target.device != HOST.device:
+        steps = (statistics, *steps, partial(causal, mesh=plan.mesh), partial(to_device, target=target))
+    gm, report = run(local.gm, steps, mesh=plan.mesh, title="local")
     return replace(local, gm=gm), report
 
 
-def cut(local: LocalProgram) -> Parts:
-    """Forward and backward halves of a local program; the backward of a forward-only program is empty."""
-    return partition(local.gm, local.program.sources, local.program.sinks)
+def cut(local: LocalProgram, fuses: bool = False) -> Parts:
+    """Forward and backward halves of a local program; the backward of a forward-only program is empty.
+
+    fuses: as `passes.partition.partition`.
+    """
+    return partition(local.gm, local.program.sources, local.program.sinks, fuses)
 
 
 def finish(
@@ -65,18 +76,26 @@ def finish(
     groups: Mapping[str, str],
     title: str,
     eager: bool = False,
+    target: Target = HOST,
 ) -> tuple[fx.GraphModule, Report]:
     """The graph that the rank at `coordinates` runs. `groups`: axis name -> process group name.
 
     `eager`: it will run op by op, so fused kernels and memory that is written in place pay; else it stays functional.
+    `target`: as `lower` was given.
 
     Raises:
         PassError: as `lower`.
     """
     # Overlap orders what all others have made; what is in place depends on that order.
-    steps = (partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups), overlap)
+    home = target.device if target.staged else None
+    steps: tuple[Pass, ...] = (
+        partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups, staged=home),
+        overlap,
+    )
+    if target.device != HOST.device:
+        steps = (*steps, keep_strides)  # of the operands of the kernels that to_device has put in
     out, report = run(gm, (*steps, *EAGER) if eager else steps, mesh=mesh, title=title)
     return finished(direct(out) if eager else out), report
 
 
-__all__ = ["LocalProgram", "Parts", "Report", "cut", "finish", "lower"]
+__all__ = ["HOST", "LocalProgram", "Parts", "Report", "Target", "cut", "finish", "lower"]

@@ -10,6 +10,8 @@ What each symbolic node becomes (`c` is the rank's coordinate, `n` the size of t
     reduce_scatter  the chunks are stacked on dim 0, then _c10d_functional.reduce_scatter_tensor, wait_tensor
     all_to_all      chunks stacked, _c10d_functional.all_to_all_single, wait_tensor, pieces moved
 
+Staged, for ranks that share a GPU: the operand is copied to the host, travels from there, and comes back.
+
 On an axis of size 1 every one of them is its operand. Tensors without elements travel nowhere. Dtypes that backends
 cannot carry travel as others of the same width; bool is reduced as uint8 (sum means "any"), int16 as int32.
 Every rank gets the same nodes in the same order: only the constants differ.
@@ -60,7 +62,13 @@ _CARRIED = frozenset(
 _SAME_WIDTH = {1: torch.uint8, 2: torch.bfloat16, 4: torch.int32, 8: torch.int64}
 
 
-def bind(gm: fx.GraphModule, mesh: Mesh, coordinates: Sequence[int], group_names: Mapping[str, str]) -> fx.GraphModule:
+def bind(
+    gm: fx.GraphModule,
+    mesh: Mesh,
+    coordinates: Sequence[int],
+    group_names: Mapping[str, str],
+    staged: torch.device | None = None,
+) -> fx.GraphModule:
     """The graph of the rank at `coordinates`.
 
     Args:
@@ -69,6 +77,7 @@ def bind(gm: fx.GraphModule, mesh: Mesh, coordinates: Sequence[int], group_names
         coordinates: this rank's coordinate on every axis.
         group_names: axis name -> registered name of the process group of the ranks that differ only on that axis, in
             coordinate order. Axes of size 1 need none.
+        staged: if given, collectives go through host memory, and their results come back to this device.
 
     Raises:
         PassError: a node names an axis, a size or a dtype that cannot be bound; names the node.
@@ -76,7 +85,7 @@ def bind(gm: fx.GraphModule, mesh: Mesh, coordinates: Sequence[int], group_names
     if len(coordinates) != len(mesh.sizes) or any(not 0 <= i < n for i, n in zip(coordinates, mesh.sizes)):
         raise PassError(f"coordinates {tuple(coordinates)} are not on mesh {mesh}")
     graph = fx.Graph()
-    binder = _Binder(graph, mesh, tuple(coordinates), group_names)
+    binder = _Binder(graph, mesh, tuple(coordinates), group_names, staged)
     env: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         env[node] = binder.node(node, env)
@@ -89,9 +98,15 @@ def bind(gm: fx.GraphModule, mesh: Mesh, coordinates: Sequence[int], group_names
 
 class _Binder:
     def __init__(
-        self, graph: fx.Graph, mesh: Mesh, coordinates: tuple[int, ...], group_names: Mapping[str, str]
+        self,
+        graph: fx.Graph,
+        mesh: Mesh,
+        coordinates: tuple[int, ...],
+        group_names: Mapping[str, str],
+        staged: torch.device | None,
     ) -> None:
         self.graph, self.mesh, self.coordinates, self.group_names = graph, mesh, coordinates, group_names
+        self.staged = staged
 
     def node(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         """The bound node, or the number, that stands for `node`."""
@@ -191,12 +206,19 @@ class _Binder:
         return self._unstack(edit.view(self.graph, out, shape), cat)
 
     def _start(self, target: Any, x: fx.Node, args: tuple[Any, ...], shape: Sequence[int]) -> fx.Node:
+        x = x if self.staged is None else self._copy(x, torch.device("cpu"))
         start = self.graph.call_function(target, (x, *args))
         wait = self.graph.call_function(WAIT, (start,))
         for node in (start, wait):
             edit.inherit(node, x)
             node.meta["val"] = torch.empty(tuple(shape), dtype=x.meta["val"].dtype, device="meta")
-        return wait
+        return wait if self.staged is None else self._copy(wait, self.staged)
+
+    def _copy(self, x: fx.Node, device: torch.device) -> fx.Node:
+        node = self.graph.call_function(aten._to_copy.default, (x,), {"device": device})
+        edit.inherit(node, x)
+        node.meta["val"] = x.meta["val"]
+        return node
 
     def _stack(self, x: fx.Node, dim: int, parts: int) -> fx.Node:
         """(a, parts*n, b) -> contiguous (parts, a, n, b)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.errors import MeshError
+from autopar.errors import MeshError, RuntimeUseError
 from autopar.mesh import Mesh
 
 #: What `connect` takes for a mesh.
@@ -37,6 +38,7 @@ class Grid:
         device_mesh: the DeviceMesh of the DTensors; None in a single process without torch.distributed.
         control: gloo group of all ranks of the mesh, for small messages on the host; None without groups.
         timeout: seconds after which a rank stops waiting for the others.
+        staged: collectives on the mesh go through host memory, for NCCL is not to be had: ranks share a GPU.
     """
 
     mesh: Mesh
@@ -46,6 +48,7 @@ class Grid:
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
     timeout: float = 300.0
+    staged: bool = False
 
     @property
     def coordinates(self) -> dict[str, int]:
@@ -84,6 +87,8 @@ def connect(mesh: MeshLike, device: torch.device, timeout: float = 300.0) -> Gri
     """
     plain = as_mesh(mesh)
     count = running()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not isinstance(mesh, DeviceMesh) and plain.num_devices != count:
         are = "is" if count == 1 else "are"
         raise MeshError(
@@ -112,7 +117,11 @@ def connect(mesh: MeshLike, device: torch.device, timeout: float = 300.0) -> Gri
 
 
 def default_device(mesh: MeshLike, model: torch.nn.Module) -> torch.device:
-    """Where the shards should live: the mesh's device type, else the process group's, else the model's own device."""
+    """Where the shards should live: the mesh's device type, else the process group's, else the model's own device.
+
+    Raises:
+        RuntimeUseError: autopar does not run there, or it is not there; on every rank, without communication.
+    """
     kind = next((p.device.type for p in model.parameters()), "cpu")
     if isinstance(mesh, DeviceMesh):
         kind = mesh.device_type
@@ -120,10 +129,21 @@ def default_device(mesh: MeshLike, model: torch.nn.Module) -> torch.device:
         kind = "cuda"
     elif kind == "meta":
         kind = "cuda" if torch.cuda.is_available() and "RANK" in os.environ else "cpu"
-    if kind != "cuda":
-        return torch.device(kind)
-    if "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if kind not in ("cpu", "cuda"):
+        raise RuntimeUseError(
+            f"a module on {kind!r} devices is asked for; autopar runs on CPU and CUDA devices: use model.cpu() or "
+            "model.cuda() first"
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+        raise RuntimeUseError(
+            f"a module on CUDA devices is asked for (by the mesh, the process group or the model), but this torch "
+            f"{built}; keep the model on the CPU, or install a torch with CUDA where there is a GPU"
+        )
+    if "LOCAL_RANK" in os.environ:  # more ranks than GPUs share them
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -135,9 +155,8 @@ def running() -> int:
 
 
 def _initialise(device: torch.device, timeout: float) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if alone and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     atexit.register(_finish)
 
@@ -149,7 +168,9 @@ def _finish() -> None:
 
 def _make(plain: Mesh, device: torch.device, timeout: float) -> Grid:
     rank, limit = dist.get_rank(), timedelta(seconds=timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    control = dist.new_group(list(range(plain.num_devices)), timeout=limit, backend="gloo")
+    staged = _must_stage(device, control)
+    backend = "nccl" if device.type == "cuda" and not staged else "gloo"
     own = []
     for axis in range(len(plain.sizes)):
         mine = None
@@ -159,12 +180,30 @@ def _make(plain: Mesh, device: torch.device, timeout: float) -> Grid:
                 mine = group
         assert mine is not None
         own.append(mine)
-    control = dist.new_group(list(range(plain.num_devices)), timeout=limit, backend="gloo")
     ranks_of = torch.arange(math.prod(plain.sizes)).reshape(plain.sizes)
     groups: Any = own[0] if len(own) == 1 else own
     device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks_of, mesh_dim_names=plain.names)
     names = {name: group.group_name for name, group in zip(plain.names, own)}
-    return Grid(plain, rank, device, names, device_mesh, control, timeout)
+    return Grid(plain, rank, device, names, device_mesh, control, timeout, staged)
+
+
+def _must_stage(device: torch.device, control: dist.ProcessGroup) -> bool:
+    """Whether collectives must go through host memory; the same on every rank of `control`. A collective call."""
+    if device.type != "cuda":
+        return False
+    found: list[Any] = [None] * control.size()
+    dist.all_gather_object(found, str(torch.cuda.get_device_properties(device).uuid), group=control)
+    shared = len(set(found)) < len(found)
+    if dist.is_nccl_available() and not shared:
+        return False
+    if dist.get_rank(control) == 0:
+        why = f"{len(found)} ranks share {len(set(found))} GPU(s), which NCCL refuses" if shared else "there is no NCCL"
+        warnings.warn(
+            f"{why}: collectives go through host memory (gloo), which is right but slow. For speed, start one process "
+            "for each GPU",
+            stacklevel=2,
+        )
+    return True
 
 
 def _adopt(device_mesh: DeviceMesh, plain: Mesh, device: torch.device, timeout: float) -> Grid:
@@ -178,5 +217,13 @@ def _adopt(device_mesh: DeviceMesh, plain: Mesh, device: torch.device, timeout: 
     control = dist.new_group(
         members, timeout=timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True
     )
-    names = {name: device_mesh.get_group(axis).group_name for axis, name in enumerate(plain.names)}
-    return Grid(plain, rank, device, names, device_mesh, control, timeout)
+    groups = [device_mesh.get_group(axis) for axis in range(len(plain.names))]
+    names = {name: group.group_name for name, group in zip(plain.names, groups)}
+    nccl = any("nccl" in str(dist.get_backend(group)) for group in groups)
+    staged = device.type == "cuda" and (_must_stage(device, control) or not nccl)
+    if staged and nccl:
+        raise MeshError(
+            f"the DeviceMesh {plain} has NCCL groups, but its ranks share GPUs, which NCCL refuses; initialise "
+            'torch.distributed with "gloo", or pass the mesh as text, such as "dp=2"'
+        )
+    return Grid(plain, rank, device, names, device_mesh, control, timeout, staged)

@@ -29,6 +29,7 @@ from autopar.runtime.storage import (
     placements,
     same_fields,
     scatter,
+    whole,
 )
 
 
@@ -119,8 +120,8 @@ class ParallelModule(nn.Module):
         out = {}
         for name, value in self.state_dict().items():
             with answered(self._state.grid):
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-            out[name] = whole.detach().cpu().clone()
+                full = whole(value, self._state.grid) if isinstance(value, DTensor) else value
+            out[name] = full.detach().cpu().clone()
         return out
 
     # ---- nn.Module ---------------------------------------------------------------------------------------------
@@ -290,8 +291,13 @@ class ParallelModule(nn.Module):
         flags = tuple(m.training for m in state.shells.values())
         trainable = tuple(p.requires_grad for p in self._any_parameters())
         grads = torch.is_grad_enabled() and any(trainable)
-        kind = state.grid.device.type
-        cast = f"autocast to {torch.get_autocast_dtype(kind)}, " if torch.is_autocast_enabled(kind) else ""
+        # Programs are captured on the CPU, so that it is the CPU's autocast they follow.
+        if state.grid.device.type != "cpu" and torch.is_autocast_enabled(state.grid.device.type):
+            raise RuntimeUseError(
+                f"autocast for {state.grid.device.type} is on, and its casts cannot be captured; cast the model before "
+                "autopar.compile instead (model.to(torch.bfloat16)), and call the module outside autocast"
+            )
+        cast = f"autocast to {torch.get_autocast_dtype('cpu')}, " if torch.is_autocast_enabled("cpu") else ""
         mode = f"{cast}{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"
         parts = state.parts
         forms = tuple((a.name, a.form) for a in arguments)
@@ -420,7 +426,7 @@ def _with_seed(call: Call | None) -> Call | None:
     """The call with a seed from torch's default generator: `torch.manual_seed` decides, rank 0's is used."""
     if call is None:
         return None
-    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64))
+    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
     return Call(call.arguments, call.mode, seed, call.part, call.parts)
 
 

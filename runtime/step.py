@@ -25,7 +25,7 @@ from autopar.graph import Program, Sink
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
-from autopar.runtime.storage import as_dtensor, rewrap
+from autopar.runtime.storage import as_dtensor, rewrap, whole
 from autopar.spec import R, Spec, shard
 
 BACKENDS = ("eager", "inductor")
@@ -102,7 +102,7 @@ class Step:
         for tensor, cut in zip(inputs, self._cuts):
             if cut != self._whole:
                 tensor = shard(tensor, cut, mesh.sizes, mesh.coordinates(self.grid.rank))
-            out.append(tensor.to(self.grid.device).contiguous())
+            out.append(tensor.to(self.grid.device, non_blocking=True).contiguous())
         return out
 
     def _cut(self, name: str, data_axes: Sequence[str]) -> Spec:
@@ -129,7 +129,8 @@ class Step:
             elif source.kind == "buffer":
                 flat.append(feed.buffers[source.name])
             elif source.kind == "seed":
-                flat.append(torch.tensor(feed.seed, dtype=torch.int64, device=self.grid.device))
+                # Filled there: a copy from the host would wait for the device.
+                flat.append(torch.full((), feed.seed, dtype=torch.int64, device=self.grid.device))
             else:
                 flat.append(next(inputs))
         saved = [flat[i].clone() if self._keep[i] else flat[i] for i in self.saved_inputs]
@@ -162,7 +163,7 @@ class Step:
             if given is None:
                 given = torch.zeros(tuple(want.shape), dtype=want.dtype, device=self.grid.device)
             elif isinstance(given, DTensor):
-                given = given.full_tensor()
+                given = whole(given, self.grid)
             tangents.append(given.to(want.dtype).contiguous())
         results = self._run(self.backward, [*saved, *tangents])
         taken = _Taken([*saved, *tangents])

@@ -19,7 +19,7 @@ from autopar.errors import PlanError, RuntimeUseError
 from autopar.plan import Plan, storage_shards
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Control
-from autopar.spec import Spec, format_spec, local_shape, shard
+from autopar.spec import R, S, Spec, format_spec, local_shape, shard, unshard
 
 #: Gives the full tensor of a parameter or buffer that has no value: (name, shape, dtype) -> tensor. Called on rank 0.
 Init = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
@@ -70,6 +70,19 @@ def rewrap(like: DTensor) -> Callable[[torch.Tensor], DTensor]:
         return DTensor.from_local(piece, mesh, placements, run_check=False, shape=size, stride=stride)
 
     return wrap
+
+
+def whole(value: DTensor, grid: Grid) -> torch.Tensor:
+    """The full tensor of a DTensor on the mesh of `grid`; a collective call. Staged, it is gathered on the host."""
+    if not grid.staged:
+        return value.full_tensor()
+    local = value.to_local().detach().cpu().contiguous()
+    pieces = [torch.empty_like(local) for _ in range(grid.size)]
+    # As bytes: every dtype travels, also those the backend does not know.
+    flat = [piece.reshape(-1).view(torch.uint8) for piece in (*pieces, local)]
+    dist.all_gather(flat[:-1], flat[-1], group=grid.control)
+    spec = tuple(S(p.dim) if p.is_shard() else R for p in value.placements)  # type: ignore[attr-defined]
+    return unshard(pieces, tuple(value.shape), spec, grid.mesh.sizes).to(value.device)
 
 
 def piece_of(full: torch.Tensor, spec: Spec, grid: Grid) -> torch.Tensor:

@@ -32,7 +32,7 @@ BASE = {
 CAPTURE = {
     f"autopar.{m}"
     for m in (
-        "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "explain",
+        "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "explain", "modes",
         "param_views", "programs", "shared_memory", "symbolic",
     )
 }  # fmt: skip
