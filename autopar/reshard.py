@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
     @property
     def stacks(self) -> bool:
-        """Whether what is sent has to be brought together first: pieces of a dim that is not the outermost lie apart."""
+        """Whether what is sent is first brought together: pieces of a dim that is not the outermost lie apart."""
         if self.kind not in ("reduce_scatter", "all_to_all"):
             return False
         return self.split_outer > 1 or any(n > 1 for n in self.before[: max(0, self.split)])

@@ -46,6 +46,9 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
                 point[columns] = values
                 return Answer("optimal" if reached <= gap else "feasible", point, reached)
         solver = _solver(_arrays(model), time_limit, gap)
+    if len(model.high) > SMALL:  # the last tenths of a percent would take all the time there is
+        solver.setOptionValue("mip_rel_gap", NEAR * gap)
+        solver.setOptionValue("presolve", "off")  # it takes longer than what it saves
     return _branch(model, solver, whole, time_limit, start)
 
 
@@ -109,7 +112,7 @@ class _Relaxation:
         for v, c in extra.items():
             if v != CONST:
                 self.base[v] += c
-        self.solver = _solver(lp, time_limit, 1e-3)
+        self.solver = _solver(lp, time_limit, 1e-2)
 
     def choices(self) -> list[list[int]]:
         """At the multiplier, and, where that does not meet the limit, the best that do."""
@@ -142,6 +145,7 @@ class _Relaxation:
         values = np.array(solver.getSolution().col_value)
         if _answered(solver) and not _is_whole(values, self.whole):
             solver.changeColsIntegrality(len(self.whole), self.whole, _integer(self.whole))
+            solver.setOptionValue("presolve", "off")
             solver.run()
             values = np.array(solver.getSolution().col_value)
             solver.changeColsIntegrality(len(self.whole), self.whole, np.zeros(len(self.whole), dtype=np.uint8))

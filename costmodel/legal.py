@@ -71,6 +71,7 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
     ins: list[tuple[Spec, ...]] = []
     outs: list[tuple[Spec, ...]] = []
     known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule
+    found: tuple[tuple[Spec, ...], tuple[Spec, ...]]
     for item in items.items:
         if item.kind == "op":
             rule, row = items.rule(item), plan.choice(item.name)

@@ -105,7 +105,7 @@ class Search:
             names = ", ".join(self.mesh.names[a] for a in order) or "none"
             self.progress(f"solving axes {names}", 0.3 + 0.3 * number)
             self.share = (len(orders) - number) * max(1, len(order))
-            candidate = self._order(order, self.space.start())
+            candidate = self._order(order, self.space.start(), beat=min(map(_seconds, found), default=math.inf))
             if candidate is not None:
                 found.append(candidate)
         best = min(found, key=_seconds, default=None)
@@ -113,18 +113,15 @@ class Search:
         if best is not None and not self._late() and self._learn(min([best, *seeds[:1]], key=_seconds)):
             self.progress("hiding communication", 0.85)
             self.overlap = True
-            again = self._order(orders[0], best.state, sweeps=1, rounds=2)
-            best = min((f for f in (best, again) if f is not None), key=_seconds)
+            best = self._order(orders[0], best.state, 1, 2, _seconds(best)) or best
         self.share = max(1, len(orders[0]))
         for number, seed in enumerate(seeds[:IMPROVED]):
             self.progress("improving experts' plans", 0.9 + 0.03 * number)
-            stop = best is not None and self._late()
-            improved = None if stop else self._order(orders[0], seed.state, sweeps=1, rounds=2)
-            for plan in (seed, improved):
-                if plan is None or (best is not None and _seconds(plan) >= _seconds(best)):
-                    continue
-                if self._fits(plan):  # asked last: it takes a price
-                    best = plan
+            beat = math.inf if best is None else _seconds(best)
+            if _seconds(seed) < beat and self._fits(seed):
+                best, beat = seed, _seconds(seed)
+            if best is None or not self._late():
+                best = self._order(orders[0], seed.state, 1, 2, beat) or best
         return best
 
     # ---- experts -----------------------------------------------------------------------------------------------
@@ -183,8 +180,11 @@ class Search:
         """Whether the time is up: what would only improve on a plan is left out."""
         return time.perf_counter() > self.deadline
 
-    def _order(self, order: list[int], start: State, sweeps: int = SWEEPS, rounds: int = ROUNDS) -> Found | None:
-        """Solve the axes in this order until it fits, tightening the stand-in; None if it does not in `rounds`."""
+    def _order(
+        self, order: list[int], start: State, sweeps: int = SWEEPS, rounds: int = ROUNDS, beat: float = math.inf
+    ) -> Found | None:
+        """Solve the axes in this order until it fits, tightening the stand-in; None if it does not in `rounds`, or not in
+        less than `beat` seconds a step: what is not quicker is not even priced."""
         # Without a limit the program is smaller; most plans fit anyway.
         limit = None
         if self.tight and self.limit is not None:
@@ -195,6 +195,8 @@ class Search:
             if state is None:
                 return None
             found = self._simulated(state)
+            if _seconds(found) >= beat:  # a tighter limit would not make it quicker
+                return None
             found.solves = self.solves[max(before, len(self.solves) - len(order)) :]
             if self._fits(found):
                 return found

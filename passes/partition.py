@@ -29,7 +29,6 @@ from autopar.errors import PassError
 from autopar.graph import BACKWARD, Sink, Source
 from autopar.passes import edit
 
-
 aten = torch.ops.aten
 #: Reductions that a compiler fuses with what they read.
 _SUMS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
@@ -201,7 +200,7 @@ def _choose_saved(gm: fx.GraphModule, needed: Sequence[fx.Node]) -> list[fx.Node
 
 
 def _without_fusable(saved: list[fx.Node], late: dict[fx.Node, None], results: list[fx.Node]) -> list[fx.Node]:
-    """Without what fused kernels of the backward compute on their way; the last first, so that chains shrink to heads."""
+    """Without what fused kernels of the backward compute on their way; the last first: of a chain the head stays."""
     kept = dict.fromkeys(saved)
     outputs = set(results)
     for node in reversed(saved):
