@@ -183,8 +183,10 @@ class Search:
     def _order(
         self, order: list[int], start: State, sweeps: int = SWEEPS, rounds: int = ROUNDS, beat: float = math.inf
     ) -> Found | None:
-        """Solve the axes in this order until it fits, tightening the stand-in; None if it does not in `rounds`, or not in
-        less than `beat` seconds a step: what is not quicker is not even priced."""
+        """Solve the axes in this order, tightening the stand-in until it fits.
+
+        None if it does not in `rounds`, or takes `beat` seconds a step or more: what is not quicker is not even priced.
+        """
         # Without a limit the program is smaller; most plans fit anyway.
         limit = None
         if self.tight and self.limit is not None:
