@@ -25,7 +25,7 @@ from torch import fx
 
 from autopar.graph import BACKWARD
 from autopar.passes import edit
-from autopar.passes.bind import GATHER_INTO, IN_PLACE_REDUCE, WAIT, functional
+from autopar.passes.bind import GATHER_INTO, IN_PLACE_REDUCE, STARTS, WAIT, functional
 
 aten = torch.ops.aten
 
@@ -239,9 +239,9 @@ def _pack(gm: fx.GraphModule, cat: fx.Node) -> None:
     sources = [_source(row, cat, dim) for row in rows]
     first = min(sources, key=memory.position.__getitem__)
     own = first.op == "call_function"
-    # On the device of something that is there already.
+    # On the device of something that is there already: not of what a collective has yet to bring.
     beside = first
-    while not edit.is_tensor(beside) or (own and beside is first):
+    while not edit.is_tensor(beside) or (own and beside is first) or beside.target in STARTS:
         beside = beside.all_input_nodes[0]
     with graph.inserting_before(first if own else _first_call(graph)):
         shape, dtype = list(edit.shape(cat)), cat.meta["val"].dtype

@@ -249,6 +249,16 @@ def test_a_bucket_beside_an_op_of_several_results():
     assert "aten.cat.default" not in ops
 
 
+def test_a_bucket_of_what_a_collective_brings():
+    """Its memory cannot be made like that of a result that is still under way."""
+    b = Builder()
+    x = b.input(4, 4)
+    twice = b.reduce(b(aten.mm.default, x, x))
+    rows = [b(aten.reshape.default, n, [16]) for n in (twice, b(aten.mm.default, twice, x))]
+    ops = check(b.done(b.reduce(b(aten.cat.default, rows, 0))), (4, 4))
+    assert "aten.cat.default" not in ops
+
+
 def test_gathers_fill_memory_of_ours():
     """Several functional gathers in flight corrupt the heap on gloo; the form that is given its memory does not."""
     b = Builder()
