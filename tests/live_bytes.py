@@ -51,7 +51,8 @@ class LiveBytes(TorchDispatchMode):
             return
         storage = local.untyped_storage()
         size, start = storage.nbytes(), storage.data_ptr()
-        if storage in self._seen or any(a <= start and start + size <= b for a, b in self._spans.values()):
+        spans = tuple(self._spans.values())  # at once: a thread of a collective may let go of a storage meanwhile
+        if storage in self._seen or any(a <= start and start + size <= b for a, b in spans):
             return  # known, or memory of a storage that is, under another head
         self._number += 1
         number = self._number
