@@ -113,7 +113,6 @@ def compile(
         call = arguments(example)
         refuse_old_norms(model)
         empty = skeleton(model)
-    control.same("the kind of device", grid.device.type, "put the model on the same kind of device on every rank")
     control.same(
         "the model",
         same_fields(model),

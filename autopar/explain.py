@@ -34,7 +34,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "cast the model instead (model.to(torch.bfloat16)), and leave autocast('cuda') out",
     ),
     (
-        r"two different devices",
+        r"two different devices|at least two devices, (cpu and cuda|cuda)",
         "a tensor on the GPU is neither a parameter, a buffer nor an attribute of a module, and a program is captured "
         "on the CPU",
         "register it with register_buffer in __init__, or pass it to forward",

@@ -58,7 +58,7 @@ class Step(NamedTuple):
         """Whether what arrives has to be put in its place, likewise."""
         if self.kind not in ("all_gather", "all_to_all"):
             return False
-        return self.cat_outer > 1 or any(n > 1 for n in self.before[: max(0, self.cat)])
+        return self.cat_outer > 1 or any(n > 1 for n in self.after[: max(0, self.cat)])
 
 
 WHOLE = Cut(-1, 1)

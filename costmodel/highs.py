@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ try:
 except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan says so
     highspy = None  # type: ignore[assignment]
 
+#: Seconds that a relaxation gets at least.
+LEAST = 0.5
 #: Prices of a byte that are tried where the first is too low.
 PRICES = 6
 #: With rows (8) or (6), a choice within so many times the gap asked for is taken without branching, and its gap told.
@@ -33,7 +36,8 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
     relaxed = np.array(solver.getSolution().col_value)
     if _answered(solver) and _is_whole(relaxed, whole):
         return Answer("optimal", relaxed, 0.0)
-    if (model.exposed or model.memory is not None) and _answered(solver):
+    solved = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal  # else its value is no bound
+    if (model.exposed or model.memory is not None) and solved:
         bound = float(solver.getInfo().objective_function_value)
         start = _nearest(model, solver, whole, time_limit, start, bound / max(1e-9, 1 - NEAR * gap))
         if start is not None:
@@ -49,10 +53,12 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
     if len(model.high) > SMALL:  # the last tenths of a percent would take all the time there is
         solver.setOptionValue("mip_rel_gap", NEAR * gap)
         solver.setOptionValue("presolve", "off")  # it takes longer than what it saves
-    return _branch(model, solver, whole, time_limit, start)
+    return _branch(model, solver, whole, time_limit, gap, start)
 
 
-def _branch(model: Model, solver: Any, whole: Any, time_limit: float, start: Sequence[int] | None) -> Answer:
+def _branch(
+    model: Model, solver: Any, whole: Any, time_limit: float, gap: float, start: Sequence[int] | None
+) -> Answer:
     solver.changeColsIntegrality(len(whole), whole, _integer(whole))
     # HiGHS counts its limit over all runs: without this the search would start with what the relaxation left. On a
     # busy machine even that may end without any answer, so it gets longer before it gives up.
@@ -68,7 +74,8 @@ def _branch(model: Model, solver: Any, whole: Any, time_limit: float, start: Seq
             optimal = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
             found = float(solver.getInfo().mip_gap)
             found = 0.0 if found == INF and optimal else max(0.0, found)
-            return Answer("optimal" if optimal else "feasible", solver.getSolution().col_value, found)
+            close = optimal and found <= gap
+            return Answer("optimal" if close else "feasible", solver.getSolution().col_value, found)
     return Answer(str(solver.getModelStatus()), None, INF)
 
 
@@ -81,6 +88,7 @@ def _nearest(
     `solver` holds (Lagrangian relaxation; Geoffrion, 1974), they leave a program that is integral nearly always. With
     rows (8) a relaxation in which nothing overlaps is asked, too, unless the first gives a value of `enough` or less.
     """
+    end = time.perf_counter() + 2 * time_limit
     duals = np.abs(np.array(solver.getSolution().row_dual))
     found = [] if start is None else [list(start)]
     priced: Terms = {}
@@ -90,7 +98,7 @@ def _nearest(
     for terms in (t for part in model.late for t in part):
         _weigh(serial, terms, 1.0)
     for extra in (priced, serial) if model.exposed else (priced,):
-        found += _Relaxation(model, extra, duals, whole, time_limit).choices()
+        found += _Relaxation(model, extra, duals, whole, end).choices()
         if any(model.value(choice) <= enough for choice in found):
             break
     return min(found, key=model.value, default=None)
@@ -103,8 +111,8 @@ class _Relaxation:
     limit: the least price at which it is met is looked for between that one and higher ones.
     """
 
-    def __init__(self, model: Model, extra: Terms, duals: Any, whole: Any, time_limit: float) -> None:
-        self.model, self.whole, self.time_limit = model, whole, time_limit
+    def __init__(self, model: Model, extra: Terms, duals: Any, whole: Any, end: float) -> None:
+        self.model, self.whole, self.end = model, whole, end
         self.memory: Terms = {} if model.memory is None else model.rows[model.memory][0]
         self.price = 0.0 if model.memory is None else float(duals[model.memory])
         lp = _arrays(model, [*model.exposed, *([] if model.memory is None else [model.memory])])
@@ -112,16 +120,18 @@ class _Relaxation:
         for v, c in extra.items():
             if v != CONST:
                 self.base[v] += c
-        self.solver = _solver(lp, time_limit, 1e-2)
+        self.solver = _solver(lp, max(LEAST, end - time.perf_counter()), 1e-2)
 
     def choices(self) -> list[list[int]]:
         """At the multiplier, and, where that does not meet the limit, the best that do."""
         first = self._at(1.0)
         found = [] if first is None else [first]
-        if first is None or self.model.value(first) < INF:
+        if first is None or not self.price or self.model.value(first) < INF:
             return found
         low, high = 1.0, 0.0
         for _ in range(PRICES):
+            if time.perf_counter() > self.end:
+                break
             factor = (low * high) ** 0.5 if high else 2 * low
             choice = self._at(factor)
             if choice is not None and self.model.value(choice) < INF:
@@ -140,7 +150,7 @@ class _Relaxation:
         solver = self.solver
         columns = np.arange(len(cost), dtype=np.int32)
         solver.changeColsCost(len(cost), columns, cost)
-        solver.setOptionValue("time_limit", solver.getRunTime() + self.time_limit)
+        solver.setOptionValue("time_limit", solver.getRunTime() + max(LEAST, self.end - time.perf_counter()))
         solver.run()
         values = np.array(solver.getSolution().col_value)
         if _answered(solver) and not _is_whole(values, self.whole):

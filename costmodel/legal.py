@@ -74,7 +74,7 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
     found: tuple[tuple[Spec, ...], tuple[Spec, ...]]
     for item in items.items:
         if item.kind == "op":
-            rule, row = items.rule(item), plan.choice(item.name)
+            rule, row = items.rule(item), tuple(plan.choice(item.name))
             op = known.get((id(rule), row))
             if op is None:
                 op = known[id(rule), row] = _checked(item, rule, row, plan)

@@ -221,7 +221,7 @@ class _Planner:
         search = self.search()
         best = search.run(orders)
         if best is None:
-            best = search.least(orders[0])
+            best = search.least(orders)
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
@@ -355,7 +355,7 @@ class _Planner:
                 notes=[],
             )
             other.prepare()
-            least = other.search().least([a for a, n in enumerate(mesh.sizes) if n > 1])
+            least = other.search().least([[a for a, n in enumerate(mesh.sizes) if n > 1]])
         except (PlanError, ConstraintError):  # nothing to offer there
             return None
         assert self.memory_limit is not None

@@ -25,7 +25,7 @@ EXPERTS = (
     ("zero2", "zero2", "zero2"),
     ("ddp", "ddp", "ddp"),
     ("ddp", "ddp", "tp_sp"),
-    ("ddp", "ddp", "tp"),
+    ("zero2", "tp_sp", "zero2"),
 )
 _ONE = (("zero3",), ("zero2",), ("ddp",), ("tp_sp",), ("tp",))
 

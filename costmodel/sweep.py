@@ -91,6 +91,7 @@ class Search:
         self.mesh, self.items = self.space.mesh, self.space.fold.items
         self.usable = [[USABLE] * self.prices.comm.tiers for _ in range(PHASES)]
         self.overlap = False  # whether the program knows that late transports hide; it is easier without
+        self.smallest: Found | None = None  # of the least peak among those that were priced
         self.tight = False  # a plan without regard to the limit did not fit
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
@@ -189,8 +190,9 @@ class Search:
         """
         # Without a limit the program is smaller; most plans fit anyway.
         limit = None
+        known = beat < math.inf  # with a plan at hand, what is left is to do better, in less time
         if self.tight and self.limit is not None:
-            limit = self.limit - (self.short if self.short < math.inf else 0.0)
+            limit = self.limit - (self.short if known and self.short < math.inf else 0.0)
         for _ in range(rounds):
             before = len(self.solves)
             state = self._sweeps(order, limit, start, sweeps)
@@ -213,7 +215,8 @@ class Search:
             proxy = self._proxy(state, order[-1])
             self.short = min(self.short, max(0.0, found.peak - proxy))
             limit = min(limit * 0.98, proxy - (found.peak - self.limit) * 1.05)
-            start, sweeps = state, 1  # little has to change
+            if known:
+                start, sweeps = state, 1  # little has to change
             if limit < LEAST * self.limit:
                 return None
         return None
@@ -282,8 +285,15 @@ class Search:
             self.clock["solve"] += answer.solve_s
         return answer
 
-    def least(self, axes: list[int]) -> Found:
-        """About the least memory that any plan needs: the stand-in minimised, whatever the time."""
+    def least(self, orders: list[list[int]]) -> Found:
+        """About the least memory that any plan needs: of all that were priced, and of the stand-in minimised."""
+        for axes in orders:
+            self._least(axes)
+        assert self.smallest is not None
+        return self.smallest
+
+    def _least(self, axes: list[int]) -> None:
+        """Price the plan of the smallest stand-in, whatever its time."""
         assert self.limit is not None
         state = self.space.start()
         for _ in range(2):
@@ -293,9 +303,7 @@ class Search:
                 answer = self.ask(lowered, axis, 10.0)
                 assert answer is not None
                 state = lift(self.prices, axis, lowered, answer.choice, state)
-        found = self._simulated(state)
-        self._price(found)
-        return found
+        self._price(self._simulated(state))
 
     def _proxy(self, state: State, axis: int) -> float:
         """What the stand-in counts for a state."""
@@ -332,6 +340,8 @@ class Search:
             optimizer=policy.optimizer,
             links=self.links,
         )
+        if self.smallest is None or found.peak < self.smallest.peak:
+            self.smallest = found
         lowered = lower(self.prices, found.state, 0, None, 0.0)
         folded = evaluate(lowered.problem, current(lowered, 0, found.state))[0]
         serial = found.price.step_s

@@ -320,10 +320,15 @@ def _math(call: _Call, statistics: bool) -> list[fx.Node]:
     if call.length:
         sums = at(aten.logsumexp.default, scores, [2])
         # Rows that are masked out altogether give zeros, and the CPU's kernel says 0 of them.
-        sums = at(aten.masked_fill.Scalar, sums, at(aten.eq.Scalar, sums, -math.inf), 0.0)
+        closed = at(aten.eq.Scalar, sums, -math.inf)
+        sums = at(aten.masked_fill.Scalar, sums, closed, 0.0)
+        # Not exp(scores - sums): of a row that is masked by a large finite number, sums has lost the count of columns.
+        weights = at(aten._softmax.default, scores, 2, False)
+        weights = at(aten.masked_fill.Scalar, weights, at(aten.unsqueeze.default, closed, 2), 0.0)
     else:
         sums = at(aten.sum.dim_IntList, scores, [2])
-    out = m.product(m.weights(scores, sums), m.value)
+        weights = m.weights(scores, sums)
+    out = m.product(weights, m.value)
     return [m.home(out), at(aten.reshape.default, sums, [call.batch, call.heads, call.rows])]
 
 

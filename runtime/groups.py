@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.errors import MeshError, RuntimeUseError
+from autopar.errors import MeshError, RankMismatchError, RuntimeUseError
 from autopar.mesh import Mesh
 
 #: What `connect` takes for a mesh.
@@ -144,7 +144,8 @@ def default_device(mesh: MeshLike, model: torch.nn.Module) -> torch.device:
         )
     if "LOCAL_RANK" in os.environ:  # more ranks than GPUs share them
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return torch.device("cuda", torch.cuda.current_device())
+    own = next((p.device.index for p in model.parameters() if p.device.type == "cuda"), None)
+    return torch.device("cuda", torch.cuda.current_device() if own is None else own)
 
 
 def running() -> int:
@@ -188,11 +189,23 @@ def _make(plain: Mesh, device: torch.device, timeout: float) -> Grid:
 
 
 def _must_stage(device: torch.device, control: dist.ProcessGroup) -> bool:
-    """Whether collectives must go through host memory; the same on every rank of `control`. A collective call."""
-    if device.type != "cuda":
-        return False
+    """Whether collectives must go through host memory; the same on every rank of `control`. A collective call.
+
+    Raises:
+        RankMismatchError: the ranks are on different kinds of device; on every rank.
+    """
+    cuda = device.type == "cuda"
     found: list[Any] = [None] * control.size()
-    dist.all_gather_object(found, str(torch.cuda.get_device_properties(device).uuid), group=control)
+    own = (device.type, str(torch.cuda.get_device_properties(device).uuid) if cuda else "")
+    dist.all_gather_object(found, own, group=control)
+    kinds = {kind for kind, _ in found}
+    if len(kinds) > 1:
+        raise RankMismatchError(
+            f"the ranks are on different kinds of device ({', '.join(sorted(kinds))}); put the model on the same kind "
+            "on every rank"
+        )
+    if not cuda:
+        return False
     shared = len(set(found)) < len(found)
     if dist.is_nccl_available() and not shared:
         return False
@@ -220,7 +233,7 @@ def _adopt(device_mesh: DeviceMesh, plain: Mesh, device: torch.device, timeout: 
     groups = [device_mesh.get_group(axis) for axis in range(len(plain.names))]
     names = {name: group.group_name for name, group in zip(plain.names, groups)}
     nccl = any("nccl" in str(dist.get_backend(group)) for group in groups)
-    staged = device.type == "cuda" and (_must_stage(device, control) or not nccl)
+    staged = _must_stage(device, control) or (device.type == "cuda" and not nccl)
     if staged and nccl:
         raise MeshError(
             f"the DeviceMesh {plain} has NCCL groups, but its ranks share GPUs, which NCCL refuses; initialise "

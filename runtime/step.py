@@ -102,7 +102,7 @@ class Step:
         for tensor, cut in zip(inputs, self._cuts):
             if cut != self._whole:
                 tensor = shard(tensor, cut, mesh.sizes, mesh.coordinates(self.grid.rank))
-            out.append(tensor.to(self.grid.device, non_blocking=True).contiguous())
+            out.append(tensor.to(self.grid.device).contiguous())
         return out
 
     def _cut(self, name: str, data_axes: Sequence[str]) -> Spec:

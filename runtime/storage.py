@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from autopar.errors import PlanError, RuntimeUseError
 from autopar.plan import Plan, storage_shards
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Control
-from autopar.spec import R, S, Spec, format_spec, local_shape, shard, unshard
+from autopar.spec import P, Placement, R, S, Spec, format_spec, local_shape, shard, unshard
 
 #: Gives the full tensor of a parameter or buffer that has no value: (name, shape, dtype) -> tensor. Called on rank 0.
 Init = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor]
@@ -81,8 +81,20 @@ def whole(value: DTensor, grid: Grid) -> torch.Tensor:
     # As bytes: every dtype travels, also those the backend does not know.
     flat = [piece.reshape(-1).view(torch.uint8) for piece in (*pieces, local)]
     dist.all_gather(flat[:-1], flat[-1], group=grid.control)
-    spec = tuple(S(p.dim) if p.is_shard() else R for p in value.placements)  # type: ignore[attr-defined]
+    spec = tuple(_placement(p) for p in value.placements)
     return unshard(pieces, tuple(value.shape), spec, grid.mesh.sizes).to(value.device)
+
+
+def _placement(place: Any) -> Placement:
+    if type(place) is Shard:
+        return S(place.dim)
+    if type(place) is Replicate:
+        return R
+    if type(place) is Partial and place.reduce_op in ("sum", "max", "min"):
+        return P(place.reduce_op)
+    raise RuntimeUseError(
+        f"a DTensor placed as {place} cannot be gathered where ranks share a GPU; redistribute it to Replicate() first"
+    )
 
 
 def piece_of(full: torch.Tensor, spec: Spec, grid: Grid) -> torch.Tensor:

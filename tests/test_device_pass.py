@@ -15,7 +15,7 @@ import torch
 from parity import feeds, max_error, run_global, run_local
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import autopar
 from autopar import driver, passes
@@ -31,6 +31,7 @@ from autopar.passes.device import to_device
 from autopar.passes.runner import describe
 from autopar.passes.verify import verify
 from autopar.runtime import groups
+from autopar.runtime.storage import whole
 from tests.harness import Ranks
 from tests.widen import double, widen_to_float64
 from tests.zoo import ZOO
@@ -98,6 +99,7 @@ CASES = {
     "mask by key": (some(5, 7), {"mask": numbers(2, 1, 1, 7)}),
     "mask by query": (some(5, 7), {"mask": numbers(1, 4, 5, 1)}),
     "rows masked out": (some(5, 7), {"mask": holes()}),
+    "rows masked by a finite number": (some(5, 7), {"mask": holes().clamp(min=-1e30)}),
     "groups of heads": (some(5, 7, 2), {"mask": numbers(2, 4, 5, 7)}),
     "one group": (some(6, 6, 1), {"causal_": True}),
 }
@@ -445,3 +447,20 @@ def staged_cases():
 def test_ranks_that_share_a_gpu_talk_through_the_host():
     with Ranks(2) as ranks:
         ranks.run(staged_cases)
+
+
+def whole_cases():
+    """On every rank: gathered through the host, a tensor is what torch says it is."""
+    grid = replace(groups.connect("dp=2", torch.device("cpu")), staged=True)
+    rank = grid.rank
+    for place in (Shard(0), Replicate(), Partial("sum"), Partial("max")):
+        local = torch.tensor([1.0, 5.0]) if place == Replicate() else torch.tensor([rank + 1.0, 3.0 - rank])
+        value = DTensor.from_local(local, grid.device_mesh, [place], run_check=False)
+        torch.testing.assert_close(whole(value, grid), value.full_tensor())
+    with pytest.raises(RuntimeUseError, match="cannot be gathered where ranks share a GPU"):
+        whole(DTensor.from_local(local, grid.device_mesh, [Partial("avg")], run_check=False), grid)
+
+
+def test_what_is_gathered_through_the_host():
+    with Ranks(2) as ranks:
+        ranks.run(whole_cases)

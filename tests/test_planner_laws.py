@@ -133,3 +133,27 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert re.search(r"the best found needs [\d.]+ kB, [\d.]+ kB more\n  \(parameters [\d.]+ kB, ", text)
     assert re.search(r"Give at least \d+ bytes \(memory_limit\)", text)
     assert re.search(r"or a bigger mesh \(dp=\d+: [\d.]+ kB, [\d.]+ ms a step\)", text), text
+
+
+class Deep(nn.Module):
+    """Mostly activations, which the program sees less of than the walk that prices memory."""
+
+    def __init__(self, width=16, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.softmax(nn.functional.gelu(layer(x)), -1) + x
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+def test_the_bytes_that_the_error_asks_for_are_enough(mesh):
+    program = capture(Deep(), (torch.zeros(16, 16),))
+    with pytest.raises(InfeasibleError) as error:
+        plan(program, Mesh.parse(mesh), device=SLOW, memory_limit=1000)
+    enough = int(re.search(r"at least (\d+) bytes", str(error.value))[1])
+    for limit in (enough, int(1.02 * enough)):
+        found = plan(program, Mesh.parse(mesh), device=SLOW, memory_limit=limit)
+        assert found.predicted["peak_bytes"] <= limit
