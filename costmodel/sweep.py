@@ -93,6 +93,7 @@ class Search:
         self.overlap = False  # whether the program knows that late transports hide; it is easier without
         self.smallest: Found | None = None  # of the least peak among those that were priced
         self.tight = False  # a plan without regard to the limit did not fit
+        self.patient = False  # nothing fits so far: no short cuts
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
 
@@ -123,6 +124,9 @@ class Search:
                 best, beat = seed, _seconds(seed)
             if best is None or not self._late():
                 best = self._order(orders[0], seed.state, 1, 2, beat) or best
+        self.patient = True
+        for order in orders if best is None else ():
+            best = best or self._order(order, self.space.start())
         return best
 
     # ---- experts -----------------------------------------------------------------------------------------------
@@ -190,9 +194,8 @@ class Search:
         """
         # Without a limit the program is smaller; most plans fit anyway.
         limit = None
-        known = beat < math.inf  # with a plan at hand, what is left is to do better, in less time
         if self.tight and self.limit is not None:
-            limit = self.limit - (self.short if known and self.short < math.inf else 0.0)
+            limit = self.limit - (0.0 if self.patient or self.short == math.inf else self.short)
         for _ in range(rounds):
             before = len(self.solves)
             state = self._sweeps(order, limit, start, sweeps)
@@ -215,7 +218,7 @@ class Search:
             proxy = self._proxy(state, order[-1])
             self.short = min(self.short, max(0.0, found.peak - proxy))
             limit = min(limit * 0.98, proxy - (found.peak - self.limit) * 1.05)
-            if known:
+            if not self.patient:
                 start, sweeps = state, 1  # little has to change
             if limit < LEAST * self.limit:
                 return None
