@@ -195,7 +195,9 @@ def lower(
     eager: bool = False,
     target: passes.Target = passes.HOST,
 ) -> Lowered:
-    """This rank's forward and backward graphs of `program` under `plan`, for `target`; `eager`: to run op by op.
+    """This rank's forward and backward graphs of `program` under `plan`, for `target`.
+
+    eager: they will run op by op, and take their arguments in a list: `passes.boxed`, the forward gated.
 
     Raises:
         PlanError: the plan is not legal for the program; names the op.
@@ -205,9 +207,11 @@ def lower(
     title = "-".join(map(str, coordinates))
     place = (plan.mesh, coordinates, group_names)
     forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target)
+    forward = passes.boxed(forward, gated=True) if eager else forward
     if not program.training:
         return Lowered(program, plan, forward, None)
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
+    backward = passes.boxed(backward) if eager else backward
     return Lowered(program, plan, forward, backward, parts.saved_inputs)
 
 

@@ -61,6 +61,8 @@ class Step(NamedTuple):
         return self.cat_outer > 1 or any(n > 1 for n in self.after[: max(0, self.cat)])
 
 
+#: On gloo, an all_reduce of which all ranks together have at most so many bytes is an exchange of copies: one round.
+SMALL_EXCHANGE = 4096
 WHOLE = Cut(-1, 1)
 _ORDER = ("local_chunk", "reduce_scatter", "all_to_all", "all_reduce", "all_gather")
 #: Elements of the local tensor from which an all-reduce over several axes is done in levels. Below, what counts is the

@@ -101,7 +101,7 @@ def calibrate(world: World, quick: bool, device: torch.device, clock: Clock, bus
     link = _link(collectives, world.num)
     return Device(
         found.name, found.flops, found.bandwidth, found.memory, link, link, max(world.num, 1), found.launch, 1.0, 1.0,
-        found.slack, measured,
+        found.slack, device.type == "cpu", measured,
     )  # fmt: skip
 
 

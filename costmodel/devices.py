@@ -72,6 +72,7 @@ class Device:
     matmul_efficiency: float = 0.65
     memory_efficiency: float = 0.8
     slack: float = 0.0  # part of the peak that the allocator loses to rounding and fragments
+    gloo: bool = False  # collectives are gloo's: a reduce_scatter receives all that it sums (`passes/exchange.py`)
     measured: Measured | None = None
 
     def rate(self, dtype: torch.dtype, flops: float = math.inf, kind: str = "matmul") -> float:
@@ -194,6 +195,7 @@ DEVICES: dict[str, Device] = {
             Link(1e9, 150e-6),
             Link(1e9, 150e-6),
             launch=8e-6,
+            gloo=True,
         ),
     )
 }

@@ -1,8 +1,7 @@
 """Peak bytes on one rank, by kind: liveness over what the rank really executes, forward, backward and update.
 
-A buffer lives from its making to its last reader; views share their base's memory. What the forward saves lives as
-autograd holds it: with `FREES_SAVED` until its last reader, else until the backward has ended. Buckets and the window
-of gathers started ahead are those of `passes/bucket.py` and `passes/overlap.py`.
+A buffer lives from its making to its last reader, also one that the forward saves; views share their base's memory.
+Buckets and the window of gathers started ahead are those of `passes/bucket.py` and `passes/overlap.py`.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from autopar.plan import Plan
 #: As in `passes/bucket.py` and `passes/overlap.py` (tests compare them).
 BUCKET_BYTES = 25 << 20
 AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
-#: Whether the runtime lets go of a saved tensor behind its last reader; autograd holds all of them until the end.
-FREES_SAVED = False
 
 
-def peak(items: Items, plan: Plan, specs: Specs, policy: Policy, slack: float = 0.0) -> dict[str, float]:
+def peak(
+    items: Items, plan: Plan, specs: Specs, policy: Policy, slack: float = 0.0, gloo: bool = False
+) -> dict[str, float]:
     """Bytes by kind at the moment of the peak of a step.
 
-    slack: part of the peak that the allocator loses; its kind is "slack".
+    slack: part of the peak that the allocator loses; its kind is "slack". gloo: as `Device.gloo`.
     """
-    tape = record(items, plan, specs)
+    tape = record(items, plan, specs, gloo)
     found = dict.fromkeys(KINDS, 0.0)
     for item in items.items:
         if item.kind == "param":
@@ -67,8 +66,7 @@ class _Steps:
         held = {b for b in saved | outputs if not b.held}
         best = _walk(self.forward, (), keep=held)
         if self.tape.backward:
-            until_end = outputs if FREES_SAVED else held
-            late = _walk(self.backward, held, keep=grads | {b for b in until_end if not b.held})
+            late = _walk(self.backward, held, keep=grads | {b for b in outputs if not b.held})
             best = max(best, late, key=lambda m: sum(m.values()))
             update = {"gradients": sum(b.size for b in grads), "transient": scratch * self.tape.largest}
             best = max(best, update, key=lambda m: sum(m.values()))
@@ -79,7 +77,7 @@ def _walk(events: Sequence[Event], start: Iterable[Buffer], keep: set[Buffer]) -
     """Live bytes by kind at the peak over `events`; `start` is alive before them, `keep` is never let go of."""
     last: dict[Buffer, int] = {}
     for at, event in enumerate(events):
-        for x in (*event.ins, *event.outs):
+        for x in (*event.ins, *event.outs, *event.waits):
             last[x.base] = at
     alive = dict.fromkeys(b for b in start if b in last or b in keep)
     given = set(alive)  # not ours to write over
@@ -154,11 +152,12 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
                     late = {x: g for x, g in late.items() if g != first}
                     del pending[first]
             continue
+        sent: tuple[Buffer, ...] = ()
         if id(members) not in wholes:
-            wholes[id(members)] = _gather(members, out)
+            wholes[id(members)], sent = _gather(members, out)
         event.out.ins, event.out.free = (wholes[id(members)],), True
         event.out.alias = len(members) == 1 and not event.moved
-        out.append(Event(event.out.ins, (event.out,)))
+        out.append(Event(event.out.ins, (event.out,), waits=sent))
     for tail in tails.values():
         out += tail
     return out
@@ -192,19 +191,19 @@ def _groups(travels: list[Travel], first: dict[Buffer, int]) -> list[list[Travel
     return groups
 
 
-def _gather(group: list[Travel], out: list[Event]) -> Buffer:
-    """Start of a gather: pack, travel. The result is cut up by its readers."""
+def _gather(group: list[Travel], out: list[Event]) -> tuple[Buffer, tuple[Buffer, ...]]:
+    """Start of a gather: pack, travel. The result, which its readers cut up, and what is read until it is there."""
     sources = tuple(t.source for t in group)
     whole = Buffer(sum(t.received for t in group), sources, kind="collectives")
     if len(group) == 1:
         whole.kind = "gathered"
         out.append(Event(sources, (whole,), ahead=True))
-        return whole
+        return whole, sources
     packed = Buffer(sum(t.sent for t in group), sources, free=True, kind="collectives")
     whole.ins = (packed,)
     out.append(Event(sources, (packed,)))
     out.append(Event((packed,), (whole,), ahead=True))
-    return whole
+    return whole, (packed,)
 
 
 def _write(travel: Travel, group: list[Travel], packs: dict[int, Buffer], out: list[Event]) -> None:
@@ -234,16 +233,30 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
         if travel.stacked:
             row = Buffer(travel.sent, (row,), kind="collectives")
             out.append(Event((travel.source,), (row,)))
-        out.append(Event((row,), (travel.out,), over=in_place))
-        return []
-    whole = packed
+        if not travel.exchanged:
+            out.append(Event((row,), (travel.out,), over=in_place))
+            return []
+        travel.out.ins = (_arrive(row, out),)
+        return [Event(travel.out.ins, (travel.out,), waits=(row,))]
+    whole, tail = packed, []
     if not in_place:
         whole = Buffer(sum(t.received for t in group), (packed,), kind="gradients")
-        out.append(Event((packed,), (whole,)))
+        if group[0].exchanged:
+            whole.ins = (_arrive(packed, out),)
+            tail.append(Event(whole.ins, (whole,), waits=(packed,)))
+        else:
+            out.append(Event((packed,), (whole,)))
     whole.kind = "gradients"
     for travel in group:
         travel.out.ins, travel.out.alias = (whole,), True
-    return [Event((whole,), (t.out,)) for t in group]
+    return tail + [Event((whole,), (t.out,)) for t in group]
+
+
+def _arrive(x: Buffer, out: list[Event]) -> Buffer:
+    """Start of an exchange: everybody's pieces, before they are summed."""
+    arrived = Buffer(x.size, (x,), kind="collectives")
+    out.append(Event((x,), (arrived,)))
+    return arrived
 
 
 # ---- what is saved -------------------------------------------------------------------------------------------------
@@ -304,4 +317,4 @@ def _missing(x: Buffer, saved: dict[Buffer, None]) -> list[Buffer]:
     return list(out)
 
 
-__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "FREES_SAVED", "PENDING_BYTES", "peak"]
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "peak"]

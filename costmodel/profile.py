@@ -17,7 +17,7 @@ from autopar.costmodel.curve import Curve
 from autopar.costmodel.devices import Crowd, Device, Link, Measured
 from autopar.errors import ProfileError
 
-SCHEMA = 1
+SCHEMA = 2
 #: Environment variable with the path of the profile; empty: there is none.
 PROFILE = "AUTOPAR_PROFILE"
 
@@ -137,6 +137,7 @@ def from_json(text: str, where: str = "device") -> tuple[Device, dict[str, Any]]
         matmul_efficiency=read(data, "matmul_efficiency", _above_zero),
         memory_efficiency=read(data, "memory_efficiency", _above_zero),
         slack=read(data, "slack", _not_negative),
+        gloo=read(data, "gloo", _flag),
         measured=read(data, "measured", _measured),
     )
     if "float32" not in device.flops:
@@ -157,6 +158,12 @@ class _Reader:
             raise ProfileError(f"{self.where} is damaged: it has no {error.args[0]!r} (in {key})") from None
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{self.where} is damaged at {key}: {error}; run `autopar calibrate` again") from None
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _text(value: Any) -> str:

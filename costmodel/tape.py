@@ -71,12 +71,14 @@ class Event:
     """Something runs: reads `ins`, makes `outs`.
 
     ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
+    waits: what the collective that it waits for has read: not to be let go of before.
     """
 
     ins: tuple[Buffer, ...]
     outs: tuple[Buffer, ...]
     ahead: bool = False
     over: bool = False
+    waits: tuple[Buffer, ...] = ()
 
 
 @dataclass(eq=False)
@@ -90,6 +92,7 @@ class Travel:
     key: tuple[object, ...]
     moved: bool  # the result is copied into place
     stacked: bool  # the operand is copied before it is sent
+    exchanged: bool = False  # all that is summed arrives here
 
 
 @dataclass
@@ -108,14 +111,14 @@ class Tape:
         return self.backward if phase == BACKWARD else self.forward
 
 
-def record(items: Items, plan: Plan, specs: Specs) -> Tape:
-    """The tape of one rank under `plan`; buckets are not packed yet."""
-    return _Recorder(items, plan, specs).run()
+def record(items: Items, plan: Plan, specs: Specs, gloo: bool = False) -> Tape:
+    """The tape of one rank under `plan`; buckets are not packed yet. gloo: as `Device.gloo`."""
+    return _Recorder(items, plan, specs, gloo).run()
 
 
 class _Recorder:
-    def __init__(self, items: Items, plan: Plan, specs: Specs) -> None:
-        self.items, self.plan, self.specs = items, plan, specs
+    def __init__(self, items: Items, plan: Plan, specs: Specs, gloo: bool) -> None:
+        self.items, self.plan, self.specs, self.gloo = items, plan, specs, gloo
         self.sizes = plan.mesh.sizes
         self.tape = Tape()
         self.at: dict[tuple[Tensor, Spec, str], Buffer] = {}
@@ -244,10 +247,10 @@ class _Recorder:
             x = copy
         key = (step.kind, step.axis, step.reduce, itemsize, *mark)
         gather, reduction = step.kind == "all_gather" and x in self.stored, grad and bool(step.reduce)
+        scatter = step.kind == "reduce_scatter"
+        exchanged = scatter and self.gloo
         if gather or reduction:
-            events.append(
-                Travel(x, out, before, after, key, step.unpacks, step.kind == "reduce_scatter" and step.stacks)
-            )
+            events.append(Travel(x, out, before, after, key, step.unpacks, scatter and step.stacks, exchanged))
             if gather:
                 out.kind = "gathered"
                 self.stored.add(out)
@@ -261,7 +264,11 @@ class _Recorder:
             staged = Buffer(after, (x,), kind="collectives")
             events.append(Event((x,), (staged,), ahead=True))
             out.ins, out.alias = (staged,), not step.unpacks
-            events.append(Event((staged,), (out,)))
+            events.append(Event((staged,), (out,), waits=(x,)))
+        elif exchanged:
+            arrived = Buffer(before, (x,), kind="collectives")
+            out.ins = (arrived,)
+            events += [Event((x,), (arrived,)), Event((arrived,), (out,), waits=(x,))]
         else:
             events.append(Event((x,), (out,), over=step.kind == "all_reduce"))
         return out

@@ -4,6 +4,7 @@ lower    program + plan -> local graph with symbolic collectives, the same for e
                                                                               on a GPU causal and to_device
 cut      joint local graph -> forward and backward                                           partition
 finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
+boxed    that, if it runs op by op -> how the runtime calls it                               box
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.passes.attention import keep_strides
 from autopar.passes.bind import bind
+from autopar.passes.box import boxed
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
 from autopar.passes.causal import causal
 from autopar.passes.device import HOST, Target, statistics, to_device
 from autopar.passes.direct import direct
 from autopar.passes.edit import finished
+from autopar.passes.exchange import exchange
 from autopar.passes.fuse import fuse
 from autopar.passes.inplace import inplace
 from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
@@ -94,8 +97,12 @@ def finish(
     )
     if target.device != HOST.device:
         steps = (*steps, keep_strides)  # of the operands of the kernels that to_device has put in
-    out, report = run(gm, (*steps, *EAGER) if eager else steps, mesh=mesh, title=title)
+    if eager:
+        steps = (*steps, *EAGER)
+    if target.staged or target.device.type == "cpu":  # so that collectives are gloo's
+        steps = (*steps, partial(exchange, mesh=mesh, group_names=groups))
+    out, report = run(gm, steps, mesh=mesh, title=title)
     return finished(direct(out) if eager else out), report
 
 
-__all__ = ["HOST", "LocalProgram", "Parts", "Report", "Target", "cut", "finish", "lower"]
+__all__ = ["HOST", "LocalProgram", "Parts", "Report", "Target", "boxed", "cut", "finish", "lower"]

@@ -7,7 +7,8 @@ wait for more than its own operand):
 * gathers of parameters: the operand comes from placeholders through moves only (perhaps through other such gathers).
   They are taken in the order of their first use, so that a bucket can be fetched just ahead of it;
 * reductions of results: the result reaches the output through moves only (perhaps through other such reductions). They
-  are taken in the order in which their operands are computed.
+  are taken in the order in which their operands are computed;
+* besides, small all_reduces with nothing computed between them, such as those of the sum and the count of a mean.
 
 Every piece is flattened and packed with `cat`, travels along dim 0, and is cut out and rearranged behind. The elements
 meet the same partners in the same order as before, so results are equal bit for bit. Written with plain ATen ops
@@ -30,6 +31,8 @@ aten = torch.ops.aten
 
 #: Bytes of a bucket: large enough that bandwidth, not latency, is what a call costs.
 BUCKET_BYTES = 25 << 20
+#: Bytes of all_reduces that are merged though results are waited for: packing more costs more than the call saved.
+SMALL_BYTES = 64 << 10
 #: Numbers of collectives before and behind one.
 Level = tuple[int, int]
 
@@ -41,10 +44,14 @@ def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModu
     `gm` may be changed; use what is returned.
     """
     gathers, reductions = _pack(_gathers(gm), bucket_bytes), _pack(_reductions(gm), bucket_bytes)
+    taken = {n for group in reductions for n in group}
+    twins = [g for g in _neighbours(gm, min(bucket_bytes, SMALL_BYTES)) if taken.isdisjoint(g)]
     for group in gathers:
         _merge_gathers(gm.graph, group)
     wholes = [_merge_reductions(gm.graph, group) for group in reductions]
-    if not gathers and not reductions:
+    for group in twins:
+        _merge_reductions(gm.graph, group)
+    if not gathers and not reductions and not twins:
         return gm
     # A bucket may stand behind a reader of one of its pieces: what is read early pulls it forward. Not for what only
     # brings a reduced piece to the output: it would pull all that the bucket waits for before the rest of the backward.
@@ -58,8 +65,8 @@ def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModu
 def _key(node: fx.Node, level: Level) -> tuple[Any, ...]:
     _, axis, parts, *how = edit.symbolic_args(node)
     reduce = how[-1] if node.target in (c.all_reduce, c.reduce_scatter) else ""
-    marks = (bool(node.meta.get("regather")), bool(node.meta.get("keep")))
-    return (node.target, axis, parts, reduce, node.meta["val"].dtype, node.meta["phase"], marks, level)
+    again = bool(node.meta.get("regather"))
+    return (node.target, axis, parts, reduce, node.meta["val"].dtype, node.meta["phase"], again, level)
 
 
 def _pack(found: Iterable[tuple[fx.Node, Level]], limit: int) -> list[list[fx.Node]]:
@@ -126,6 +133,27 @@ def _reductions(gm: fx.GraphModule) -> list[tuple[fx.Node, Level]]:
     return [(n, (before[n], behind[n])) for n in gm.graph.nodes if n in behind and n.target in kinds]
 
 
+def _neighbours(gm: fx.GraphModule, limit: int) -> list[list[fx.Node]]:
+    """Groups of all_reduces of one key between which the graph only moves: none of them waits for another."""
+    groups: list[list[fx.Node]] = []
+    members: list[fx.Node] = []
+    behind: set[fx.Node] = set()  # what waits for a member
+    for node in gm.graph.nodes:
+        if node.target is c.all_reduce:
+            fits = sum(edit.nbytes(n) for n in (*members, node)) <= limit
+            same = bool(members) and _key(members[0], (0, 0)) == _key(node, (0, 0))
+            if not fits or not same or not behind.isdisjoint(node.all_input_nodes):
+                members, behind = [], set()
+                groups.append(members)
+            members.append(node)
+            behind.add(node)
+        elif not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+        elif node.op == "call_function" and node.target not in edit.MOVES:
+            members, behind = [], set()
+    return [g for g in groups if len(g) > 1]
+
+
 def _merge_gathers(graph: fx.Graph, group: list[fx.Node]) -> None:
     rows = []
     with graph.inserting_before(group[-1]):
@@ -180,6 +208,8 @@ def _merge_reductions(graph: fx.Graph, group: list[fx.Node]) -> fx.Node:
             whole = edit.view(graph, travel, (edit.shape(packed)[1],))
         else:
             travel = whole = edit.call(graph, c.all_reduce, packed, axis, parts, how[-1], like=group[0])
+        if any(node.meta.get("keep") for node in group):
+            travel.meta["keep"] = True
         start = 0
         for node in group:
             end = start + node.meta["val"].numel()

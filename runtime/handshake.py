@@ -4,6 +4,7 @@ A rank that raises alone would leave the others in a collective until it times o
 raise and is followed by communication runs inside `Control.together`; and before each step all ranks exchange one row
 of integers (`Control.agree`): did anything raise, do the arguments have the same structure, do they hold the same
 values where they should, and which seed. Only if a row differs is a second, larger exchange made, to say what differs.
+The answers are not needed before the first collective of the step: `Control.ask` lets them travel meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ def checksum(tensor: torch.Tensor) -> int:
     return int(total.item())
 
 
+@lru_cache(maxsize=64)
 def _weights(count: int, salt: int, device: torch.device) -> torch.Tensor:
     """Odd pseudo-random multipliers (splitmix64's, without its last shift)."""
     x = torch.arange(count, dtype=torch.int64, device=device) * 2 + (2 * salt + 1) * 0x9E3779B1
@@ -112,13 +115,23 @@ class Control:
         Raises:
             RankMismatchError: a rank has died or did not come within the timeout.
         """
+        return self._begin(row)()
+
+    def _begin(self, row: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Send what `rows` sends; the function waits for the others."""
         if self.grid.control is None or self.grid.size == 1:
-            return [list(row)]
+            return lambda: [list(row)]
         mine = torch.tensor(row, dtype=torch.int64, device="cpu")
         out = [torch.empty_like(mine) for _ in range(self.grid.size)]
         with answered(self.grid):
-            dist.all_gather(out, mine, group=self.grid.control)
-        return [t.tolist() for t in out]
+            work = dist.all_gather(out, mine, group=self.grid.control, async_op=True)
+
+        def finish() -> list[list[int]]:
+            with answered(self.grid):
+                work.wait()
+            return [t.tolist() for t in out]
+
+        return finish
 
     def objects(self, value: Any) -> list[Any]:
         """Everybody's picklable object, by rank. Raises as `rows`."""
@@ -203,6 +216,10 @@ class Control:
             BatchError: on every rank, naming the argument and the ranks that differ.
             RankMismatchError: another rank's `failure` (its own is re-raised), or another mode.
         """
+        return self.ask(call, failure, check=check)()
+
+    def ask(self, call: Call | None, failure: Exception | None = None, *, check: bool = True) -> Callable[[], int]:
+        """Begin `agree`, to be ended by the function that is given back before anything else is exchanged."""
         if call is None:
             assert failure is not None
             row = [1, 0, 0, 0, 0, 0]
@@ -211,7 +228,11 @@ class Control:
             shared = hash64(structure, *(a.content for a in call.arguments if not a.piece)) if check else 0
             content = hash64(*(a.content for a in call.arguments)) if check else 0
             row = [int(failure is not None), hash64(call.mode), shared, content, call.seed, structure]
-        rows = self.rows(row)
+        answer = self._begin(row)
+        return lambda: self._judge(answer(), call, failure)
+
+    def _judge(self, rows: list[list[int]], call: Call | None, failure: Exception | None) -> int:
+        """The seed, or what `agree` raises, from everybody's row."""
         if any(r[0] for r in rows):
             self._report("the step", failure)
         assert call is not None

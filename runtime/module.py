@@ -150,13 +150,15 @@ class ParallelModule(nn.Module):
         check = state.options.check
         if failure is not None and not check:
             raise failure
-        seed = 0
-        if check or step is None or step.uses_seed:
+        seed, gate = 0, None
+        if check and call is not None and step is not None and not step.uses_seed and not self._unseen(call):
+            gate = state.control.ask(call)
+        elif check or step is None or step.uses_seed:
             if step is not None and step.uses_seed:
                 call = _with_seed(call)
             seed = state.control.agree(call, failure, check=check)
         assert call is not None
-        if check and state.options.data_axes:
+        if gate is None and check:
             self._warn_unvaried(call, args, kwargs)
         if step is None:
             step = state.steps[key] = self._build(args, kwargs, call)
@@ -168,7 +170,7 @@ class ParallelModule(nn.Module):
         state.last = step
         inputs = step.pieces(inputs)
         params, buffers = state.tensors()
-        return step.program.pack(step(params, buffers, inputs, seed))
+        return step.program.pack(step(params, buffers, inputs, seed, gate))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture, plan and shard for these arguments without running; `autopar.compile(example=...)` calls it."""
@@ -364,13 +366,17 @@ class ParallelModule(nn.Module):
         state.forms.append((grads, call.arguments))
         return step
 
+    def _unseen(self, call: Call) -> bool:
+        """Whether it is still to be looked whether the pieces of such a batch vary between ranks."""
+        state = self._state
+        return bool(state.options.data_axes) and _form(call) not in state.compared
+
     def _warn_unvaried(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Once for each form of a call: say which pieces of the batch look like one tensor for all ranks."""
         state = self._state
-        form = tuple((a.name, a.form) for a in call.arguments)
-        if form in state.compared:
+        if not self._unseen(call):
             return
-        state.compared.add(form)
+        state.compared.add(_form(call))
         values = {leaf.path: leaf.value for leaf in self._leaves(args, kwargs)}
         for name in state.control.unvaried(call):
             # Equal rows are normal: masks without padding, position ids.
@@ -410,6 +416,11 @@ def _part(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> tuple[int, int]:
         if name in axes:
             part, count = part * size + at, count * size
     return part, count
+
+
+def _form(call: Call) -> tuple[tuple[str, str], ...]:
+    """Names, shapes and dtypes of the arguments."""
+    return tuple((a.name, a.form) for a in call.arguments)
 
 
 def _check_unchanged(skeleton: nn.Module, model: nn.Module) -> None:

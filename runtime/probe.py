@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from autopar.errors import ProfileError
+from autopar.reshard import SMALL_EXCHANGE
 
 functional = torch.ops._c10d_functional
 PRELOAD = ["autopar.runtime.probe", "torch.distributed"]
@@ -57,7 +58,11 @@ class Local:
             world *= 2
 
     def collective(self, kind: str, group: int, world: int, size: int) -> Callable[[], object]:
-        """One functional collective, waited for, of `size` bytes of float32 on the larger side."""
+        """One functional collective, waited for, of `size` bytes of float32 on the larger side.
+
+        As graphs on gloo do it: a reduce_scatter is an exchange and a sum, and so is a small all_reduce
+        (`autopar/passes/exchange.py`).
+        """
         name = self._groups[group, world].group_name
         whole = torch.ones(max(group, size // 4 // group * group))
         piece = torch.ones(len(whole) // group)
@@ -65,9 +70,19 @@ class Local:
         starts: dict[str, Callable[[], torch.Tensor]] = {
             "all_reduce": lambda: functional.all_reduce(whole, "sum", name),
             "all_gather": lambda: functional.all_gather_into_tensor(piece, group, name),
-            "reduce_scatter": lambda: functional.reduce_scatter_tensor(whole, "sum", group, name),
             "all_to_all": lambda: functional.all_to_all_single(whole, rows, rows, name),
         }
+        if kind == "reduce_scatter":
+            start = starts["all_to_all"]
+            return lambda: functional.wait_tensor(start()).view(group, -1).sum(0)
+        if kind == "all_reduce" and whole.nbytes * group <= SMALL_EXCHANGE:
+            own = [len(whole)] * group
+
+            def exchanged() -> torch.Tensor:
+                arrived = functional.all_to_all_single(whole.repeat(group), own, own, name)
+                return functional.wait_tensor(arrived).view(group, -1).sum(0)
+
+            return exchanged
         start = starts[kind]
         return lambda: functional.wait_tensor(start())
 

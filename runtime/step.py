@@ -1,12 +1,17 @@
 """One lowered program on this rank, as a differentiable function of its parameters.
 
-The two local graphs, both flat:
+The two local graphs. What they take they take in one list, which they empty, so that every tensor dies behind its last
+reader:
 
-    forward(source, ...)                every source but the tangents, in the program's order
+    forward([gate, source, ...])        a function to be called before the first collective, then every source but the
+                                        tangents, in the program's order
         -> (value, ..., saved, ...)     every sink but the gradients, in order, then what the backward reads
-    backward(input, ..., saved, ..., tangent, ...)
+    backward([input, ..., saved, ..., tangent, ...])
                                         the forward's arguments at `saved_inputs`, what it saved, and the tangents
         -> (grad, ...)                  the grad sinks, in the program's order; None where there is none
+
+The backward thus eats what the forward saved. If it is called again (`retain_graph=True`), the forward is run again
+first, from the same inputs, parameters and buffers.
 """
 
 from __future__ import annotations
@@ -35,8 +40,10 @@ BACKENDS = ("eager", "inductor")
 class Lowered:
     """What the driver hands over: a program, the plan it is lowered under, and this rank's bound graphs.
 
-    `backward` is None for a forward-only program; `saved_inputs` are positions among the forward's arguments. `news` is
-    what to tell a user who waited for it, `{changes}` standing for the arguments that made it necessary; or nothing.
+    The graphs are as the backend takes them: "eager" those that `passes.boxed` makes (the forward gated), "inductor"
+    those that take their arguments one by one. `backward` is None for a forward-only program; `saved_inputs` are
+    positions among the sources. `news` is what to tell a user who waited for it, `{changes}` standing for the arguments
+    that made it necessary; or nothing.
     """
 
     program: Program
@@ -57,9 +64,9 @@ class Step:
         self.forward: Any = lowered.forward
         self.backward: Any = lowered.backward
         if backend == "inductor":
-            self.forward = torch.compile(lowered.forward, fullgraph=True, dynamic=False)
+            self.forward = _Compiled(lowered.forward, gated=True)
             if lowered.backward is not None:
-                self.backward = torch.compile(lowered.backward, fullgraph=True, dynamic=False)
+                self.backward = _Compiled(lowered.backward)
         self.saved_inputs = lowered.saved_inputs
         self.sources = [s for s in program.sources if s.kind != "tangent"]
         self.tangents = program.of_kind("tangent")
@@ -71,9 +78,8 @@ class Step:
         places = {s.node: s for s in program.sources}
         names = _result_names(lowered.forward)
         self._handed_back = [name in places for name in names]
-        # A buffer that the backward reads and the forward replaces must be kept as it was.
-        replaced = {s.name for s in program.sinks if s.kind == "buffer"}
-        self._keep = [s.kind == "buffer" and s.name in replaced for s in self.sources]
+        # Buffers that the forward replaces must be kept as they were: the backward may read them, or run it again.
+        self.replaced = [s.name for s in program.sinks if s.kind == "buffer" and s.node is not None]
         self._whole: Spec = (R,) * len(grid.mesh.sizes)
         self._cuts = [self._cut(s.name, data_axes) for s in program.of_kind("input")]
 
@@ -83,15 +89,20 @@ class Step:
         buffers: Mapping[str, torch.Tensor],
         inputs: Sequence[torch.Tensor],
         seed: int,
+        gate: Callable[[], object] | None = None,
     ) -> list[Any]:
-        """The user's outputs, flat, in the order of the output sinks. New buffer values are written in place."""
-        feed = _Feed(params, buffers, list(inputs), seed)
+        """The user's outputs, flat, in the order of the output sinks. New buffer values are written in place.
+
+        `gate` is called before the first collective; what it raises ends the step.
+        """
+        feed = _Feed(params, buffers, list(inputs), seed, gate or _open)
         if self.backward is not None:
             trainable = [s.name for s in self.sources if s.kind == "param" and params[s.name].requires_grad]
             tensors = _Run.apply(self, feed, trainable, *(params[n] for n in trainable))
         else:
             with torch.no_grad():
-                values, _ = self.run_forward(feed)
+                values = self.run_forward(feed).values
+                self.replace_buffers(feed, values)
                 tensors = self.outputs(values)
         at = iter(tensors)
         return [s.constant if s.node is None else next(at) for s in self.values if s.kind == "output"]
@@ -119,9 +130,9 @@ class Step:
 
     # ---- the two halves, without autograd ----------------------------------------------------------------------
 
-    def run_forward(self, feed: _Feed) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Values of the output and buffer sinks, and what the backward needs; buffers are updated."""
-        flat: list[Any] = []
+    def run_forward(self, feed: _Feed) -> _Done:
+        """The forward's results; changes nothing."""
+        flat: list[Any] = [feed.gate]
         inputs = iter(feed.inputs)
         for source in self.sources:
             if source.kind == "param":
@@ -133,13 +144,17 @@ class Step:
                 flat.append(torch.full((), feed.seed, dtype=torch.int64, device=self.grid.device))
             else:
                 flat.append(next(inputs))
-        saved = [flat[i].clone() if self._keep[i] else flat[i] for i in self.saved_inputs]
+        saved = [flat[1 + i] for i in self.saved_inputs]
+        given = {_memory(t) for t in flat[1:]}
         results = list(self._run(self.forward, flat))
         count = len(self.values)
-        for sink, value in zip(self.values, results):
+        return _Done(results[:count], saved + results[count:], given)
+
+    def replace_buffers(self, feed: _Feed, values: Sequence[torch.Tensor]) -> None:
+        """Write the new values of buffers."""
+        for sink, value in zip(self.values, values):
             if sink.kind == "buffer" and sink.node is not None:
                 feed.buffers[sink.name].copy_(value)
-        return results[:count], saved + results[count:]
 
     def outputs(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The user's tensors out of the values of the sinks."""
@@ -155,8 +170,13 @@ class Step:
             out.append(value if spec == self._whole else as_dtensor(value, self._shape(sink), spec, self.grid))
         return tuple(out)
 
-    def run_backward(self, saved: Sequence[torch.Tensor], grads: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
-        """Local gradient by parameter name, from the gradients of the outputs by name (None: zero)."""
+    def run_backward(
+        self, saved: list[torch.Tensor], held: Sequence[torch.Tensor], grads: Mapping[str, torch.Tensor | None]
+    ) -> dict[str, Any]:
+        """Local gradient by parameter name, from the gradients of the outputs by name (None: zero).
+
+        Empties `saved`; of that, `held` belongs to others too.
+        """
         tangents = []
         for source in self.tangents:
             given, want = grads.get(source.name), self.program.node(source.node).meta["val"]
@@ -165,14 +185,15 @@ class Step:
             elif isinstance(given, DTensor):
                 given = whole(given, self.grid)
             tangents.append(given.to(want.dtype).contiguous())
-        results = self._run(self.backward, [*saved, *tangents])
-        taken = _Taken([*saved, *tangents])
+        taken = _Taken([*held, *tangents])
+        saved += tangents
+        results = self._run(self.backward, saved)
         return {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
 
-    def _run(self, graph: Any, flat: Sequence[Any]) -> Any:
+    def _run(self, graph: Any, box: list[Any]) -> Any:
         """The graph says itself where it casts: autocast is off. A rank that is gone is told from a bad value."""
         with torch.autocast(self.grid.device.type, enabled=False), answered(self.grid):
-            return graph(*flat)
+            return graph(box)
 
     def _shape(self, sink: Sink) -> tuple[int, ...]:
         value = self.program.node(str(sink.node)).meta["val"]
@@ -185,25 +206,75 @@ class _Feed:
     buffers: Mapping[str, torch.Tensor]
     inputs: list[torch.Tensor]
     seed: int
+    gate: Callable[[], object]
+
+    def with_copies(self, names: Sequence[str]) -> _Feed:
+        """The same with copies of these buffers."""
+        copies = {name: self.buffers[name].clone() for name in names}
+        return _Feed(self.params, {**self.buffers, **copies}, self.inputs, self.seed, self.gate)
+
+    def versions(self) -> list[int]:
+        """How often each tensor in it has been changed, where torch counts that."""
+        tensors = (*self.params.values(), *self.buffers.values(), *self.inputs)
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a forward has made: values of the output and buffer sinks, and what the backward needs.
+
+    `given`: the memory of what the forward was given.
+    """
+
+    values: list[torch.Tensor]
+    saved: list[torch.Tensor]
+    given: set[int]
+
+
+def _open() -> None:
+    """A gate that is open."""
+
+
+class _Compiled:
+    """A compiled graph, called as those that run op by op are."""
+
+    def __init__(self, gm: fx.GraphModule, gated: bool = False) -> None:
+        self.gated = gated
+        self.run = torch.compile(gm, fullgraph=True, dynamic=False)
+
+    def __call__(self, box: list[Any]) -> Any:
+        if self.gated:
+            box.pop(0)()
+        arguments = tuple(box)
+        box.clear()
+        return self.run(*arguments)
 
 
 class _Run(torch.autograd.Function):
-    """The step as autograd sees it: parameters in, outputs out."""
+    """The step as autograd sees it: parameters in, outputs out.
+
+    Memory that is the graph's own is kept in `ctx.box`, from which the backward takes it. What others hold anyway
+    (parameters, inputs, what was handed out) is saved with autograd, which sees if it was changed meanwhile.
+    """
 
     @staticmethod
     def forward(ctx: Any, step: Step, feed: _Feed, names: list[str], *params: torch.Tensor) -> Any:
-        values, saved = step.run_forward(feed)
-        outputs = step.outputs(values)
+        before = feed.with_copies(step.replaced)
+        done = step.run_forward(before)
+        step.replace_buffers(feed, done.values)
+        outputs = step.outputs(done.values)
         ctx.step, ctx.names = step, names
         for name, param in zip(names, params):
             if name not in step.wraps and isinstance(param, DTensor):
                 step.wraps[name] = rewrap(param)
         ctx.set_materialize_grads(False)
+        ctx.feed, ctx.versions = before, before.versions()
+        ctx.box, others = _divide(done)
+        ctx.num_others = len(others)
         # DTensors too, which know that they were changed since, as an optimizer step before the backward does.
         read = [feed.params[s.name] for s in (step.sources[i] for i in step.saved_inputs) if s.kind == "param"]
-        ctx.num_saved = len(saved)
-        ctx.save_for_backward(*saved, *read)
-        step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in saved}.values())
+        ctx.save_for_backward(*others, *read)
+        step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in done.saved}.values())
         wanted = {s.name for s in step.tangents}
         ctx.sinks = [s for s in step.values if s.kind == "output" and s.node is not None]
         ctx.mark_non_differentiable(*(o for s, o in zip(ctx.sinks, outputs) if s.name not in wanted and not s.cut))
@@ -220,7 +291,14 @@ class _Run(torch.autograd.Function):
                     f"differentiated: put everything that is to be minimised in it (inside the model, or with loss= of "
                     f"autopar.compile), or use {sink.name}.detach()"
                 )
-        local = step.run_backward(ctx.saved_tensors[: ctx.num_saved], dict(zip((s.name for s in ctx.sinks), grads)))
+        held = list(ctx.saved_tensors[: ctx.num_others])  # raises if autograd has let go of them, or they were changed
+        box, ctx.box = ctx.box, None
+        if box is None:
+            box, held = _divide(_again(step, ctx.feed, ctx.versions))
+        others = iter(held)
+        saved = [next(others) if t is None else t for t in box]
+        del box
+        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)))
         out: list[Any] = []
         for name in ctx.names:
             # Not kept in `local`: autograd takes over what nobody else holds, and copies the rest.
@@ -229,17 +307,45 @@ class _Run(torch.autograd.Function):
         return (None, None, None, *out)
 
 
+def _divide(done: _Done) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+    """What the backward needs, None standing for what others hold too; and that, in order."""
+    foreign = done.given | {_memory(t) for t in done.values if t is not None}
+    others = [t for t in done.saved if _memory(t) in foreign]
+    return [None if _memory(t) in foreign else t for t in done.saved], others
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Which memory a tensor lies in."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _again(step: Step, feed: _Feed, versions: list[int]) -> _Done:
+    """The forward once more, for another backward.
+
+    Raises:
+        RuntimeUseError: a parameter, buffer or input was changed since.
+    """
+    if feed.versions() != versions:
+        raise RuntimeUseError(
+            "backward is called again on the same output, but a parameter, buffer or input was changed in between (by "
+            "optimizer.step(), perhaps): call the module again, or add the losses and call backward once"
+        )
+    feed.gate = _open
+    with torch.no_grad():
+        return step.run_forward(feed)
+
+
 class _Taken:
     """Memory that belongs to others: a gradient is added to in place later, so that it must not share any."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.foreign = {t.untyped_storage().data_ptr() for t in tensors}
+        self.foreign = {_memory(t) for t in tensors}
         self.spans: dict[int, list[tuple[int, int]]] = {}
 
     def own(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient, copied if it overlaps memory handed out before; disjoint pieces of a bucket are not."""
         grad = grad.contiguous()
-        store, start = grad.untyped_storage().data_ptr(), grad.data_ptr()
+        store, start = _memory(grad), grad.data_ptr()
         end = start + grad.nbytes
         spans = self.spans.setdefault(store, [])
         if store in self.foreign or any(start < b and a < end for a, b in spans):
