@@ -46,11 +46,12 @@ class ParallelModule(nn.Module):
     ) -> None:
         super().__init__()
         shells = build_tree(self, skeleton)
-        parameters = inspect.signature(skeleton.forward).parameters.values()
+        signature = inspect.signature(skeleton.forward).parameters
+        parameters = signature.values()
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names += [f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL]
         parts = tuple(_part(grid.mesh, r, options.data_axes)[0] for r in range(grid.size))
-        state = State(grid, control, build, options, skeleton, shells, model, names, parts=parts)
+        state = State(grid, control, build, options, skeleton, shells, model, list(signature), names, parts=parts)
         self.__dict__["_autopar"] = state
 
     # ---- what the user asks ------------------------------------------------------------------------------------
@@ -264,8 +265,7 @@ class ParallelModule(nn.Module):
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tree.Leaf]:
         """The arguments by the names of forward's parameters, in their order."""
         state = self._state
-        names = list(state.names)
-        order = list(inspect.signature(state.skeleton.forward).parameters)
+        names, order = list(state.names), state.order
         at: dict[str, Any] = {}
         if names and names[-1].startswith("*"):
             rest = names.pop()[1:]

@@ -55,7 +55,8 @@ class State:
     skeleton: nn.Module
     shells: dict[int, nn.Module]
     model: nn.Module | None  # the user's model, until its values are taken
-    names: list[str]  # of what the model's forward takes by position
+    order: list[str]  # of the parameters of the model's forward
+    names: list[str]  # of what it takes by position
     plan: Plan | None = None
     steps: dict[Any, Step] = field(default_factory=dict)
     forms: list[tuple[bool, tuple[Argument, ...]]] = field(default_factory=list)
