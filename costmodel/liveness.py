@@ -139,12 +139,14 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
             continue
         members = head[event]
         if event.key[2]:
+            # What another reduction brings is packed when that has been waited for.
+            here = tails[late[event.source]] if event.source in late else out
             late[event.out] = id(members)
             tail = tails.setdefault(id(members), [])
             if len(members) > 1:
-                _write(event, members, packs, out)
+                _write(event, members, packs, here)
             if event is members[-1]:
-                tail[:0] = _reduce(members, packs.get(id(members)), out)
+                tail[:0] = _reduce(members, packs.get(id(members)), here)
                 pending[id(members)] = sum(t.sent for t in members)
                 while len(pending) > 1 and sum(pending.values()) > PENDING_BYTES:
                     first = next(iter(pending))
@@ -249,7 +251,7 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
     whole.kind = "gradients"
     for travel in group:
         travel.out.ins, travel.out.alias = (whole,), True
-    return tail + [Event((whole,), (t.out,)) for t in group]
+    return tail + [Event((whole,), (t.out,), lands=in_place) for t in group]
 
 
 def _arrive(x: Buffer, out: list[Event]) -> Buffer:

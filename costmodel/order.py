@@ -76,7 +76,7 @@ class _Order:
         found: set[Event] = set()
         for event in self.events:
             makers = [self.maker.get(x) for x in event.ins]
-            moves = bool(event.outs) and all(x.free or x.alias for x in event.outs)
+            moves = bool(event.outs) and all(x.free or x.alias for x in event.outs) and not event.lands
             if moves and any(m is not None and (m.ahead or m in found) for m in makers) and not event.ahead:
                 found.add(event)
         return found
@@ -90,7 +90,7 @@ class _Order:
             maker = self.maker.get(x)
             if maker is None:
                 continue
-            free = all(y.free or y.alias for y in maker.outs) and not maker.ahead
+            free = all(y.free or y.alias for y in maker.outs) and not maker.ahead and not maker.lands
             own = all(r is event or r in moves for y in maker.outs for r in self.readers.get(y, ()))
             if free and (own or maker in self.lazy):
                 if own:

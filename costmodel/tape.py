@@ -71,7 +71,7 @@ class Event:
     """Something runs: reads `ins`, makes `outs`.
 
     ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
-    waits: what the collective that it waits for has read: not to be let go of before.
+    waits: what the collective that it waits for has read: not to be let go of before. lands: a reduction in place ends.
     """
 
     ins: tuple[Buffer, ...]
@@ -79,6 +79,7 @@ class Event:
     ahead: bool = False
     over: bool = False
     waits: tuple[Buffer, ...] = ()
+    lands: bool = False
 
 
 @dataclass(eq=False)

@@ -20,6 +20,8 @@ from autopar.spec import R, Spec
 
 #: As `passes/bucket.py` and `passes/overlap.py`.
 BUCKET_BYTES = 25 << 20
+#: Collectives, reductions first.
+KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
 TWO = 2
 
@@ -232,21 +234,20 @@ def _gathers(tasks: Tasks) -> list[tuple[Task, tuple[int, int]]]:
 
 
 def _reductions(tasks: Tasks) -> list[tuple[Task, tuple[int, int]]]:
-    """Reductions that only the output reads, with the numbers of such reductions before and behind each."""
-    kinds = ("all_reduce", "reduce_scatter")
-    other: set[int] = set()  # read by something that is no such reduction, nor a move
+    """Reductions that reach only the output, with the numbers of collectives before and behind each."""
+    other: set[int] = set()  # read by something that computes
     inside: list[Task] = []
     for task in reversed(tasks.all):
-        if task.leaves and id(task) not in other and (task.kind in kinds or task.lazy):
+        if task.leaves and id(task) not in other:
             inside.append(task)
         else:
             other.update(id(s) for s in task.srcs)
     inside.reverse()
-    behind = _behind(inside, kinds)
+    behind = _behind(inside, KINDS)
     before: dict[int, int] = {}
     for task in inside:
-        before[id(task)] = max((before[id(s)] + (s.kind in kinds) for s in task.srcs if id(s) in before), default=0)
-    return [(t, (before[id(t)], behind.get(id(t), 0))) for t in inside if t.kind in kinds]
+        before[id(task)] = max((before[id(s)] + (s.kind in KINDS) for s in task.srcs if id(s) in before), default=0)
+    return [(t, (before[id(t)], behind.get(id(t), 0))) for t in inside if t.kind in KINDS[:2]]
 
 
 def _behind(tasks: list[Task], kinds: tuple[str, ...]) -> dict[int, int]:

@@ -6,8 +6,8 @@ wait for more than its own operand):
 
 * gathers of parameters: the operand comes from placeholders through moves only (perhaps through other such gathers).
   They are taken in the order of their first use, so that a bucket can be fetched just ahead of it;
-* reductions of results: the result reaches the output through moves only (perhaps through other such reductions). They
-  are taken in the order in which their operands are computed;
+* reductions of results: the result reaches the output through moves and other collectives only. They are taken in the
+  order in which their operands are computed;
 * besides, small all_reduces with nothing computed between them, such as those of the sum and the count of a mean.
 
 Every piece is flattened and packed with `cat`, travels along dim 0, and is cut out and rearranged behind. The elements
@@ -33,6 +33,8 @@ aten = torch.ops.aten
 BUCKET_BYTES = 25 << 20
 #: Bytes of all_reduces that are merged though results are waited for: packing more costs more than the call saved.
 SMALL_BYTES = 64 << 10
+_REDUCTIONS = (c.all_reduce, c.reduce_scatter)
+_TRAVELS = (*_REDUCTIONS, c.all_gather, c.all_to_all)
 #: Numbers of collectives before and behind one.
 Level = tuple[int, int]
 
@@ -115,22 +117,20 @@ def _gathers(gm: fx.GraphModule) -> list[tuple[fx.Node, Level]]:
 
 
 def _reductions(gm: fx.GraphModule) -> list[tuple[fx.Node, Level]]:
-    """Reductions only the output reads, with the numbers of such before and behind each, in graph order."""
-    kinds = (c.all_reduce, c.reduce_scatter)
+    """Reductions that reach only the output, with the numbers of collectives before and behind each, in graph order."""
     behind: dict[fx.Node, int] = {}
     for node in reversed(gm.graph.nodes):
-        reduces = node.target in kinds
         if node.op == "output":
             behind[node] = 0
-        elif node.op == "call_function" and (reduces or node.target in edit.MOVES):
+        elif node.op == "call_function" and (node.target in _TRAVELS or node.target in edit.MOVES):
             if node.users and all(u in behind for u in node.users):
-                behind[node] = max(behind[u] + (u.target in kinds) for u in node.users)
+                behind[node] = max(behind[u] + (u.target in _TRAVELS) for u in node.users)
     before: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
         if node in behind:
             inside = [n for n in node.all_input_nodes if n in behind]
-            before[node] = max((before[n] + (n.target in kinds) for n in inside), default=0)
-    return [(n, (before[n], behind[n])) for n in gm.graph.nodes if n in behind and n.target in kinds]
+            before[node] = max((before[n] + (n.target in _TRAVELS) for n in inside), default=0)
+    return [(n, (before[n], behind[n])) for n in gm.graph.nodes if n in behind and n.target in _REDUCTIONS]
 
 
 def _neighbours(gm: fx.GraphModule, limit: int) -> list[list[fx.Node]]:
