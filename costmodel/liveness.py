@@ -76,9 +76,14 @@ class _Steps:
 def _walk(events: Sequence[Event], start: Iterable[Buffer], keep: set[Buffer]) -> dict[str, float]:
     """Live bytes by kind at the peak over `events`; `start` is alive before them, `keep` is never let go of."""
     last: dict[Buffer, int] = {}
+    arrived: set[Buffer] = set()
     for at, event in enumerate(events):
-        for x in (*event.ins, *event.outs, *event.waits):
+        for x in (*event.ins, *event.outs):
             last[x.base] = at
+        for x in event.ins:
+            if x.sent and x not in arrived:
+                arrived.add(x)
+                last.update({y.base: at for y in x.sent})
     alive = dict.fromkeys(b for b in start if b in last or b in keep)
     given = set(alive)  # not ours to write over
     totals = dict.fromkeys(KINDS, 0.0)
@@ -122,6 +127,7 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
     """Travels replaced by what they do alone or in a bucket; results of reductions stand where they are waited for."""
     groups = _groups([e for e in events if isinstance(e, Travel)], _first_uses(events))
     head = {member: group for group in groups for member in group}
+    makers = {member.out: member for member in head if not member.key[2]}
     out: list[Event] = []
     wholes: dict[int, Buffer] = {}  # group of gathers -> what it brings
     late: dict[Buffer, int] = {}  # what stands behind a reduction of gradients -> its group
@@ -154,15 +160,31 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
                     late = {x: g for x, g in late.items() if g != first}
                     del pending[first]
             continue
-        sent: tuple[Buffer, ...] = ()
-        if id(members) not in wholes:
-            wholes[id(members)], sent = _gather(members, out)
-        event.out.ins, event.out.free = (wholes[id(members)],), True
-        event.out.alias = len(members) == 1 and not event.moved
-        out.append(Event(event.out.ins, (event.out,), waits=sent))
+        _unpack(event, head, makers, wholes, out)
     for tail in tails.values():
         out += tail
     return out
+
+
+def _unpack(
+    travel: Travel,
+    head: dict[Travel, list[Travel]],
+    makers: dict[Buffer, Travel],
+    wholes: dict[int, Buffer],
+    out: list[Event],
+) -> None:
+    """What cuts a gathered tensor out of what its bucket brings; before the first of a bucket, the bucket's start."""
+    if travel.out.ins[0] is not travel.source:
+        return  # done, for a bucket that packs it
+    members = head[travel]
+    if id(members) not in wholes:
+        for member in members:
+            if member.source in makers:
+                _unpack(makers[member.source], head, makers, wholes, out)
+        wholes[id(members)] = _gather(members, out)
+    travel.out.ins, travel.out.free = (wholes[id(members)],), True
+    travel.out.alias = len(members) == 1 and not travel.moved
+    out.append(Event(travel.out.ins, (travel.out,)))
 
 
 def _first_uses(events: list[Event | Travel]) -> dict[Buffer, int]:
@@ -193,19 +215,19 @@ def _groups(travels: list[Travel], first: dict[Buffer, int]) -> list[list[Travel
     return groups
 
 
-def _gather(group: list[Travel], out: list[Event]) -> tuple[Buffer, tuple[Buffer, ...]]:
-    """Start of a gather: pack, travel. The result, which its readers cut up, and what is read until it is there."""
+def _gather(group: list[Travel], out: list[Event]) -> Buffer:
+    """Start of a gather: pack, travel. The result is cut up by its readers."""
     sources = tuple(t.source for t in group)
-    whole = Buffer(sum(t.received for t in group), sources, kind="collectives")
+    whole = Buffer(sum(t.received for t in group), sources, kind="collectives", sent=sources)
     if len(group) == 1:
         whole.kind = "gathered"
         out.append(Event(sources, (whole,), ahead=True))
-        return whole, sources
+        return whole
     packed = Buffer(sum(t.sent for t in group), sources, free=True, kind="collectives")
-    whole.ins = (packed,)
+    whole.ins = whole.sent = (packed,)
     out.append(Event(sources, (packed,)))
     out.append(Event((packed,), (whole,), ahead=True))
-    return whole, (packed,)
+    return whole
 
 
 def _write(travel: Travel, group: list[Travel], packs: dict[int, Buffer], out: list[Event]) -> None:
@@ -239,13 +261,13 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
             out.append(Event((row,), (travel.out,), over=in_place))
             return []
         travel.out.ins = (_arrive(row, out),)
-        return [Event(travel.out.ins, (travel.out,), waits=(row,))]
+        return [Event(travel.out.ins, (travel.out,))]
     whole, tail = packed, []
     if not in_place:
         whole = Buffer(sum(t.received for t in group), (packed,), kind="gradients")
         if group[0].exchanged:
             whole.ins = (_arrive(packed, out),)
-            tail.append(Event(whole.ins, (whole,), waits=(packed,)))
+            tail.append(Event(whole.ins, (whole,)))
         else:
             out.append(Event((packed,), (whole,)))
     whole.kind = "gradients"
@@ -256,7 +278,7 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
 
 def _arrive(x: Buffer, out: list[Event]) -> Buffer:
     """Start of an exchange: everybody's pieces, before they are summed."""
-    arrived = Buffer(x.size, (x,), kind="collectives")
+    arrived = Buffer(x.size, (x,), kind="collectives", sent=(x,))
     out.append(Event((x,), (arrived,)))
     return arrived
 

@@ -56,6 +56,7 @@ class Buffer:
     strided: bool = False
     dense: bool = False  # known to be contiguous, so that it may be written over
     product: bool = False  # of matrices: written where it is wanted
+    sent: tuple[Buffer, ...] = ()  # what travels to make it: held until it has arrived, at its first reader
 
     @property
     def base(self) -> Buffer:
@@ -71,14 +72,13 @@ class Event:
     """Something runs: reads `ins`, makes `outs`.
 
     ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
-    waits: what the collective that it waits for has read: not to be let go of before. lands: a reduction in place ends.
+    lands: a reduction in place ends.
     """
 
     ins: tuple[Buffer, ...]
     outs: tuple[Buffer, ...]
     ahead: bool = False
     over: bool = False
-    waits: tuple[Buffer, ...] = ()
     lands: bool = False
 
 
@@ -262,14 +262,14 @@ class _Recorder:
             x = stack
         if step.kind in ("all_gather", "all_to_all"):
             # What arrives, and what unpacks it: a copy unless the pieces lie in place.
-            staged = Buffer(after, (x,), kind="collectives")
+            staged = Buffer(after, (x,), kind="collectives", sent=(x,))
             events.append(Event((x,), (staged,), ahead=True))
             out.ins, out.alias = (staged,), not step.unpacks
-            events.append(Event((staged,), (out,), waits=(x,)))
+            events.append(Event((staged,), (out,)))
         elif exchanged:
-            arrived = Buffer(before, (x,), kind="collectives")
+            arrived = Buffer(before, (x,), kind="collectives", sent=(x,))
             out.ins = (arrived,)
-            events += [Event((x,), (arrived,)), Event((arrived,), (out,), waits=(x,))]
+            events += [Event((x,), (arrived,)), Event((arrived,), (out,))]
         else:
             events.append(Event((x,), (out,), over=step.kind == "all_reduce"))
         return out
