@@ -211,6 +211,9 @@ def show(plan: Plan) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(heading(plan)), layer_table(plan)]
     if plan.predicted:
         parts.append(Text(predicted_text(plan.predicted)))
+    tried = plan.solver.get("meshes")
+    if isinstance(tried, (list, tuple)) and len(tried) > 1:
+        parts.append(mesh_table(plan, tried))
     return parts + [Text(f"note: {note}") for note in plan.notes]
 
 
@@ -255,6 +258,29 @@ def layer_table(plan: Plan) -> Table:
         if row.module != prefix or not prefix:
             title = f"  {row.module[len(prefix) + 1 :]}" if prefix else row.module
             table.add_row(title, *row.splits, "\n".join(row.storage) or "-")
+    return table
+
+
+def mesh_table(plan: Plan, tried: Sequence[Mapping[str, Any]]) -> Table:
+    """The shapes that a search has tried, best first: step, what it is slower by, memory, or why there is no plan.
+
+    tried: as `costmodel.search.best_plan` lists them in `Plan.solver["meshes"]`.
+    """
+    table = plain_table()
+    table.add_column("mesh tried", overflow="fold")
+    for name in ("step", "difference", "memory per rank"):
+        table.add_column(name, justify="right")
+    table.add_column("", overflow="fold", ratio=1)
+    best = plan.predicted.get("step_s")
+    for row in tried:
+        if "step_s" not in row:
+            table.add_row(str(row["mesh"]), "-", "-", "-", str(row.get("reason", "")))
+            continue
+        chosen = row["mesh"] == str(plan.mesh)
+        later = "" if chosen or best is None else f"+{seconds(row['step_s'] - best)}"
+        table.add_row(
+            str(row["mesh"]), seconds(row["step_s"]), later, bytes_(row["peak_bytes"]), "chosen" if chosen else ""
+        )
     return table
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from autopar import report
@@ -147,3 +149,19 @@ def test_glossary_names_factors_of_the_rule_table():
         call.meta["val"] = op(*(n.meta["val"] for n in operands))
         stem = op.__name__.partition(".")[0]
         assert set(rule_for(call).rule.factors) <= set(report.FACTORS[stem]), stem
+
+
+def test_a_searched_plan_lists_the_other_meshes():
+    tried = [
+        {"mesh": "dp=2,tp=4", "step_s": 0.010, "peak_bytes": 5e9},
+        {"mesh": "dp=8", "step_s": 0.0125, "peak_bytes": 7e9},
+        {"mesh": "dp=4,tp=2", "reason": "does not fit by 2 GB"},
+    ]
+    plan = replace(small_plan(), predicted={"step_s": 0.010}, solver={"meshes": tried})
+    lines = report.text(report.show(plan)).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("mesh tried"))
+    rows = [line.split() for line in lines[head + 2 : head + 5]]
+    assert rows[0] == ["dp=2,tp=4", "10", "ms", "5", "GB", "chosen"]
+    assert rows[1] == ["dp=8", "12.5", "ms", "+2.5", "ms", "7", "GB"]
+    assert rows[2] == ["dp=4,tp=2", "-", "-", "-", "does", "not", "fit", "by", "2", "GB"]
+    assert "mesh tried" not in report.text(report.show(small_plan()))
