@@ -1,0 +1,227 @@
+"""Graphs that own their arguments: when a tensor dies, when the gate is called, and what a second backward finds."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+from graphs import Build
+from torch import fx, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import autopar
+from autopar.passes import collectives as c
+from autopar.passes import edit
+from autopar.passes.bind import GATHER_INTO, IN_PLACE_REDUCE, STARTS, WAIT, bind
+from autopar.passes.box import boxed
+from autopar.passes.inplace import inplace
+
+aten = torch.ops.aten
+COLLECTIVES = (*STARTS, GATHER_INTO, IN_PLACE_REDUCE)
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "none")
+
+
+class Log(TorchDispatchMode):
+    """Writes down which ops run. Collectives are of a group of two whose other rank brings the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func)
+        if func is GATHER_INTO:
+            return kwargs["out"].copy_(torch.cat([args[0]] * args[1]))
+        if func is IN_PLACE_REDUCE:
+            return args[0].mul_(2)
+        if func is WAIT:
+            return args[0]
+        if func in STARTS:
+            doubled = 2 * args[0] if "reduce" in str(func) else args[0].clone()
+            return doubled.chunk(2)[0] if "scatter" in str(func) else doubled
+        return func(*args, **(kwargs or {}))
+
+
+def around(kind):
+    """Computation, a collective of this kind (or none), and computation behind it: bound, op by op; and its inputs."""
+    b = Build("dp=2")
+    x, w = b.put("x0", 4, 6), b.put("p0", 6, 4)
+    y = b(aten.mm.default, x, w)
+    if kind == "all_reduce":
+        y = b(c.all_reduce, y, "dp", "sum")
+    elif kind == "all_gather":
+        y = b(c.all_gather, y, "dp", 0)
+    elif kind == "reduce_scatter":
+        y = b(c.reduce_scatter, y, "dp", 0, "sum")
+    elif kind == "all_to_all":
+        y = b(c.all_to_all, y, "dp", 0, 1)
+    gm = b.done([b(aten.neg.default, y), b(aten.exp.default, w)])
+    return edit.finished(inplace(bind(gm, b.mesh, (0,), {"dp": "dp"}))), b.inputs(gm)[0]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_boxed_graph_gives_the_same_and_leaves_its_list_empty(kind, gated):
+    gm, row = around(kind)
+    with Log():
+        want = gm(*row)
+        box = [lambda: None, *row] if gated else list(row)
+        got = boxed(gm, gated)(box)
+    assert box == []
+    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_a_boxed_graph_lets_go_of_a_tensor_behind_its_last_reader():
+    refs, alive = [], []
+
+    def look(x):
+        """Which of the arguments are alive; `x` itself, so that the graph has something to compute with."""
+        alive.append([ref() is not None for ref in refs])
+        return x
+
+    graph = fx.Graph()
+    first, second = graph.placeholder("first"), graph.placeholder("second")
+    here = graph.call_function(look, (graph.call_function(aten.neg.default, (first,)),))
+    total = graph.call_function(aten.add.Tensor, (here, second))
+    graph.output((graph.call_function(look, (total,)),))
+    gm = fx.GraphModule({}, graph)
+    for run in (boxed(gm), lambda box: gm(*box)):
+        box = [torch.ones(3), torch.ones(3)]
+        refs[:] = [weakref.ref(t) for t in box]
+        (out,) = run(box)
+        assert torch.equal(out, torch.zeros(3))
+    # Not so where the caller keeps the arguments: what is looked at is real.
+    assert alive == [[False, True], [False, False], [True, True], [True, True]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gate_is_called_once_right_before_the_first_collective(kind):
+    gm, row = around(kind)
+    with Log() as log:
+        boxed(gm, gated=True)([lambda: log.ops.append("gate"), *row])
+    assert log.ops.count("gate") == 1
+    at = log.ops.index("gate")
+    assert aten.mm.default in log.ops[:at] and not set(log.ops[:at]) & set(COLLECTIVES)
+    if kind == "none":
+        assert at == len(log.ops) - 1
+    else:
+        assert log.ops[at + 1] in COLLECTIVES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_gate_raises_comes_out_and_no_collective_is_started(kind):
+    def refuse():
+        log.ops.append("gate")
+        raise autopar.RankMismatchError("another rank has failed")
+
+    gm, row = around(kind)
+    with Log() as log, pytest.raises(autopar.RankMismatchError, match="another rank has failed"):
+        boxed(gm, gated=True)([refuse, *row])
+    assert log.ops[-1] == "gate" and not set(log.ops) & set(COLLECTIVES)
+
+
+# ---- the step: backward twice --------------------------------------------------------------------------------------
+
+MODELS = {
+    "one layer": lambda: [nn.Linear(4, 1)],
+    "layers": lambda: [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)],
+    "batch norm": lambda: [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)],
+    "dropout": lambda: [nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1)],
+}
+X = torch.linspace(-1, 2, 32, dtype=torch.float64).reshape(8, 4)
+
+
+def model_of(name):
+    """The model and the same compiled for one device."""
+    torch.manual_seed(3)
+    model = nn.Sequential(*MODELS[name]()).double()
+    return model, autopar.compile(copy.deepcopy(model), 1, example=(X.clone(),))
+
+
+def grads(module):
+    """Copies of all gradients, whole."""
+    found = {name: p.grad for name, p in module.named_parameters()}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_second_backward_gives_the_same_gradients_once_more(name):
+    model, pm = model_of(name)
+    loss = pm(X).square().mean()
+    loss.backward(retain_graph=True)
+    once = grads(pm)
+    loss.backward(retain_graph=True)
+    twice = grads(pm)
+    assert all(once[n].abs().sum() > 0 and torch.equal(twice[n], 2 * once[n]) for n in once if n != "0.bias")
+    loss.backward()
+    if name == "dropout":
+        return  # other masks than torch's own
+    plain = model(X).square().mean()
+    for keep in (True, True, False):
+        plain.backward(retain_graph=keep)
+    for n, want in grads(model).items():
+        torch.testing.assert_close(grads(pm)[n], want, rtol=1e-9, atol=1e-12)
+    ours, theirs = pm.full_state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for n in theirs:  # running statistics too: of one forward, as torch's
+        torch.testing.assert_close(ours[n], theirs[n], rtol=1e-9, atol=1e-12)
+
+
+def test_a_second_backward_runs_on_the_buffers_of_its_own_forward():
+    results = []
+    for module in model_of("batch norm"):
+        first = module(X).square().mean()
+        first.backward(retain_graph=True)
+        module(3 * X).sum()  # replaces the running statistics
+        first.backward()
+        results.append((grads(module), module.get_buffer("1.running_var").clone()))
+    (plain, want), (ours, got) = results
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_the_step_has_let_go_of_saved_activations_behind_the_backward():
+    _, pm = model_of("layers")
+    out = pm(X)
+    held = [weakref.ref(t) for t in out.grad_fn.box if t is not None]
+    assert held and all(ref() is not None for ref in held)
+    out.square().mean().backward(retain_graph=True)
+    assert not [ref for ref in held if ref() is not None]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("one layer", "parameters", "changed in between .* call the module again"),  # the backward reads none of them
+        ("layers", "parameters", "modified by an inplace operation"),
+        ("layers", "input", "modified by an inplace operation"),
+        ("batch norm", "buffer", "changed in between .* call the module again|modified by an inplace operation"),
+    ],
+)
+def test_a_second_backward_behind_a_change_says_so(name, changed, message):
+    _, pm = model_of(name)
+    pm.train(changed != "buffer")  # in training a step replaces them itself
+    x = X.clone()
+    loss = pm(x).square().mean()
+    loss.backward(retain_graph=True)
+    before = grads(pm)
+    if changed == "parameters":
+        torch.optim.SGD(pm.parameters(), lr=0.1).step()
+    elif changed == "input":
+        x.add_(1)
+    else:
+        pm.get_buffer("1.running_mean").add_(1)
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+    assert all(torch.equal(g, before[n]) for n, g in grads(pm).items())
+
+
+def test_a_second_backward_that_was_not_announced_is_refused_as_by_torch():
+    _, pm = model_of("layers")
+    out = pm(X)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
