@@ -45,8 +45,10 @@ def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModu
     Bytes are the larger of sent and received, on one rank. A collective of that size or more stays alone.
     `gm` may be changed; use what is returned.
     """
-    gathers, reductions = _pack(_gathers(gm), bucket_bytes), _pack(_reductions(gm), bucket_bytes)
-    taken = {n for group in reductions for n in group}
+    found = _reductions(gm)
+    gathers, reductions = _pack(_gathers(gm), bucket_bytes), _pack(found, bucket_bytes)
+    # What nobody computes with has no hurry, and may stand behind a bucket.
+    taken = {n for n, _ in found}
     twins = [g for g in _neighbours(gm, min(bucket_bytes, SMALL_BYTES)) if taken.isdisjoint(g)]
     for group in gathers:
         _merge_gathers(gm.graph, group)

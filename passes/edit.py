@@ -207,7 +207,11 @@ def rebuild(gm: fx.GraphModule, order: Iterable[fx.Node]) -> fx.GraphModule:
 
 
 def stable_sort(gm: fx.GraphModule, key: Callable[[fx.Node], Any] | None = None) -> fx.GraphModule:
-    """Nodes in an order where operands come before users, otherwise as they stand (or by `key`)."""
+    """Nodes in an order where operands come before users, otherwise as they stand (or by `key`).
+
+    Raises:
+        PassError: nodes wait for each other.
+    """
     nodes = list(gm.graph.nodes)
     if key is not None:
         nodes.sort(key=key)
@@ -215,13 +219,18 @@ def stable_sort(gm: fx.GraphModule, key: Callable[[fx.Node], Any] | None = None)
 
     def place(node: fx.Node) -> None:
         stack = [(node, iter(node.all_input_nodes))]
+        above = {node}
         while stack:
             top, inputs = stack[-1]
             nxt = next((n for n in inputs if n not in done), None)
             if nxt is not None:
+                if nxt in above:
+                    raise PassError(f"{nxt.name} and {top.name} wait for each other")
+                above.add(nxt)
                 stack.append((nxt, iter(nxt.all_input_nodes)))
                 continue
             stack.pop()
+            above.discard(top)
             done.setdefault(top)
 
     for node in nodes:

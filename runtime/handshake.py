@@ -108,6 +108,20 @@ def answered(grid: Grid) -> Iterator[None]:
         ) from error
 
 
+class Answer:
+    """What the others say, read once: calling it waits, raises what `Control.agree` raises, and gives the seed."""
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        self._read: Callable[[], int] | None = read
+        self._seed = 0
+
+    def __call__(self) -> int:
+        if self._read is not None:
+            read, self._read = self._read, None
+            self._seed = read()
+        return self._seed
+
+
 class Control:
     """The conversation between the ranks of one grid; with one process, it answers at once."""
 
@@ -224,8 +238,8 @@ class Control:
         """
         return self.ask(call, failure, check=check)()
 
-    def ask(self, call: Call | None, failure: Exception | None = None, *, check: bool = True) -> Callable[[], int]:
-        """Begin `agree`, to be ended by the function that is given back before anything else is exchanged."""
+    def ask(self, call: Call | None, failure: Exception | None = None, *, check: bool = True) -> Answer:
+        """Begin `agree`; the answer is to be called for in any case, before anything else is exchanged."""
         if call is None:
             assert failure is not None
             row = [1, 0, 0, 0, 0, 0]
@@ -235,7 +249,7 @@ class Control:
             content = hash64(*(a.content for a in call.arguments)) if check else 0
             row = [int(failure is not None), hash64(call.mode), shared, content, call.seed, structure]
         answer = self._begin(row)
-        return lambda: self._judge(answer(), call, failure)
+        return Answer(lambda: self._judge(answer(), call, failure))
 
     def _judge(self, rows: list[list[int]], call: Call | None, failure: Exception | None) -> int:
         """The seed, or what `agree` raises, from everybody's row."""

@@ -169,9 +169,13 @@ class ParallelModule(nn.Module):
                 raise RuntimeUseError(_missing_text(state.missing))
             inputs = step.program.flatten(args, kwargs)
         state.last = step
-        inputs = step.pieces(inputs)
         params, buffers = state.tensors()
-        return step.program.pack(step(params, buffers, inputs, seed, gate))
+        try:
+            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate))
+        except Exception:
+            if gate is not None:
+                gate()  # the others may wait to hear how the ranks differ, which is then what is to be told
+            raise
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture, plan and shard for these arguments without running; `autopar.compile(example=...)` calls it."""

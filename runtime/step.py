@@ -16,8 +16,9 @@ first, from the same inputs, parameters and buffers.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Step:
             tensors = _Run.apply(self, feed, trainable, *(params[n] for n in trainable))
         else:
             with torch.no_grad():
-                values = self.run_forward(feed).values
+                values = self.run_forward(feed.with_copies(self.replaced)).values
                 self.replace_buffers(feed, values)
                 tensors = self.outputs(values)
         at = iter(tensors)
@@ -213,11 +214,6 @@ class _Feed:
         copies = {name: self.buffers[name].clone() for name in names}
         return _Feed(self.params, {**self.buffers, **copies}, self.inputs, self.seed, self.gate)
 
-    def versions(self) -> list[int]:
-        """How often each tensor in it has been changed, where torch counts that."""
-        tensors = (*self.params.values(), *self.buffers.values(), *self.inputs)
-        return [0 if t.is_inference() else t._version for t in tensors]
-
 
 @dataclass(frozen=True)
 class _Done:
@@ -254,7 +250,8 @@ class _Run(torch.autograd.Function):
     """The step as autograd sees it: parameters in, outputs out.
 
     Memory that is the graph's own is kept in `ctx.box`, from which the backward takes it. What others hold anyway
-    (parameters, inputs, what was handed out) is saved with autograd, which sees if it was changed meanwhile.
+    (parameters, inputs, what was handed out) is saved with autograd, which sees if it was changed meanwhile. Hooks on
+    saved tensors (`torch.autograd.graph.save_on_cpu`, checkpointing round the module) thus do not see the former.
     """
 
     @staticmethod
@@ -268,12 +265,12 @@ class _Run(torch.autograd.Function):
             if name not in step.wraps and isinstance(param, DTensor):
                 step.wraps[name] = rewrap(param)
         ctx.set_materialize_grads(False)
-        ctx.feed, ctx.versions = before, before.versions()
         ctx.box, others = _divide(done)
         ctx.num_others = len(others)
+        ctx.again = _Again(step, before)
         # DTensors too, which know that they were changed since, as an optimizer step before the backward does.
         read = [feed.params[s.name] for s in (step.sources[i] for i in step.saved_inputs) if s.kind == "param"]
-        ctx.save_for_backward(*others, *read)
+        ctx.save_for_backward(*others, *read, *ctx.again.take())
         step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in done.saved}.values())
         wanted = {s.name for s in step.tangents}
         ctx.sinks = [s for s in step.values if s.kind == "output" and s.node is not None]
@@ -291,10 +288,11 @@ class _Run(torch.autograd.Function):
                     f"differentiated: put everything that is to be minimised in it (inside the model, or with loss= of "
                     f"autopar.compile), or use {sink.name}.detach()"
                 )
-        held = list(ctx.saved_tensors[: ctx.num_others])  # raises if autograd has let go of them, or they were changed
+        kept = ctx.saved_tensors  # raises if autograd has let go of them, or they were changed
+        held = list(kept[: ctx.num_others])
         box, ctx.box = ctx.box, None
         if box is None:
-            box, held = _divide(_again(step, ctx.feed, ctx.versions))
+            box, held = _divide(ctx.again(kept))
         others = iter(held)
         saved = [next(others) if t is None else t for t in box]
         del box
@@ -319,20 +317,52 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _again(step: Step, feed: _Feed, versions: list[int]) -> _Done:
-    """The forward once more, for another backward.
+class _Again:
+    """The forward once more, for another backward on the same output.
 
-    Raises:
-        RuntimeUseError: a parameter, buffer or input was changed since.
+    Inputs, and copies of replaced buffers, are saved with autograd, which lets go of them when there can be no other
+    backward. As other heads of the same memory: who changes an input after the forward must not hear of it unless the
+    forward does run again.
     """
-    if feed.versions() != versions:
-        raise RuntimeUseError(
-            "backward is called again on the same output, but a parameter, buffer or input was changed in between (by "
-            "optimizer.step(), perhaps): call the module again, or add the losses and call backward once"
-        )
-    feed.gate = _open
-    with torch.no_grad():
-        return step.run_forward(feed)
+
+    def __init__(self, step: Step, before: _Feed) -> None:
+        self.step, self.feed = step, replace(before, gate=_open)
+        self.held = [*before.params.values(), *(b for n, b in before.buffers.items() if n not in step.replaced)]
+        self.versions = [_version(t) for t in self.held]
+        self.seen = [(weakref.ref(t), _version(t)) for t in before.inputs]
+
+    def take(self) -> list[torch.Tensor]:
+        """What is to be saved; not held here any more."""
+        copies = [self.feed.buffers[name] for name in self.step.replaced]
+        kept = [t.clone() if t.is_inference() else t.data for t in self.feed.inputs]
+        rest = {n: b for n, b in self.feed.buffers.items() if n not in self.step.replaced}
+        self.feed = replace(self.feed, inputs=[], buffers=rest)
+        return [*kept, *copies]
+
+    def __call__(self, kept: Sequence[torch.Tensor]) -> _Done:
+        """Run it, given the tensors that autograd has kept: what `take` gave is the last of them.
+
+        Raises:
+            RuntimeUseError: a parameter, buffer or input was changed since.
+        """
+        inputs = [(ref(), version) for ref, version in self.seen]
+        changed = any(t is not None and _version(t) != version for t, version in inputs)
+        if changed or [_version(t) for t in self.held] != self.versions:
+            raise RuntimeUseError(
+                "backward is called again on the same output, but a parameter, buffer or input was changed in between "
+                "(by optimizer.step(), perhaps): call the module again, or add the losses and call backward once"
+            )
+        names = self.step.replaced
+        mine = kept[len(kept) - len(self.seen) - len(names) :]
+        copies = dict(zip(names, mine[len(self.seen) :]))
+        feed = replace(self.feed, inputs=list(mine[: len(self.seen)]), buffers={**self.feed.buffers, **copies})
+        with torch.no_grad():
+            return self.step.run_forward(feed)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor has been changed, where torch counts that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Taken:

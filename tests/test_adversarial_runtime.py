@@ -424,6 +424,27 @@ def test_training_of_unusual_shape(ranks, options):
     ranks.run(training, options)
 
 
+def caught():
+    """Rank 1 alone brings another batch, which cannot be looked up; whoever catches the error goes on."""
+    module = compiled(**DDP)
+    for step in range(2):
+        module(**batch(step))["loss"].backward()
+    wrong = batch(5)
+    if torch.distributed.get_rank() == 1:
+        wrong["ids"][5] = 99
+    with pytest.raises(autopar.BatchError, match="other values on rank 1 than on rank 0"):
+        module(**wrong)
+    plain = net()
+    for m in (module, plain):
+        m.zero_grad()
+        m(**batch(6))["loss"].backward()
+    assert_grads(module, plain)
+
+
+def test_a_rank_that_fails_on_its_own_batch_hears_and_tells_how_it_differs(ranks):
+    ranks.run(caught)
+
+
 # ---- two ranks: one is lost ----------------------------------------------------------------------------------------
 
 

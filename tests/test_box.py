@@ -225,3 +225,39 @@ def test_a_second_backward_that_was_not_announced_is_refused_as_by_torch():
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
+
+
+def test_inputs_are_let_go_of_with_the_graph_though_the_output_is_held():
+    _, pm = model_of("one layer")
+    x = X.clone()
+    held = weakref.ref(x.untyped_storage())
+    out = pm(x)
+    loss = out.sum()
+    loss.backward()
+    del x, loss
+    assert held() is None and out.grad_fn is not None
+
+
+class Swap(nn.Module):
+    """Swaps two buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("a", torch.zeros(3))
+        self.register_buffer("b", torch.ones(3))
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        """x: [n, 3] -> [n, 3]."""
+        old = self.a.clone()
+        self.a.copy_(self.b)
+        self.b.copy_(old)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_buffers_that_are_swapped_arrive_swapped(gradients):
+    with torch.set_grad_enabled(gradients):
+        pm = autopar.compile(Swap(), 1, example=(torch.ones(2, 3),))
+        pm(torch.ones(2, 3))
+    assert pm.get_buffer("a").tolist() == [1, 1, 1] and pm.get_buffer("b").tolist() == [0, 0, 0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from graphs import Build, apply, ops, random_joint, zero3
 
+from autopar.errors import PassError
 from autopar.passes import collectives as c
 from autopar.passes import edit
 from autopar.passes.bind import STARTS, WAIT, bind, functional
@@ -257,6 +258,31 @@ def test_bucket_keeps_chains_apart():
     gm = apply(b, b.done([x]), bucket)
     sent = [n.args[0].meta["val"].numel() for n in gm.graph.nodes if n.target is c.all_gather]
     assert sorted(sent) == [2 * 16, 2 * 16, 2 * 32]  # two of one gather; two of a first, and their second
+
+
+def test_a_reduction_of_the_output_is_no_neighbour_of_one_that_is_waited_for():
+    b = Build("dp=2,tp=2")
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    h, k = b(aten.mm.default, x, t), b(aten.neg.default, t)
+    first = b(c.all_reduce, b(c.reduce_scatter, h, "dp", 0, "sum"), "tp", "sum")
+    waited = b(c.all_reduce, k, "tp", "sum")
+    second = b(c.reduce_scatter, b(aten.mm.default, x, waited), "dp", 0, "sum")
+    # The scatters share a bucket; were the all_reduces one too, each would wait for the other.
+    out = apply(b, b.done([], [first, b(c.all_gather, second, "tp", 0)]), bucket)
+    assert sorted(n for n in ops(out) if n in ("all_reduce", "reduce_scatter")) == ["all_reduce"] * 2 + [
+        "reduce_scatter"
+    ]
+
+
+def test_nodes_that_wait_for_each_other_are_an_error():
+    b = Build("dp=2")
+    x = b.put("x0", 4, 4)
+    one = b(aten.neg.default, x)
+    two = b(aten.neg.default, one)
+    gm = b.done([], [two])
+    one.args = (two,)
+    with pytest.raises(PassError, match="wait for each other"):
+        edit.stable_sort(gm)
 
 
 def test_bucket_leaves_what_computation_reads():
