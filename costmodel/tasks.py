@@ -20,12 +20,11 @@ from autopar.spec import R, Spec
 
 #: As `passes/bucket.py` and `passes/overlap.py`.
 BUCKET_BYTES = 25 << 20
-#: Collectives, reductions first.
-KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
 TWO = 2
 
-AHEAD = ("all_gather", "all_to_all")
+REDUCTIONS, AHEAD = ("all_reduce", "reduce_scatter"), ("all_gather", "all_to_all")
+KINDS = (*REDUCTIONS, *AHEAD)
 
 
 @dataclass(eq=False, slots=True)
@@ -247,7 +246,7 @@ def _reductions(tasks: Tasks) -> list[tuple[Task, tuple[int, int]]]:
     before: dict[int, int] = {}
     for task in inside:
         before[id(task)] = max((before[id(s)] + (s.kind in KINDS) for s in task.srcs if id(s) in before), default=0)
-    return [(t, (before[id(t)], behind.get(id(t), 0))) for t in inside if t.kind in KINDS[:2]]
+    return [(t, (before[id(t)], behind.get(id(t), 0))) for t in inside if t.kind in REDUCTIONS]
 
 
 def _behind(tasks: list[Task], kinds: tuple[str, ...]) -> dict[int, int]:

@@ -152,7 +152,8 @@ class ParallelModule(nn.Module):
         if failure is not None and not check:
             raise failure
         seed, gate = 0, None
-        if check and call is not None and step is not None and not step.uses_seed and not self._unseen(call):
+        known = failure is None and call is not None and step is not None and not step.uses_seed
+        if check and known and call is not None and not self._unseen(call):
             gate = state.control.ask(call)
         elif check or step is None or step.uses_seed:
             if step is not None and step.uses_seed:

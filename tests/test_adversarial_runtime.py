@@ -424,6 +424,29 @@ def test_training_of_unusual_shape(ranks, options):
     ranks.run(training, options)
 
 
+def unread():
+    """Rank 1 alone fails while it takes its arguments apart, on a step that is known."""
+    module = compiled(**DDP)
+    module(**batch())["loss"].backward()
+    (step,) = module._state.steps.values()
+    own = step.program.flatten
+
+    def refuse(args, kwargs):
+        raise ValueError("cannot be read")
+
+    rank = torch.distributed.get_rank()
+    step.program.flatten = refuse if rank == 1 else own
+    error, words = (ValueError, "cannot be read") if rank == 1 else (autopar.RankMismatchError, "rank 1: ValueError")
+    with pytest.raises(error, match=words):
+        module(**batch(1))
+    step.program.flatten = own
+    module(**batch(2))["loss"].backward()
+
+
+def test_a_rank_that_cannot_read_its_arguments_is_heard_of(ranks):
+    ranks.run(unread)
+
+
 def caught():
     """Rank 1 alone brings another batch, which cannot be looked up; whoever catches the error goes on."""
     module = compiled(**DDP)
