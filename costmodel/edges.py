@@ -34,25 +34,33 @@ class Reader:
 
 @dataclass(frozen=True)
 class Edge:
-    """`count` tensors made as result `index` of class `cls` and read alike. `saved`: bytes per element kept from
-    forward to backward (0: none, or counted with another tensor of the same memory). `late`: computation need not wait
-    for its transport: it comes from where a parameter rests, or goes where a gradient rests, through moves only."""
+    """`count` tensors made as result `index` of class `cls` and read alike. `late`: computation need not wait for its
+    transport: it comes from where a parameter rests, or goes where a gradient rests, through moves only."""
 
     cls: int
     index: int
     meta: Meta
     readers: tuple[Reader, ...]
     count: int
-    saved: float
     late: bool = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`count` activations of shape `meta` that the classes of `readers` read in the backward, in `size` bytes per
+    element: in every distinct layout in which they want it, it is kept from forward to backward."""
+
+    meta: Meta
+    readers: tuple[Reader, ...]
+    count: int
+    size: float
 
 
 def edges_of(fold: Fold) -> list[Edge]:
     """Every group of tensors that is read by anything."""
     items = fold.items
-    saved = saved_tensors(items)
     resting, leaving = late_tensors(items)
-    groups: dict[tuple[int, int, frozenset[Reader], float, bool], int] = {}
+    groups: dict[tuple[int, int, frozenset[Reader], bool], int] = {}
     for tensor, users in items.users.items():
         readers = set()
         for user, operand in users:
@@ -62,44 +70,65 @@ def edges_of(fold: Fold) -> list[Edge]:
             else:
                 readers.add(Reader(fold.of[user], operand, item.phase))
         late = tensor in resting or tensor in leaving
-        key = (fold.of[tensor.item], tensor.index, frozenset(readers), saved.get(tensor, 0.0), late)
+        key = (fold.of[tensor.item], tensor.index, frozenset(readers), late)
         groups[key] = groups.get(key, 0) + 1
     out = []
-    for (cls, index, readers_, kept, late), count in groups.items():
+    for (cls, index, readers_, late), count in groups.items():
         meta = fold.first(cls).outs[index]
         assert meta is not None
         ordered = tuple(sorted(readers_, key=lambda r: (r.cls, r.operand)))
-        out.append(Edge(cls, index, meta, ordered, count, kept, late))
+        out.append(Edge(cls, index, meta, ordered, count, late))
     return out
 
 
-def roots(items: Items) -> dict[Tensor, Tensor]:
-    """For every tensor the one whose memory it shares: itself, or what a chain of views started from."""
+def kept_of(fold: Fold) -> list[Kept]:
+    """What the forward keeps for the backward.
+
+    What moves make of a tensor (views, casts, copies) is kept as the smaller of the two, and of all that are read in
+    the shape that most readers want: the others are made from it.
+    """
+    items = fold.items
+    root = _roots(items)
+    families: dict[Tensor, dict[tuple[int, ...], list[Tensor]]] = {}
+    for tensor in items.users:
+        base = root[tensor]
+        maker = items.items[base.item]
+        kept = items.items[tensor.item].phase == FORWARD and maker.kind == "op" and not maker.constant
+        if kept and _readers(fold, tensor):
+            families.setdefault(base, {}).setdefault(items.meta(tensor).shape, []).append(tensor)
+    groups: dict[tuple[Meta, frozenset[Reader], float], int] = {}
+    for base, shapes in families.items():
+        tensors = max(shapes.values(), key=lambda family: sum(len(_readers(fold, t)) for t in family))
+        readers = frozenset(r for t in tensors for r in _readers(fold, t))
+        meta, under = min((items.meta(t) for t in tensors), key=lambda m: m.itemsize), items.meta(base)
+        share = under.itemsize * math.prod(under.shape) / max(1, math.prod(meta.shape))
+        key = (meta, readers, min(float(meta.itemsize), share))
+        groups[key] = groups.get(key, 0) + 1
+    return [
+        Kept(meta, tuple(sorted(readers, key=lambda r: (r.cls, r.operand))), count, size)
+        for (meta, readers, size), count in groups.items()
+    ]
+
+
+def _readers(fold: Fold, tensor: Tensor) -> list[Reader]:
+    """Who reads a tensor in the backward."""
+    found = ((fold.items.items[user], operand) for user, operand in fold.items.users.get(tensor, ()))
+    return [
+        Reader(fold.of[u.index], operand, BACKWARD) for u, operand in found if u.phase == BACKWARD and u.kind == "op"
+    ]
+
+
+def _roots(items: Items) -> dict[Tensor, Tensor]:
+    """For every tensor what it can be made from by moves: itself, or what a chain of moves of one operand started
+    from."""
     root: dict[Tensor, Tensor] = {}
     for item in items.items:
-        view = item.kind == "op" and item.node is not None and item.node.target in VIEWS
+        moved = item.kind == "op" and item.node is not None and item.node.target in MOVES and len(item.ins) == 1
         for index, meta in enumerate(item.outs):
             if meta is not None:
                 tensor = Tensor(item.index, index)
-                root[tensor] = root[item.ins[0]] if view and item.ins else tensor
+                root[tensor] = root[item.ins[0]] if moved else tensor
     return root
-
-
-def saved_tensors(items: Items) -> dict[Tensor, float]:
-    """Activations that the backward reads -> bytes per element. Of views of one memory, one tensor stands for all."""
-    root = roots(items)
-    found: dict[Tensor, float] = {}
-    taken: set[Tensor] = set()
-    for tensor, users in items.users.items():
-        maker, base = items.items[tensor.item], root[tensor]
-        if maker.phase != FORWARD or maker.constant or items.items[base.item].kind != "op" or base in taken:
-            continue
-        if any(items.items[u].phase == BACKWARD for u, _ in users):
-            taken.add(base)
-            meta, under = items.meta(tensor), items.meta(base)
-            share = min(1.0, math.prod(under.shape) / max(1, math.prod(meta.shape)))
-            found[tensor] = meta.itemsize * share
-    return found
 
 
 def late_tensors(items: Items) -> tuple[set[Tensor], set[Tensor]]:

@@ -37,7 +37,7 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
     if _answered(solver) and _is_whole(relaxed, whole):
         return Answer("optimal", relaxed, 0.0)
     solved = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal  # else its value is no bound
-    if (model.exposed or model.memory is not None) and solved:
+    if (model.exposed or model.memory) and solved:
         bound = float(solver.getInfo().objective_function_value)
         start = _nearest(model, solver, whole, time_limit, start, bound / max(1e-9, 1 - NEAR * gap))
         if start is not None:
@@ -105,17 +105,19 @@ def _nearest(
 
 
 class _Relaxation:
-    """A model without rows (8) and (6): the first at the cost `extra`, the second at a price per byte.
+    """A model without rows (8) and (6): the first at the cost `extra`, the second at prices per byte.
 
-    The multiplier of (6) is where the relaxation changes its mind, so the choice at that price may be just over the
-    limit: the least price at which it is met is looked for between that one and higher ones.
+    The multipliers of (6) are where the relaxation changes its mind, so the choice at these prices may be just over the
+    limit: the least multiple of them at which it is met is looked for.
     """
 
     def __init__(self, model: Model, extra: Terms, duals: Any, whole: Any, end: float) -> None:
         self.model, self.whole, self.end = model, whole, end
-        self.memory: Terms = {} if model.memory is None else model.rows[model.memory][0]
-        self.price = 0.0 if model.memory is None else float(duals[model.memory])
-        lp = _arrays(model, [*model.exposed, *([] if model.memory is None else [model.memory])])
+        self.memory: Terms = {}  # bytes at their prices
+        for row in model.memory:
+            if duals[row]:
+                _weigh(self.memory, model.rows[row][0], float(duals[row]))
+        lp = _arrays(model, [*model.exposed, *model.memory])
         self.base = np.array(lp.col_cost_)
         for v, c in extra.items():
             if v != CONST:
@@ -126,7 +128,7 @@ class _Relaxation:
         """At the multiplier, and, where that does not meet the limit, the best that do."""
         first = self._at(1.0)
         found = [] if first is None else [first]
-        if first is None or not self.price or self.model.value(first) < INF:
+        if first is None or not self.memory or self.model.value(first) < INF:
             return found
         low, high = 1.0, 0.0
         for _ in range(PRICES):
@@ -145,7 +147,7 @@ class _Relaxation:
         """The choice at a multiple of the price; None if it was not found in time."""
         cost = self.base.copy()
         for v, c in self.memory.items():
-            cost[v] += factor * self.price * c
+            cost[v] += factor * c
         cost = np.where(np.abs(cost) < 1e-12, 0.0, cost)
         solver = self.solver
         columns = np.arange(len(cost), dtype=np.int32)

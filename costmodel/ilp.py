@@ -2,14 +2,16 @@
 
 Given groups g with options o, each with seconds c[g,o], a tie-breaker t[g,o] and bytes m[g,o]; flows f with a producer
 group, whose options fall into rows r, and consumers k, whose options fall into columns q; seconds d[f,r,q] of a
-transport (infinite: impossible), counted once for all consumers that share it; keeps s with bytes per column:
+transport (infinite: impossible), counted once for all consumers that share it; keeps s with bytes per column; bytes
+a[g,o] that the backward adds, while it lets go of what transports and keeps have left it:
 
     (1)  sum_o x[g,o] = 1                                             x binary              one option per group
     (2)  sum_q w[f,k,r,q] = sum_{o in row r} x[producer,o]            w in [0, 1]           leave from the row chosen
     (3)  sum_r w[f,k,r,q] = sum_{o in column q} x[k,o]                                      arrive at the column chosen
     (4)  y[f,r,q,share] >= w[f,k,r,q]                                 y in [0, 1]           shared transports paid once
     (5)  z[s,q] >= sum_{o in column q} x[k,o]                         z in [0, 1]           kept copies counted once
-    (6)  fixed + sum m x + sum n y + sum b z <= limit + over          over >= 0             bytes per rank
+    (6)  fixed + sum m x + sum n y + sum b z <= limit + over          over >= 0             bytes before the backward
+         fixed + sum (m + a) x               <= limit + over                                bytes behind it
     min  sum (c + t) x + sum d y + penalty * over
 
 That is the serial price: one thing after the other. With overlap, some transports are late: gathers of parameters and

@@ -51,9 +51,11 @@ class _Steps:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         forward, backward = _packed(tape.forward), _packed(tape.backward)
-        self.forward = ahead(forward, AHEAD_BYTES)
-        self.saved, again = _cut(forward, backward, tape.grads)
-        self.backward = ahead([*again, *backward], AHEAD_BYTES)
+        pieces, backward = _pieces(forward, backward)
+        self.saved, again = _cut([*forward, *pieces], backward, tape.grads)
+        cuts = _makers(self.saved, pieces)
+        self.forward = ahead(_behind_operands(forward, cuts), AHEAD_BYTES, cuts)
+        self.backward = ahead(_late_as_possible(again, backward), AHEAD_BYTES)
 
     def peak(self, scratch: float) -> dict[str, float]:
         """The largest sum over forward, backward and update, by kind; `scratch`: of the update, in largest pieces."""
@@ -323,6 +325,61 @@ def _cut(forward: list[Event], backward: list[Event], grads: list[Buffer]) -> tu
         stack.extend(x.ins)
     order = [e for e in forward if e in again]
     return list(saved), order
+
+
+def _pieces(forward: Sequence[Event], backward: Sequence[Event]) -> tuple[list[Event], list[Event]]:
+    """Local chunks that the backward cuts from what the forward has made, and the rest of the backward."""
+    early = {x for e in forward for x in e.outs}
+    pieces: list[Event] = []
+    rest: list[Event] = []
+    for event in backward:
+        if event.cuts and all(x in early for x in event.ins):
+            pieces.append(event)
+            early.update(event.outs)
+        else:
+            rest.append(event)
+    return pieces, rest
+
+
+def _makers(wanted: Iterable[Buffer], pieces: Sequence[Event]) -> list[Event]:
+    """Those of `pieces` that it takes to make what is wanted."""
+    need = set(wanted)
+    found = []
+    for event in reversed(pieces):
+        if event.outs[0] in need:
+            found.append(event)
+            need.update(event.ins)
+    return found[::-1]
+
+
+def _behind_operands(forward: Sequence[Event], cuts: Sequence[Event]) -> list[Event]:
+    """The forward with `cuts`, each right behind what makes its operand."""
+    behind: dict[Buffer, list[Event]] = {}
+    for event in cuts:
+        behind.setdefault(event.ins[0], []).append(event)
+    out = []
+    for event in forward:
+        stack = [event]
+        while stack:
+            out.append(stack.pop())
+            stack += [e for x in out[-1].outs for e in behind.get(x, ())]
+    return out
+
+
+def _late_as_possible(again: Sequence[Event], backward: Sequence[Event]) -> list[Event]:
+    """The backward with what is computed again right before its first reader."""
+    makers = {x: e for e in again for x in e.outs}
+    placed: dict[Event, None] = {}
+    for event in (*backward, *again):
+        stack = [event]
+        while stack:
+            top = stack[-1]
+            before = [makers[x] for x in top.ins if x in makers and makers[x] not in placed and makers[x] is not top]
+            if before:
+                stack += reversed(before)
+            else:
+                placed[stack.pop()] = None
+    return list(placed)
 
 
 def _missing(x: Buffer, saved: dict[Buffer, None]) -> list[Buffer]:

@@ -6,13 +6,14 @@ price of the whole plan, not of one axis's share of it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from autopar.costmodel.choices import Option, Pins, Space, State
 from autopar.costmodel.comm import Comm
-from autopar.costmodel.edges import GRAD, Edge
+from autopar.costmodel.edges import GRAD, Edge, Kept, kept_of
 from autopar.costmodel.items import Meta
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
@@ -33,6 +34,11 @@ class Prices:
     comm: Comm
     policy: Policy
     _seconds: dict[tuple[int, tuple[object, ...]], float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def kept(self) -> list[Kept]:
+        """What the forward keeps for the backward."""
+        return kept_of(self.space.fold)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -110,6 +116,8 @@ def lower(
     problem = Problem(groups, limit=limit, usable=usable)
     for edge in prices.edges:
         _edge(prices, state, edge, group_of, options, problem)
+    if limit is not None:
+        problem.keeps = [_keep(kept, group_of, options, sizes) for kept in prices.kept]
     for item in fold.items.items:
         if item.kind in ("buffer", "input"):
             meta = item.outs[0]
@@ -155,7 +163,7 @@ def offered(lowered: Axis, axis: int, state: State) -> list[int] | None:
 
 def _group(prices: Prices, state: State, cls: int, axis: int, options: list[Option], tie: float) -> Group:
     item, count = prices.space.fold.first(cls), len(prices.space.fold.members[cls])
-    cost, ties, memory = [0.0] * len(options), [0.0] * len(options), [0.0] * len(options)
+    cost, ties, memory, grown = ([0.0] * len(options) for _ in range(4))
     for i, option in enumerate(options):
         if item.kind == "op":
             row = (*state.rows[cls][:axis], option.value, *state.rows[cls][axis + 1 :])
@@ -164,11 +172,13 @@ def _group(prices: Prices, state: State, cls: int, axis: int, options: list[Opti
             ties[i] = tie * count * ((2 if option.value.outer > 1 else 0) + (option.value != WHOLE))  # type: ignore[union-attr]
         elif item.kind == "param":
             cost[i] = prices.update_seconds(cls, option.outs[0]) * count
-            memory[i] = sum(prices.policy.stored(item, option.outs[0], prices.sizes).values()) * count
+            held = prices.policy.stored(item, option.outs[0], prices.sizes)
+            memory[i] = (held["parameters"] + held["optimizer"]) * count
+            grown[i] = held["gradients"] * count
             place = option.outs[0][axis]
             ties[i] = tie * count * ((place.kind == "S") * (1 + 0.1 * place.dim) + 0.5 * (option.gather == "twice"))
     phase = AFTER if item.kind == "param" else int(item.phase == BACKWARD)
-    return Group(cost, ties, memory, phase)
+    return Group(cost, ties, memory, phase, grown if any(grown) else None)
 
 
 def _edge(
@@ -180,7 +190,7 @@ def _edge(
     rows: dict[tuple[Spec, str], int] = {}
     row = [rows.setdefault((o.outs[edge.index], o.gather), len(rows)) for o in options[producer]]
     wants: dict[tuple[Spec, str], int] = {}
-    consumers, backward = [], []
+    consumers = []
     for reader in edge.readers:
         group = group_of[reader.cls]
         reduce = state.storage[reader.cls].reduce if reader.operand == GRAD else ""
@@ -189,10 +199,7 @@ def _edge(
         else:
             specs = [o.ins[reader.operand] for o in options[group]]
         column = [wants.setdefault((s, reduce), len(wants)) for s in specs]
-        consumer = Consumer(group, column, int(reader.phase == BACKWARD))
-        consumers.append(consumer)
-        if reader.phase == BACKWARD:
-            backward.append(consumer)
+        consumers.append(Consumer(group, column, int(reader.phase == BACKWARD)))
     cost = [[_seconds(prices, edge.meta, src, dst, reduce) for dst, reduce in wants] for src, _ in rows]
     phase = min(c.share for c in consumers)
     flow = Flow(producer, row, consumers, cost, float(edge.count), late=edge.late, phase=phase)
@@ -210,9 +217,17 @@ def _edge(
             ]
     if any(c for line in cost for c in line):
         problem.flows.append(flow)
-    if edge.saved and backward and problem.limit is not None:
-        share = edge.saved / edge.meta.itemsize * edge.count
-        problem.keeps.append(Keep([_bytes(edge.meta, dst, sizes) * share for dst, _ in wants], backward))
+
+
+def _keep(kept: Kept, group_of: dict[int, int], options: list[list[Option]], sizes: Sequence[int]) -> Keep:
+    wants: dict[Spec, int] = {}
+    consumers = []
+    for reader in kept.readers:
+        group = group_of[reader.cls]
+        specs = [o.ins[reader.operand] for o in options[group]]
+        consumers.append(Consumer(group, [wants.setdefault(s, len(wants)) for s in specs], 1))
+    share = kept.size / kept.meta.itemsize * kept.count
+    return Keep([_bytes(kept.meta, spec, sizes) * share for spec in wants], consumers)
 
 
 def _ways(

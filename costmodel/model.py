@@ -24,9 +24,10 @@ class Model:
         self.whole: list[int] = []  # columns that must be 0 or 1
         self.rows: list[tuple[Terms, float, float]] = []  # lower <= terms <= upper
         self.exposed: list[int] = []  # which of them are of kind (8)
-        self.memory: int | None = None  # and which is (6)
+        self.memory: list[int] = []  # and which of kind (6)
         self.objective: Terms = {}
-        self.bytes: Terms = {}
+        self.bytes: Terms = {}  # before the backward
+        self.grown: Terms = {}  # behind it
         floor = sum(min(g.cost[o] for o in a) for g, a in zip(problem.groups, self.alive))
         # Seconds are tiny numbers; solvers work to absolute tolerances.
         self.scale = 1e4 / floor if floor > 0 else 1.0
@@ -67,6 +68,7 @@ class Model:
                 _add(into, column, group.cost[o] * self.scale)
                 _add(self.objective, column, group.tie[o] * self.scale)
                 _add(self.bytes, column, group.memory[o])
+                _add(self.grown, column, group.memory[o] + (group.grown[o] if group.grown else 0.0))
 
     def _parts(self, group: int, label: Sequence[int]) -> dict[int, Terms]:
         """label -> sum of the options that have it."""
@@ -149,15 +151,19 @@ class Model:
         if limit is None:
             return
         # A limit far below what has to be held must not blow up the row.
-        unit = max(limit, max(map(abs, self.bytes.values()), default=0.0) / 1e3, 1.0) / 1e3
-        terms = {v: c / unit for v, c in self.bytes.items()}
-        _add(terms, CONST, (self.problem.fixed - limit) / unit)
+        moments = [self.bytes, self.grown] if any(g.grown for g in self.problem.groups) else [self.bytes]
+        unit = max(limit, max((abs(c) for m in moments for c in m.values()), default=0.0) / 1e3, 1.0) / 1e3
+        over = None
         if self.problem.penalty is not None:
             over = self._column(high=INF)
-            terms[over] = -1.0
             _add(self.objective, over, self.problem.penalty * unit * self.scale)
-        self.memory = len(self.rows)
-        self._row(terms, -INF, 0.0)
+        for moment in moments:
+            terms = {v: c / unit for v, c in moment.items()}
+            _add(terms, CONST, (self.problem.fixed - limit) / unit)
+            if over is not None:
+                terms[over] = -1.0
+            self.memory.append(len(self.rows))
+            self._row(terms, -INF, 0.0)
 
     def _exposed(self) -> None:
         for p, part in enumerate(self.problem.usable or ()):

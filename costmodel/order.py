@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from autopar.costmodel.tape import Buffer, Event
@@ -28,14 +28,17 @@ class _Start:
     missing: int = 0
 
 
-def ahead(events: Sequence[Event], window: float) -> list[Event]:
-    """The events in the order described above; `window`: bytes of results that may fly, two are always allowed."""
-    return _Order(events, window).run() if any(e.ahead for e in events) else list(events)
+def ahead(events: Sequence[Event], window: float, at_once: Collection[Event] = ()) -> list[Event]:
+    """The events in the order described above.
+
+    window: bytes of results that may fly, two are always allowed. at_once: run as soon as their operands exist.
+    """
+    return _Order(events, window, at_once).run() if any(e.ahead for e in events) else list(events)
 
 
 class _Order:
-    def __init__(self, events: Sequence[Event], window: float) -> None:
-        self.events, self.window = events, window
+    def __init__(self, events: Sequence[Event], window: float, at_once: Collection[Event]) -> None:
+        self.events, self.window, self.at_once = events, window, frozenset(at_once)
         self.maker: dict[Buffer, Event] = {}
         for event in events:
             for x in event.outs:
@@ -154,6 +157,9 @@ class _Order:
                 start.missing -= 1
                 if not start.missing:
                     self._open(start)
+            for reader in self.readers.get(x, ()):
+                if reader in self.at_once and reader not in self.placed:
+                    self._append(reader)
 
 
 __all__ = ["ahead"]

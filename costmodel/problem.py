@@ -27,12 +27,14 @@ class NoOption(SolverError):
 
 @dataclass
 class Group:
-    """One decision: seconds, tie-breaker and bytes of every option; the phase in which its seconds pass."""
+    """One decision: seconds, tie-breaker and bytes of every option; the phase in which its seconds pass; bytes that
+    the backward adds (gradients)."""
 
     cost: list[float]
     tie: list[float]
     memory: list[float]
     phase: int = 0
+    grown: list[float] | None = None
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Consumer:
 class Flow:
     """A tensor (or `count` alike) from its producer to its consumers.
 
-    row[o]: row of the producer's option o. cost[r][q]: seconds of one transport. memory[r][q]: bytes it leaves behind.
+    row[o]: row of the producer's option o. cost[r][q]: seconds of one transport. memory[r][q]: bytes it leaves behind
+    until the backward has read them.
     apart[r]: in this row only consumers of the same share number share, and the share is the phase.
     late: computation need not wait for it. tiers[r][q]: the seconds of `cost` that links of each tier are busy.
     phase: in which it travels, in rows that share everywhere.
@@ -73,7 +76,7 @@ class Flow:
 
 @dataclass
 class Keep:
-    """Bytes kept for every distinct column that a consumer asks for."""
+    """Bytes kept for the backward, for every distinct column that a consumer asks for."""
 
     size: list[float]
     consumers: list[Consumer]
@@ -105,15 +108,17 @@ def _sent(problem: Problem, choice: Sequence[int]) -> Iterator[tuple[Flow, int, 
 
 
 def evaluate(problem: Problem, choice: Sequence[int]) -> tuple[float, float]:
-    """Seconds (one after the other, without tie-breakers) and bytes of a choice."""
+    """Seconds (one after the other, without tie-breakers) and bytes of a choice, at the fuller of two moments: between
+    forward and backward, when all is kept, and behind the backward, when all has grown."""
     seconds = sum(g.cost[o] for g, o in zip(problem.groups, choice))
-    memory = problem.fixed + sum(g.memory[o] for g, o in zip(problem.groups, choice))
+    turn = problem.fixed + sum(g.memory[o] for g, o in zip(problem.groups, choice))
+    end = turn + sum(g.grown[o] for g, o in zip(problem.groups, choice) if g.grown)
     for flow, r, q, _ in _sent(problem, choice):
         seconds += flow.count * flow.cost[r][q]
-        memory += flow.memory[r][q] if flow.memory else 0.0
+        turn += flow.memory[r][q] if flow.memory else 0.0
     for keep in problem.keeps:
-        memory += sum(keep.size[q] for q in {c.column[choice[c.group]] for c in keep.consumers})
-    return seconds, memory
+        turn += sum(keep.size[q] for q in {c.column[choice[c.group]] for c in keep.consumers})
+    return seconds, max(turn, end)
 
 
 @dataclass(frozen=True)
@@ -230,10 +235,12 @@ def dominate(problem: Problem, alive: list[list[int]]) -> tuple[list[list[int]],
     for group, options, labels in zip(problem.groups, alive, seen):
         best: dict[tuple[object, ...], list[int]] = {}
         instead: dict[int, int] = {}
-        cheapest = sorted(options, key=lambda o: (group.cost[o] + group.tie[o], group.memory[o], o))
+        grown = group.grown or [0.0] * len(group.cost)
+        cheapest = sorted(options, key=lambda o: (group.cost[o] + group.tie[o], group.memory[o], grown[o], o))
         for o in cheapest:
             row = best.setdefault(tuple(column[o] for column in labels), [])
-            winner = next((w for w in row if group.memory[w] <= group.memory[o]), None)
+            less = (w for w in row if group.memory[w] <= group.memory[o] and grown[w] <= grown[o])
+            winner = next(less, None)
             if winner is None:
                 row.append(o)
             else:

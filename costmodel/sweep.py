@@ -91,7 +91,6 @@ class Search:
         self.mesh, self.items = self.space.mesh, self.space.fold.items
         self.usable = [[USABLE] * self.prices.comm.tiers for _ in range(PHASES)]
         self.overlap = False  # whether the program knows that late transports hide; it is easier without
-        self.smallest: Found | None = None  # of the least peak among those that were priced
         self.tight = False  # a plan without regard to the limit did not fit
         self.patient = False  # nothing fits so far: no short cuts
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
@@ -289,24 +288,26 @@ class Search:
         return answer
 
     def least(self, orders: list[list[int]]) -> Found:
-        """About the least memory that any plan needs: of all that were priced, and of the stand-in minimised."""
-        for axes in orders:
-            self._least(axes)
-        assert self.smallest is not None
-        return self.smallest
+        """About the least memory that any plan needs: of the stand-in minimised.
 
-    def _least(self, axes: list[int]) -> None:
-        """Price the plan of the smallest stand-in, whatever its time."""
-        assert self.limit is not None
+        Whatever the limit is, it is the same plan: a limit that was asked for because of it is enough.
+        """
+        return min(map(self._least, orders), key=lambda found: found.peak)
+
+    def _least(self, axes: list[int]) -> Found:
+        """The plan of the smallest stand-in, whatever its time."""
         state = self.space.start()
+        whole = self._proxy(state, 0)
         for _ in range(2):
             for axis in axes:
-                lowered = lower(self.prices, state, axis, self.limit / 100, 0.0)
+                lowered = lower(self.prices, state, axis, whole / 1e4, 0.0)
                 lowered.problem.penalty = penalty(lowered.problem)
                 answer = self.ask(lowered, axis, 10.0)
                 assert answer is not None
                 state = lift(self.prices, axis, lowered, answer.choice, state)
-        self._price(self._simulated(state))
+        found = self._simulated(state)
+        self._price(found)
+        return found
 
     def _proxy(self, state: State, axis: int) -> float:
         """What the stand-in counts for a state."""
@@ -343,8 +344,6 @@ class Search:
             optimizer=policy.optimizer,
             links=self.links,
         )
-        if self.smallest is None or found.peak < self.smallest.peak:
-            self.smallest = found
         lowered = lower(self.prices, found.state, 0, None, 0.0)
         folded = evaluate(lowered.problem, current(lowered, 0, found.state))[0]
         serial = found.price.step_s

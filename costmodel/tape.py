@@ -48,7 +48,7 @@ class Buffer:
     """A tensor on one rank. `base`: whose memory it is (itself, or what it is a view of)."""
 
     size: float
-    ins: tuple[Buffer, ...] = ()
+    ins: tuple[Buffer, ...] = field(default=(), repr=False)  # a whole history: printing it would not end
     alias: bool = False
     free: bool = False  # computing it again costs no arithmetic
     held: str = ""  # kind of memory, of a placeholder
@@ -56,7 +56,9 @@ class Buffer:
     strided: bool = False
     dense: bool = False  # known to be contiguous, so that it may be written over
     product: bool = False  # of matrices: written where it is wanted
-    sent: tuple[Buffer, ...] = ()  # what travels to make it: held until it has arrived, at its first reader
+    sent: tuple[Buffer, ...] = field(
+        default=(), repr=False
+    )  # what travels to make it: held until it has arrived, at its first reader
 
     @property
     def base(self) -> Buffer:
@@ -72,7 +74,7 @@ class Event:
     """Something runs: reads `ins`, makes `outs`.
 
     ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
-    lands: a reduction in place ends.
+    lands: a reduction in place ends. cuts: a local chunk of its operand.
     """
 
     ins: tuple[Buffer, ...]
@@ -80,6 +82,7 @@ class Event:
     ahead: bool = False
     over: bool = False
     lands: bool = False
+    cuts: bool = False
 
 
 @dataclass(eq=False)
@@ -238,7 +241,7 @@ class _Recorder:
         events = self.tape.of(phase)
         out = Buffer(after, (x,), free=step.kind == "local_chunk", dense=True)
         if step.kind == "local_chunk":
-            events.append(Event((x,), (out,)))
+            events.append(Event((x,), (out,), cuts=True))
             if x in self.stored:
                 self.stored.add(out)
             return out

@@ -2,6 +2,7 @@
 
 In each phase, the nodes that compute keep their order. Around them
 
+* a piece cut for the backward from what a gather has brought is cut at once, so that the rest can go;
 * a collective starts as soon as its operand exists, with the moves that pack it;
 * it is waited for, with the moves that unpack it, right before the first node that needs the result; what only the
   output reads (reduced gradients) is waited for at the end;
@@ -24,6 +25,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from autopar.graph import BACKWARD
@@ -31,6 +33,7 @@ from autopar.passes import edit
 from autopar.passes.bind import STARTS, WAIT, functional
 from autopar.passes.bucket import BUCKET_BYTES
 
+aten = torch.ops.aten
 #: Gathers that may always fly.
 TWO = 2
 _AHEAD = (functional.all_gather_into_tensor.default, functional.all_to_all_single.default)
@@ -82,6 +85,7 @@ class _Scheduler:
         self.lazy = self._find_lazy()
         self.tail = self._find_tail()
         self.lazy |= self.tail
+        self.cuts = self._find_cuts()
         self.units = self._find_units()
         self.of_start = {u.start: u for u in self.units}
         self.in_unit = {n: u for u in self.units for n in (*u.prepare, u.start)}
@@ -143,7 +147,7 @@ class _Scheduler:
                 self._open(unit)
         for user in node.users:
             # At once: a pick that waits keeps all the other results alive.
-            if edit.is_pick(user) and user in self.inside and user not in self.order:
+            if user in self.inside and user not in self.order and (edit.is_pick(user) or user in self.cuts):
                 self._append(user)
         if node in self.of_start:
             unit = self.of_start[node]
@@ -253,6 +257,22 @@ class _Scheduler:
             if node in from_wait and all(u.op == "output" or u in tail for u in node.users):
                 tail.add(node)
         return tail
+
+    def _find_cuts(self) -> set[fx.Node]:
+        """Slices of what something else reads, too, and the moves behind them, if only the output reads those."""
+        ends: set[fx.Node] = set()  # moves of one operand that only the output reads
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            alone = node.target in edit.MOVES and len(node.all_input_nodes) == 1
+            if alone and all(u.op == "output" or u in ends for u in node.users):
+                ends.add(node)
+        for node in self.nodes:
+            if node in ends:
+                (operand,) = node.all_input_nodes
+                slices = node.target is aten.slice.Tensor and any(u not in ends for u in operand.users)
+                if slices or operand in found:
+                    found.add(node)
+        return found
 
     def _find_units(self) -> list[_Unit]:
         units = []

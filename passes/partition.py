@@ -8,6 +8,8 @@ What the backward needs of the forward is either saved or computed again:
 * numbers, views, constants, and what copies without computing (permutes, casts, local chunks) are computed again where
   the tensors they start from are at hand anyway (placeholders, or saved for another reader), or are smaller than the
   result: a bool mask is saved and its float copy made again;
+* a local chunk that the backward cuts from a forward tensor counts as such a move: it is saved in place of the tensor
+  if nobody else keeps that, and then cut in the forward, as soon as the tensor is there;
 * anything else is saved, once. Of a view, it is the base that is saved: the view would keep it alive anyhow.
 
 Where kernels are fused, an element-wise result whose operands are at hand anyway, and which only element-wise ops and
@@ -15,6 +17,7 @@ sums read, is computed again: within their kernel it costs no traffic, and keepi
 the backward a read.
 
 Backward nodes that need no gradient (parameters gathered again, their transposes, zeros) stand in the backward graph.
+What is computed again stands right before its first reader: earlier, it would only take memory.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from torch import fx
 
 from autopar.errors import PassError
-from autopar.graph import BACKWARD, Sink, Source
+from autopar.graph import BACKWARD, FORWARD, Sink, Source
 from autopar.passes import edit
 
 aten = torch.ops.aten
@@ -109,7 +112,7 @@ def _backward_nodes(gm: fx.GraphModule, tangents: Sequence[fx.Node]) -> dict[fx.
         if node.op in ("placeholder", "output") or edit.is_index_arithmetic(node):
             continue
         from_late = next((n for n in node.all_input_nodes if n in late), None)
-        if node.meta.get("phase") == BACKWARD:
+        if node.meta.get("phase") == BACKWARD and (from_late is not None or not _cuts(node)):
             late[node] = None
         elif from_late is not None:
             raise PassError(f"forward node {node.name} reads backward node {from_late.name}")
@@ -118,6 +121,11 @@ def _backward_nodes(gm: fx.GraphModule, tangents: Sequence[fx.Node]) -> dict[fx.
         if edit.is_pick(node) and node.args[0] not in late:
             del late[node]
     return late
+
+
+def _cuts(node: fx.Node) -> bool:
+    """Whether the node is a local chunk or a view of a tensor: on either side it makes the same from the same."""
+    return node.target in edit.CUTS and any(edit.is_tensor(n) for n in node.all_input_nodes)
 
 
 def _needed(grads: Sequence[object], late: dict[fx.Node, None]) -> list[fx.Node]:
@@ -242,6 +250,37 @@ def _recomputed(needed: Sequence[fx.Node], saved: Sequence[fx.Node]) -> dict[fx.
     return out
 
 
+def _early_as_possible(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes with what is cut for the backward right behind its operand; the others keep their order."""
+    inside = set(nodes)
+    placed: dict[fx.Node, None] = {}
+    for node in nodes:
+        stack = [node]
+        while stack:
+            top = stack.pop()
+            if top in placed or any(n in inside and n not in placed for n in top.all_input_nodes):
+                continue  # done, or its turn comes with another operand
+            placed[top] = None
+            stack += [n for n in reversed(top.users) if n in inside and n.meta.get("phase") == BACKWARD]
+    return list(placed)
+
+
+def _late_as_possible(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes with those of the forward right before their first reader; the others keep their order."""
+    again = {n: None for n in nodes if n.meta.get("phase") != BACKWARD}
+    placed: dict[fx.Node, None] = {}
+    for node in (*(n for n in nodes if n not in again), *again):
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            before = [n for n in top.all_input_nodes if n in again and n not in placed and n is not top]
+            if before:
+                stack += reversed(before)
+            else:
+                placed[stack.pop()] = None
+    return list(placed)
+
+
 def _extract(
     gm: fx.GraphModule,
     inputs: Sequence[fx.Node],
@@ -249,7 +288,10 @@ def _extract(
     without: dict[fx.Node, None],
     only: dict[fx.Node, None] | None = None,
 ) -> fx.GraphModule:
-    """The graph that computes `outputs` from `inputs`; other nodes as they stand, dead ones left out."""
+    """The graph that computes `outputs` from `inputs`; other nodes as they stand, dead ones left out.
+
+    only: of the backward; nodes of the forward in it stand right before their first reader.
+    """
     live: set[fx.Node] = set()
     stack = [n for n in outputs if isinstance(n, fx.Node)]
     given = set(inputs)
@@ -264,14 +306,13 @@ def _extract(
     for node in inputs:
         env[node] = graph.placeholder(node.name)
         env[node].meta.update(node.meta)
-    for node in gm.graph.nodes:
-        if node in live and node not in given:
-            outside = node in without or (only is not None and node not in only and not edit.is_index_arithmetic(node))
-            if node.op in ("placeholder", "output") or outside:
-                raise PassError(f"{node.name} is on the wrong side of the cut between forward and backward")
-            env[node] = graph.node_copy(node, lambda n: env[n])
-            if only is not None:
-                env[node].meta["phase"] = BACKWARD
+    body = [n for n in gm.graph.nodes if n in live and n not in given]
+    for node in _early_as_possible(body) if only is None else _late_as_possible(body):
+        outside = node in without or (only is not None and node not in only and not edit.is_index_arithmetic(node))
+        if node.op in ("placeholder", "output") or outside:
+            raise PassError(f"{node.name} is on the wrong side of the cut between forward and backward")
+        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node].meta["phase"] = FORWARD if only is None else BACKWARD
     graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in outputs))  # type: ignore[misc]
     out = edit.module(gm, graph)
     out.recompile()

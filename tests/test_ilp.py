@@ -12,12 +12,20 @@ from autopar.costmodel.ilp import INF, Consumer, Flow, Group, Keep, NoOption, Pr
 from autopar.errors import SolverError
 
 
+def _bytes(rng: random.Random) -> float:
+    return float(rng.randint(0, 9))
+
+
 def random_problem(seed: int) -> Problem:
     rng = random.Random(seed)
 
     def group() -> Group:
         n = rng.randint(1, 3)
-        return Group([rng.random() for _ in range(n)], [0.0] * n, [float(rng.randint(0, 9)) for _ in range(n)])
+        cost, held, grown = (
+            [scale(rng) for _ in range(n)]
+            for scale in (random.Random.random, _bytes, rng.choice([_bytes, lambda r: 0.0]))
+        )
+        return Group(cost, [0.0] * n, held, grown=grown)
 
     groups = [group() for _ in range(5)]
     flows, keeps = [], []
@@ -60,6 +68,18 @@ def test_optimum_equals_brute_force(seed):
     else:
         assert held is not None and held.memory <= problem.limit
         assert held.seconds == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_kept_and_what_grows_are_never_held_together():
+    kept = Keep([80.0], [Consumer(1, [0])])
+    problem = Problem([Group([1.0, 2.0], [0, 0], [20.0, 20.0], grown=[90.0, 60.0]), Group([1.0], [0], [0])], [], [kept])
+    assert evaluate(problem, [0, 0])[1] == 110.0 and evaluate(problem, [1, 0])[1] == 100.0
+    for limit, choice in ((110.0, [0, 0]), (100.0, [1, 0])):
+        problem.limit = limit
+        answer = solve(problem)
+        assert answer is not None and answer.choice == choice and answer.memory == limit
+    problem.limit = 90.0
+    assert solve(problem) is None
 
 
 def test_a_penalty_buys_what_a_limit_forbids():

@@ -18,7 +18,7 @@ LLAMA = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "num_attention_heads": 32,
     "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 8192,
 }  # fmt: skip
-LIMIT = 2_800_000_000
+LIMIT, LOOSER = 2_600_000_000, 3_300_000_000
 SLOW, FAST = 0, 1  # 8 GPUs share a node, so that tp=8 stays inside and dp goes over the network
 COLUMN, ROW, EITHER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("down_proj",), ("o_proj",)
 
@@ -32,8 +32,17 @@ def llama() -> Program:
 @pytest.fixture(scope="module")
 def tight(llama) -> Plan:
     """Under a limit that copies along dp do not meet; one sequence a group, so that tp has no batch to split."""
+    return _under(llama, LIMIT)
+
+
+@pytest.fixture(scope="module")
+def looser(llama) -> Plan:
+    return _under(llama, LOOSER)
+
+
+def _under(llama: Program, limit: int) -> Plan:
     mesh = Mesh.parse("dp=4,tp=8")  # with time enough on a busy machine, too
-    return plan(llama, mesh, device="h100", memory_limit=LIMIT, output_specs="free", time_limit=120.0)
+    return plan(llama, mesh, device="h100", memory_limit=limit, output_specs="free", time_limit=120.0)
 
 
 def _factors(found: Plan, axis: int) -> dict[str, str]:
@@ -47,27 +56,36 @@ def _factors(found: Plan, axis: int) -> dict[str, str]:
     return out
 
 
-def test_a_llama_block_is_megatrons_on_the_fast_axis(tight):
+@pytest.mark.parametrize("limit", ["tight", "looser"])
+def test_a_llama_block_is_megatrons_on_the_fast_axis(limit, request):
     """Column, then row (Shoeybi et al., 2019, section 3): `mm` is [i, k] x [k, j], so j then k.
 
     Behind attention there is a choice: row, or heads are exchanged for tokens (Jacobs et al., 2023), which moves less.
     """
-    found = _factors(tight, FAST)
+    found = _factors(request.getfixturevalue(limit), FAST)
     assert {found.pop(name) for name in EITHER} <= {"k", "i"}
     assert found == {**dict.fromkeys(COLUMN, "j"), **dict.fromkeys(ROW, "k")}
 
 
-def test_it_is_zero_3_on_the_slow_axis(tight):
+@pytest.mark.parametrize("limit", ["tight", "looser"])
+def test_it_is_zero_3_on_the_slow_axis(limit, request):
     """The batch is split; each rank stores its piece of every matrix, and the large ones are gathered anew in the
-    backward (Rajbhandari et al., 2020)."""
-    assert set(_factors(tight, SLOW).values()) == {"i"}
-    inside = {n: s for n, s in tight.storage.items() if re.search(r"layers\.\d+\..*_proj", n)}
+    backward (Rajbhandari et al., 2020): as many as it takes, where the limit leaves room for some."""
+    found = request.getfixturevalue(limit)
+    assert set(_factors(found, SLOW).values()) == {"i"}
+    inside = {n: s for n, s in found.storage.items() if re.search(r"layers\.\d+\..*_proj", n)}
     assert len(inside) == 7 * LLAMA["num_hidden_layers"]
     assert all(s.spec[SLOW].kind == "S" and s.reduce == "reduce_scatter" for s in inside.values())
-    assert all(s.gather == "twice" for n, s in inside.items() if ".mlp." in n)
+    large = [s.gather == "twice" for n, s in inside.items() if ".mlp." in n]
+    assert all(large) if limit == "tight" else sum(large) > len(large) / 2
 
 
 def test_the_limit_is_why(llama, tight):
     """The same Megatron with parameters copied along the slow axis would not fit."""
     copied = plan(llama, Mesh.parse("dp=4,tp=8"), device="h100", constraints={"dp": "ddp"}, output_specs="free")
-    assert tight.predicted["peak_bytes"] <= LIMIT < copied.predicted["peak_bytes"]
+    assert tight.predicted["peak_bytes"] <= LIMIT < LOOSER < copied.predicted["peak_bytes"]
+
+
+def test_more_memory_costs_no_time(tight, looser):
+    assert looser.predicted["peak_bytes"] <= LOOSER
+    assert looser.predicted["step_s"] <= tight.predicted["step_s"]

@@ -131,6 +131,49 @@ def test_partition_saves_the_copy_that_is_needed_alone():
     assert parts.saved == (part.name,) and parts.saved_bytes == 64
 
 
+def gathered(b, *others):
+    """A product of a gathered activation, whose backward wants a piece of it cut otherwise; (joint, piece, whole)."""
+    h = b(aten.neg.default, b.put("x0", 2, 4))
+    whole = b(c.all_gather, h, "dp", 0)
+    y = b(aten.mm.default, whole, b.put("p0", 4, 4))
+    out = b(aten.exp.default, y)
+    t = b.put("t0", 4, 4)
+    piece = b(c.local_chunk, whole, "dp", 1, bwd=True)
+    grads = [b(aten.mm.default, b(aten.permute.default, piece, [1, 0]), t)]
+    grads += [b(other, t, whole) for other in others]
+    return b.done([out], grads), piece, whole
+
+
+def test_partition_saves_the_piece_that_the_backward_cuts():
+    b = Build()
+    gm, piece, whole = gathered(b)
+    parts = halves(b, gm)
+    assert parts.saved == (piece.name,) and parts.saved_bytes == 4 * 2 * 8
+    names = [n.name for n in parts.forward.graph.nodes]
+    assert names.index(piece.name) == names.index(whole.name) + 1
+
+
+def test_partition_cuts_in_the_backward_what_is_kept_whole():
+    b = Build()
+    gm, _, whole = gathered(b, aten.mul.Tensor)
+    parts = halves(b, gm)
+    assert parts.saved == (whole.name,)
+    assert ops(parts.backward) == ["local_chunk", "permute", "mm", "mul"]
+
+
+def test_what_is_computed_again_stands_before_its_reader():
+    b = Build()
+    x, t = b.put("x0", 4, 4), b.put("t0", 4, 4)
+    one, two = (b(aten._to_copy.default, x, dtype=dtype) for dtype in (torch.float32, torch.int64))
+    y = b(aten.mul.Tensor, b(aten.exp.default, one), two)
+    g = b(aten.mul.Tensor, b(aten.neg.default, t), two)
+    parts = halves(b, b.done([y], [g, b(aten.mul.Tensor, g, one)]))
+    assert parts.saved == ()
+    assert [n.name for n in parts.backward.graph.nodes if n.op == "call_function"] == [
+        "neg_default", two.name, g.name, one.name, "mul_tensor_2",
+    ]  # fmt: skip
+
+
 def test_partition_computes_casts_of_parameters_again():
     b = Build()
     p, t = b.put("p0", 4, 4), b.put("t0", 4, 4, dtype=torch.float32)

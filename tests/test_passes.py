@@ -363,6 +363,19 @@ def test_overlap_starts_early_and_waits_late():
     assert text == forward + backward
 
 
+def test_overlap_cuts_a_saved_piece_as_soon_as_the_whole_is_there():
+    b = Build()
+    x, p = b.put("x0", 4, 8), b.put("p0", 8, 8)
+    whole = b(c.all_gather, x, "dp", 0)
+    h = b(aten.mm.default, whole, p)
+    for _ in range(3):
+        h = b(aten.mm.default, h, p)
+    piece = b(c.local_chunk, whole, "dp", 1)
+    nodes = ordered(b, b.done([h, piece]))
+    at = {n.target: i for i, n in reversed(list(enumerate(nodes)))}
+    assert at[WAIT] < at[aten.slice.Tensor] < at[aten.clone.default] < at[aten.mm.default]
+
+
 def test_overlap_waits_for_old_reductions_when_many_are_pending():
     b = Build()
     nodes = ordered(b, layers(b, 4), pending_bytes=8 * 8 * 8)
