@@ -7,6 +7,7 @@ folded price equal to the price of the unfolded program.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +86,10 @@ def kept_of(fold: Fold) -> list[Kept]:
     """What the forward keeps for the backward.
 
     What moves make of a tensor (views, casts, copies) is kept as the smaller of the two, and of all that are read in
-    the shape that most readers want: the others are made from it.
+    the shape that most readers want: the others are made from it. A view keeps all that it is a view of.
     """
     items = fold.items
-    root = _roots(items)
+    root, memory = _roots(items, MOVES), _roots(items, VIEWS)
     families: dict[Tensor, dict[tuple[int, ...], list[Tensor]]] = {}
     for tensor in items.users:
         base = root[tensor]
@@ -100,9 +101,10 @@ def kept_of(fold: Fold) -> list[Kept]:
     for base, shapes in families.items():
         tensors = max(shapes.values(), key=lambda family: sum(len(_readers(fold, t)) for t in family))
         readers = frozenset(r for t in tensors for r in _readers(fold, t))
-        meta, under = min((items.meta(t) for t in tensors), key=lambda m: m.itemsize), items.meta(base)
-        share = under.itemsize * math.prod(under.shape) / max(1, math.prod(meta.shape))
-        key = (meta, readers, min(float(meta.itemsize), share))
+        least = min(tensors, key=lambda t: items.meta(t).itemsize)
+        meta = items.meta(least)
+        held = min(_bytes(items.meta(t)) for t in (base, memory[least]))
+        key = (meta, readers, held / max(1, math.prod(meta.shape)))
         groups[key] = groups.get(key, 0) + 1
     return [
         Kept(meta, tuple(sorted(readers, key=lambda r: (r.cls, r.operand))), count, size)
@@ -118,12 +120,16 @@ def _readers(fold: Fold, tensor: Tensor) -> list[Reader]:
     ]
 
 
-def _roots(items: Items) -> dict[Tensor, Tensor]:
-    """For every tensor what it can be made from by moves: itself, or what a chain of moves of one operand started
+def _bytes(meta: Meta) -> float:
+    return float(meta.itemsize * math.prod(meta.shape))
+
+
+def _roots(items: Items, moves: Collection[object]) -> dict[Tensor, Tensor]:
+    """For every tensor what it can be made from by `moves`: itself, or what a chain of those of one operand started
     from."""
     root: dict[Tensor, Tensor] = {}
     for item in items.items:
-        moved = item.kind == "op" and item.node is not None and item.node.target in MOVES and len(item.ins) == 1
+        moved = item.kind == "op" and item.node is not None and item.node.target in moves and len(item.ins) == 1
         for index, meta in enumerate(item.outs):
             if meta is not None:
                 tensor = Tensor(item.index, index)

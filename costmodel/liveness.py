@@ -328,7 +328,7 @@ def _cut(forward: list[Event], backward: list[Event], grads: list[Buffer]) -> tu
 
 
 def _pieces(forward: Sequence[Event], backward: Sequence[Event]) -> tuple[list[Event], list[Event]]:
-    """Local chunks that the backward cuts from what the forward has made, and the rest of the backward."""
+    """Local chunks and views that the backward makes of what the forward has made, and the rest of the backward."""
     early = {x for e in forward for x in e.outs}
     pieces: list[Event] = []
     rest: list[Event] = []
@@ -346,7 +346,7 @@ def _makers(wanted: Iterable[Buffer], pieces: Sequence[Event]) -> list[Event]:
     need = set(wanted)
     found = []
     for event in reversed(pieces):
-        if event.outs[0] in need:
+        if need.intersection(event.outs):
             found.append(event)
             need.update(event.ins)
     return found[::-1]

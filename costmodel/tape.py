@@ -25,6 +25,8 @@ aten = torch.ops.aten
 _MAYBE = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default})
 #: Ops that rearrange and compute nothing: the backward does them again (as `passes/partition.py`).
 _MOVES = VIEWS | _MAYBE | {aten.clone.default, aten._to_copy.default, aten.cat.default}
+#: Of those, what makes no more of a tensor than there is: the backward's may be done by the forward (likewise).
+_CUTS = (VIEWS - {aten.expand.default, aten.unfold.default}) | _MAYBE
 #: Kernels that are given contiguous operands (as `passes/localise.py`).
 _CONTIGUOUS = ("flash_attention_for_cpu", "layer_norm", "group_norm", "embedding_dense_backward", "softmax_backward")
 #: Written over an operand that dies; dense results; results as dense as their operands (as `passes/inplace.py`).
@@ -56,9 +58,8 @@ class Buffer:
     strided: bool = False
     dense: bool = False  # known to be contiguous, so that it may be written over
     product: bool = False  # of matrices: written where it is wanted
-    sent: tuple[Buffer, ...] = field(
-        default=(), repr=False
-    )  # what travels to make it: held until it has arrived, at its first reader
+    #: What travels to make it: held until it has arrived, at its first reader.
+    sent: tuple[Buffer, ...] = field(default=(), repr=False)
 
     @property
     def base(self) -> Buffer:
@@ -74,7 +75,7 @@ class Event:
     """Something runs: reads `ins`, makes `outs`.
 
     ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
-    lands: a reduction in place ends. cuts: a local chunk of its operand.
+    lands: a reduction in place ends. cuts: a local chunk or view of its operand.
     """
 
     ins: tuple[Buffer, ...]
@@ -192,7 +193,7 @@ class _Recorder:
             outs.append(out)
             if free and ins and all(x in self.stored for x in ins):
                 self.stored.add(out)
-        events.append(Event(tuple(ins), tuple(outs), over=target in _OVER))
+        events.append(Event(tuple(ins), tuple(outs), over=target in _OVER, cuts=bool(ins) and target in _CUTS))
 
     def _sink(self, item: Item) -> None:
         tensor, spec = item.ins[0], self.specs.ins[item.index][0]

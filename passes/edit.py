@@ -42,7 +42,7 @@ MAYBE_COPIES = (aten.reshape.default, aten._unsafe_view.default, aten.contiguous
 #: Ops that copy or rearrange elements (perhaps to another dtype) and compute nothing.
 MOVES = VIEWS | COPIES | {c.local_chunk}
 #: Moves that make no more of a tensor than there is.
-CUTS = (VIEWS - {aten.expand.default, aten.unfold.default, operator.getitem}) | {c.local_chunk}
+CUTS = (VIEWS - {aten.expand.default, aten.unfold.default, operator.getitem}) | {*MAYBE_COPIES, c.local_chunk}
 
 
 class Draft(fx.GraphModule):

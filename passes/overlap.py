@@ -140,15 +140,22 @@ class _Scheduler:
             self._append(top)
 
     def _append(self, node: fx.Node) -> None:
+        """Place a node whose operands are placed, and at once what must not wait: a pick keeps all the other results
+        alive, a cut the whole."""
+        stack = [node]
+        while stack:
+            top = stack.pop()
+            if top in self.order:
+                continue
+            self._put(top)
+            stack += [u for u in reversed(top.users) if u in self.inside and (edit.is_pick(u) or u in self.cuts)]
+
+    def _put(self, node: fx.Node) -> None:
         self.order[node] = None
         for unit in self.readers.get(node, ()):
             unit.missing -= 1
             if not unit.missing:
                 self._open(unit)
-        for user in node.users:
-            # At once: a pick that waits keeps all the other results alive.
-            if user in self.inside and user not in self.order and (edit.is_pick(user) or user in self.cuts):
-                self._append(user)
         if node in self.of_start:
             unit = self.of_start[node]
             (self.open_gathers if node.target in _AHEAD else self.open_reductions).remove(unit)

@@ -149,11 +149,12 @@ class Deep(nn.Module):
 
 
 @pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
-def test_the_bytes_that_the_error_asks_for_are_enough(mesh):
+@pytest.mark.parametrize("constraints", [None, {"dp": "ddp"}])
+def test_the_bytes_that_the_error_asks_for_are_enough(mesh, constraints):
     program = capture(Deep(), (torch.zeros(16, 16),))
     with pytest.raises(InfeasibleError) as error:
-        plan(program, Mesh.parse(mesh), device=SLOW, memory_limit=1000)
+        plan(program, Mesh.parse(mesh), device=SLOW, memory_limit=1000, constraints=constraints)
     enough = int(re.search(r"at least (\d+) bytes", str(error.value))[1])
     for limit in (enough, int(1.02 * enough)):
-        found = plan(program, Mesh.parse(mesh), device=SLOW, memory_limit=limit)
+        found = plan(program, Mesh.parse(mesh), device=SLOW, memory_limit=limit, constraints=constraints)
         assert found.predicted["peak_bytes"] <= limit
