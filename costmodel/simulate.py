@@ -11,8 +11,8 @@ Independent of the integer program and its assumptions on overlap: the local pro
   output reads is pending, within a window of bytes, until the end of its phase;
 * the optimizer's update comes after the backward.
 
-Axes with the same link share one stream: two collectives cannot both have all of a link. Packing and unpacking of
-buckets is not counted. Linear in the program.
+Axes with the same link share one stream: two collectives cannot both have all of a link. Buckets are packed when they
+are issued, and unpacked when they are waited for. Linear in the program.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Timeline:
     Attributes:
         compute_s: the stream of computation is busy (slices included). comm_s: sum over all collectives.
         exposed_s: the stream of computation waits for collectives. update_s: the optimizer's update.
+        copies_s: of `compute_s`, what packs and unpacks buckets.
         streams: busy seconds of every stream of communication, by the names of its axes.
         spans: what ran when, if asked for.
     """
@@ -63,6 +64,7 @@ class Timeline:
     comm_s: float
     exposed_s: float
     update_s: float
+    copies_s: float = 0.0
     streams: Mapping[str, float] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
 
@@ -129,6 +131,7 @@ def run(
         comm_s=sum(clock.carried),
         exposed_s=now - clock.busy,
         update_s=update,
+        copies_s=clock.copies,
         streams=dict(zip(tasks.streams, clock.carried)),
         spans=tuple(clock.spans),
     )
@@ -144,6 +147,7 @@ class _Clock:
         self.tasks, self.keep = tasks, keep
         self.now = 0.0  # the stream of computation
         self.busy = 0.0
+        self.copies = 0.0  # of that, in and out of buckets
         self.free = [0.0] * len(tasks.streams)
         self.carried = [0.0] * len(tasks.streams)
         self.steps = 0  # ops that have run
@@ -183,13 +187,21 @@ class _Clock:
             self._send(task)
 
     def _compute(self, task: Task) -> None:
-        if self.keep and task.seconds:
-            self.spans.append(Span(task.name, COMPUTE, self.now, self.now + task.seconds))
-        self.now += task.seconds
-        self.busy += task.seconds
+        self._work(task.name, task.seconds)
         task.done = True
 
+    def _work(self, name: str, seconds: float) -> None:
+        if self.keep and seconds:
+            self.spans.append(Span(name, COMPUTE, self.now, self.now + seconds))
+        self.now += seconds
+        self.busy += seconds
+
+    def _copy(self, name: str, seconds: float) -> None:
+        self._work(name, seconds)
+        self.copies += seconds
+
     def _send(self, task: Task) -> None:
+        self._copy(f"pack {task.name}", task.pack)
         start = max(self.now, self.free[task.stream])
         task.end = self.free[task.stream] = start + task.seconds
         task.issued = self.steps
@@ -205,6 +217,7 @@ class _Clock:
 
     def _wait(self, task: Task) -> None:
         self.now = max(self.now, task.end)
+        self._copy(f"unpack {task.name}", task.unpack)
         task.done = True
         if task.kind in AHEAD:
             self.flying.pop(id(task), None)

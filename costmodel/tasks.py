@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from autopar.costmodel.comm import collective_seconds, copy_seconds, sent_seconds
 from autopar.costmodel.devices import Link, Machine
 from autopar.costmodel.edges import MOVES
@@ -18,6 +20,7 @@ from autopar.reshard import Step, steps
 from autopar.rule import WHOLE
 from autopar.spec import R, Spec
 
+aten = torch.ops.aten
 #: As `passes/bucket.py` and `passes/overlap.py`.
 BUCKET_BYTES = 25 << 20
 AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
@@ -41,6 +44,11 @@ class Task:
     key: tuple[Any, ...] = ()  # collectives of one key may share a bucket
     before: float = 0.0  # bytes on one rank on either side
     after: float = 0.0
+    packed: bool = False  # what it sends has been copied into order
+    unpacked: bool = False  # what it brings will be
+    product: bool = False  # a product of matrices: written where it is wanted
+    pack: float = 0.0  # seconds of computation to fill a bucket, and to empty it
+    unpack: float = 0.0
     leaves: bool = False  # only the output reads it
     first_use: float = math.inf
     into: Task | None = None  # the bucket that it travels in
@@ -92,6 +100,7 @@ class Tasks:
         srcs = [t for k in range(len(item.ins)) if (t := self._bring(item, k, "")) is not None]
         assert item.node is not None
         task = Task(item.name, item.phase, seconds, -1, item.node.target in MOVES, srcs)
+        task.product = item.node.target is aten.mm.default
         self.all.append(task)
         for index in range(len(item.outs)):
             self._own(Tensor(item.index, index), task)
@@ -136,6 +145,8 @@ class Tasks:
                 (step.kind, step.axis, step.reduce, meta.dtype, phase, again),
                 before,
                 after,
+                step.stacks,
+                step.unpacks,
             )
             self.all.append(last)
             if step.unpacks:
@@ -201,12 +212,31 @@ def _merge(tasks: Tasks, group: list[Task]) -> Task:
         first.key,
         before,
         after,
-        first.leaves,
-        min(t.first_use for t in group),
+        leaves=first.leaves,
+        first_use=min(t.first_use for t in group),
     )
+    made.pack, made.unpack = _copies(group, tasks.where)
     for task in group:
         task.into = made
     return made
+
+
+def _copies(group: list[Task], where: Machine) -> tuple[float, float]:
+    """Seconds to pack a bucket and to unpack it, beside what is copied into order anyway; as `passes/bucket.py`.
+
+    A product is written into a bucket of sums at once; what is reduced is handed out as views of the bucket.
+    """
+    kind = group[0].kind
+    packed = sum(t.before for t in group if not t.packed and not (kind == "all_reduce" and _is_product(t.srcs)))
+    unpacked = sum(t.after for t in group if not t.unpacked) if kind == "all_gather" else 0.0
+    seconds = [copy_seconds(size, where) if size else 0.0 for size in (packed, unpacked)]
+    return seconds[0], seconds[1]
+
+
+def _is_product(srcs: list[Task]) -> bool:
+    while len(srcs) == 1 and srcs[0].lazy and not srcs[0].seconds:
+        srcs = srcs[0].srcs
+    return len(srcs) == 1 and srcs[0].product
 
 
 def _first_uses(tasks: Tasks) -> None:

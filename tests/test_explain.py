@@ -142,7 +142,8 @@ def test_the_next_best_is_the_best_of_all_that_decide_otherwise(name):
             steps.append((answer.step, lift(bench.prices, 0, lowered, answer.choice, bench.state)))
     best = bench.simulated(min(steps, key=lambda pair: pair[0])[1]).step_s
     assert verdict.free is not None
-    assert bench.step.step_s + verdict.free.change.step_s == pytest.approx(best, rel=5e-3)
+    # The solver does not see the copies in and out of buckets, which the simulation counts.
+    assert bench.step.step_s + verdict.free.change.step_s == pytest.approx(best, rel=2e-2)
 
 
 def test_an_edited_plan_with_gaps_and_oddities_is_laid_out():

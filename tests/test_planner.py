@@ -124,7 +124,7 @@ def test_predicted_is_the_price_of_the_plan_that_comes_out():
         "step_s": found.predicted["serial_s"]
     }
     timeline = simulate(block(4), found, SLOW)
-    assert found.predicted["step_s"] == timeline.step_s <= again.step_s
+    assert found.predicted["step_s"] == timeline.step_s <= again.step_s + timeline.copies_s
     assert found.predicted["exposed_s"] == timeline.exposed_s
     assert again.step_s == pytest.approx(again.compute_s + again.comm_s + again.update_s)
     assert sum(again.memory.values()) == pytest.approx(again.peak_bytes)
