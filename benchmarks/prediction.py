@@ -6,7 +6,7 @@
 Plans: classic strategies on dp=4, tp=4 and dp=2,tp=2, the planner's own choice on each, and random legal ones. Steps of
 all plans take turns, so that what else the machine does falls on all alike; seconds are medians. Bars: rank correlation
 of predicted and measured seconds at least 0.85, the planner's choice within 5 % of the fastest measured, peak of live
-bytes within 5 %. Random plans, which move nearly every tensor, count for the correlation only: with so many packed
+bytes within 5 %. What turns out to be one plan under several names is measured once. Random plans, which move nearly every tensor, count for the correlation only: with so many packed
 pieces in flight at once their peak is not told to 5 %.
 """
 
@@ -65,6 +65,8 @@ CLASSIC: tuple[tuple[str, dict[str, str]], ...] = (
 RANDOM = (("dp=4", 1), ("dp=2,tp=2", 2))
 #: The bars.
 CORRELATION, NEAR, MEMORY = 0.85, 0.05, 0.05
+#: Distinct plans of each model, at least.
+LEAST = 12
 
 
 def llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -175,7 +177,24 @@ def plans_of(model: str, device: Device) -> list[tuple[Row, Plan]]:
         row = _row(model, f"{mesh}  random {seed}", priced, False)
         row.random = True
         found.append((row, plan))
-    return found
+    return _distinct(found)
+
+
+def _distinct(found: list[tuple[Row, Plan]]) -> list[tuple[Row, Plan]]:
+    """Every plan once: names of meshes apart, a strategy and the planner may decide alike."""
+    rows: dict[object, tuple[Row, Plan]] = {}
+    for row, plan in found:
+        # How a parameter that is whole is gathered says nothing.
+        stored = {n: s if any(p.kind == "S" for p in s.spec) else s.spec for n, s in plan.storage.items()}
+        parts = (plan.choices, stored, plan.inputs, plan.outputs)
+        key = (plan.mesh.sizes, *(frozenset(part.items()) for part in parts))
+        if key in rows:
+            first = rows[key][0]
+            first.name, first.chosen = f"{first.name} = {row.name}", first.chosen or row.chosen
+        else:
+            rows[key] = (row, plan)
+    assert len(rows) >= LEAST, f"{len(rows)} distinct plans; the bar asks for {LEAST}"
+    return list(rows.values())
 
 
 def _row(model: str, name: str, predicted: Mapping[str, Any], chosen: bool) -> Row:
