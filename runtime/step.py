@@ -237,7 +237,7 @@ class _Compiled:
     def __init__(self, gm: fx.GraphModule, gated: bool = False) -> None:
         self.gated = gated
         # The step is that of one signature, which is compared before every call: dynamo need not do so again.
-        unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         self.run = torch.compile(gm, fullgraph=True, dynamic=False, options=unguarded)
 
     def __call__(self, box: list[Any]) -> Any:
