@@ -35,6 +35,8 @@ from autopar.runtime.storage import as_dtensor, rewrap, whole
 from autopar.spec import R, Spec, shard
 
 BACKENDS = ("eager", "inductor")
+#: dtype, shape and strides of an argument.
+_Form = tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -232,11 +234,15 @@ def _open() -> None:
 
 
 class _Compiled:
-    """A compiled graph, called as those that run op by op are."""
+    """A compiled graph, called as those that run op by op are.
+
+    It is made for one form of every argument, which is compared here: dynamo's guards would look at far more.
+    """
 
     def __init__(self, gm: fx.GraphModule, gated: bool = False) -> None:
         self.gated = gated
-        # The step is that of one signature, which is compared before every call: dynamo need not do so again.
+        self.names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        self.forms: list[_Form] = []
         unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         self.run = torch.compile(gm, fullgraph=True, dynamic=False, options=unguarded)
 
@@ -245,7 +251,28 @@ class _Compiled:
             box.pop(0)()
         arguments = tuple(box)
         box.clear()
+        forms = [(t.dtype, t.shape, t.stride()) for t in arguments]
+        self.forms = self.forms or forms
+        if forms != self.forms:
+            self._compare(forms)
         return self.run(*arguments)
+
+    def _compare(self, forms: Sequence[_Form]) -> None:
+        for name, was, now in zip(self.names, self.forms, forms):
+            if _plain(was) != _plain(now):
+                before, after = (
+                    f"{dtype} {tuple(shape)} with strides {strides}" for dtype, shape, strides in (was, now)
+                )
+                raise RuntimeUseError(
+                    f"the graph is compiled for {name} as {before}, and gets {after}: write values into parameters and "
+                    "buffers with copy_(), which keeps their form, or compile the module again (autopar.compile)"
+                )
+
+
+def _plain(form: _Form) -> _Form:
+    """The form with strides of 0 where there is no second element to stride to."""
+    dtype, shape, strides = form
+    return dtype, shape, tuple(s if n > 1 else 0 for n, s in zip(shape, strides)) if 0 not in shape else ()
 
 
 class _Run(torch.autograd.Function):
