@@ -7,8 +7,8 @@ Plans: classic strategies on dp=4, tp=4 and dp=2,tp=2, the planner's own choice 
 all plans take turns, so that what else the machine does falls on all alike; seconds are medians. Bars: rank correlation
 of predicted and measured seconds at least 0.85, the planner's choice within 5 % of the fastest measured, peak of live
 bytes within 5 %. What turns out to be one plan under several names is measured once. Random plans, which move nearly
-every tensor, count for the correlation only: with so many packed pieces in flight at once their peak is not told to 5
-%.
+every tensor, count for the correlation only: with so many packed pieces in flight at once their peak is not told so
+well.
 """
 
 from __future__ import annotations

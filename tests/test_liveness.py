@@ -13,7 +13,8 @@ from autopar.costmodel.items import items_of
 from autopar.costmodel.legal import plan_specs
 from autopar.costmodel.memory import KINDS, OPTIMIZERS, Policy
 from autopar.costmodel.order import ahead
-from autopar.costmodel.tape import Buffer, Event
+from autopar.costmodel.rules import rule_for
+from autopar.costmodel.tape import Buffer, Event, record
 from autopar.errors import ConstraintError
 from autopar.mesh import Mesh
 from autopar.passes.bucket import BUCKET_BYTES, bucket
@@ -153,6 +154,15 @@ def test_gathers_run_ahead_within_the_window():
     assert ahead(serial, 1) == ahead(serial, 40)  # two may always fly
     assert ahead(serial, 60) == [*starts, *uses]
     assert ahead(uses, 40) == uses
+
+
+@pytest.mark.parametrize(("seed", "mesh"), [(3, "dp=4"), (5, "dp=2"), (9, "dp=2"), (13, "dp=2")])
+def test_what_is_saved_is_what_the_cut_saves(seed, mesh):
+    """Random plans: their backward cuts and views what the forward has made, again and again."""
+    plan, items = planner.random_plan(program("gpt2"), Mesh.parse(mesh), seed), items_of(program("gpt2"))
+    parts = passes.cut(passes.lower(program("gpt2"), plan, rule_for)[0])
+    kept = {b.base for b in liveness._Steps(record(items, plan, plan_specs(items, plan))).saved}
+    assert sum(b.size for b in kept if not b.held) == parts.saved_bytes
 
 
 def test_what_is_cut_for_the_backward_is_cut_at_once():

@@ -282,6 +282,23 @@ def in_one_program(model, backend):
     return train(autopar.compile(model, 2, example=batch(), backend=backend), steps=2)
 
 
+class Times(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.weight, self.values = nn.Parameter(torch.ones(4)), values
+
+    def forward(self, x):
+        return (x * self.weight * torch.tensor(self.values)).sum()
+
+
+def test_compiled_graphs_of_one_text_keep_their_constants():
+    """No guard tells them apart, so that they must not share what dynamo has compiled."""
+    models, x = [Times([1.0, 2.0, 3.0, 4.0]), Times([5.0, 6.0, 7.0, 8.0])], torch.ones(2, 4)
+    modules = [autopar.compile(m, "dp=1", example=(x,), backend="inductor") for m in models]
+    for _ in range(2):
+        assert [module(x).item() for module in modules] == [20.0, 52.0]
+
+
 def test_a_compiled_graph_refuses_a_parameter_of_another_form():
     """Its kernels would read the memory as what it was."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
