@@ -15,13 +15,14 @@ import copy
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch import fx, nn
+from torch import _inductor, fx, nn
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import GmWrapper
 from torch._functorch._aot_autograd import descriptors as desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -376,6 +377,36 @@ def _marked_modules(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+def compiled(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> Callable[[list[Any]], Sequence[Any]]:
+    """`gm`, a bound graph, as inductor compiles it for arguments of this form; not to be differentiated.
+
+    What is returned takes its arguments in one list, which it empties: every tensor dies behind its last reader. What
+    torch.compile returns holds all of them until it is done.
+    """
+    graph = fx.Graph()
+    results = graph.graph_copy(gm.graph, {})
+    assert isinstance(results, (tuple, list))
+    constants = {i: r for i, r in enumerate(results) if not isinstance(r, fx.Node)}  # inductor takes integers only
+    graph.output(tuple(r for r in results if isinstance(r, fx.Node)))
+    # Without a ShapeEnv, which has nothing to do here, torch caches nothing.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with torch.inference_mode(False), torch.no_grad(), resting_collector():
+        with mode:  # each in memory of its own: that two are one, or share memory, may be so this time only
+            fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in arguments]
+        # For a `GmWrapper` AOTAutograd gives back what takes a list (checked in 2.11, 2.13).
+        run = _inductor.compile(GmWrapper(fx.GraphModule(gm, graph), list), fakes)
+    count = len(results)
+
+    def filled(box: list[Any]) -> Sequence[Any]:
+        found = iter(run(box))
+        return [constants[i] if i in constants else next(found) for i in range(count)]
+
+    return filled if constants else run
 
 
 # ---- what torch calls the parts of a joint graph -------------------------------------------------------------------

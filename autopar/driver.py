@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar import passes
+from autopar import linear, passes
+from autopar.capture import compiled
 from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
@@ -208,11 +209,12 @@ def lower(
     place = (plan.mesh, coordinates, group_names)
     forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target)
     forward = passes.boxed(forward, gated=True) if eager else forward
+    compiler = None if eager else compiled
     if not program.training:
-        return Lowered(program, plan, forward, None)
+        return Lowered(program, plan, forward, None, compiler=compiler)
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
     backward = passes.boxed(backward) if eager else backward
-    return Lowered(program, plan, forward, backward, parts.saved_inputs)
+    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
 
 
 #: What a user who waited is told, by how a program came about.
@@ -225,10 +227,10 @@ _NEWS = {
 }
 
 
-def target_of(grid: Grid) -> passes.Target:
-    """What this rank's graphs are made for."""
+def target_of(grid: Grid, linear_from: float | None = None) -> passes.Target:
+    """What this rank's graphs are made for; `linear_from`: of the device that was measured, if it is a CPU."""
     if grid.device.type != "cuda":
-        return passes.Target(grid.device, staged=grid.staged)
+        return passes.Target(grid.device, staged=grid.staged, linear_from=linear_from)
     power, kernels = torch.cuda.get_device_capability(grid.device), set()
     if power >= (8, 0) and torch.backends.cuda.flash_sdp_enabled():
         kernels.add("flash")
@@ -246,6 +248,8 @@ class _Builder:
         self.control, self.asked, self.given, self.eager = control, asked, given, eager
         self.programs = Programs()
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
+        # The same on every rank: what ranks compute alike must stay alike to the last bit.
+        self.linear_from = control.share("reading the profile", lambda: _linear_from(asked.device))
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, first: Plan | None
@@ -264,7 +268,7 @@ class _Builder:
             self.plans[captured.form] = plan
             with control.together("lowering"):
                 at = grid.mesh.coordinates(grid.rank)
-                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid))
+                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid, self.linear_from))
         return replace(lowered, news=_NEWS[captured.how])
 
     def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
@@ -275,6 +279,11 @@ class _Builder:
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
         text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
         return Plan.from_json(text, "the plan of rank 0")
+
+
+def _linear_from(device: str | Device) -> float | None:
+    own = None if isinstance(device, str) else device.measured
+    return own.linear_from if own is not None and linear.available() else None
 
 
 def _plan(

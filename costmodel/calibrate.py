@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 from autopar.costmodel.curve import Curve, curve
 from autopar.costmodel.devices import Crowd, Device, Link, Measured
+from autopar.linear import available, linear
 
 aten = torch.ops.aten
 #: Reads the time in seconds.
@@ -30,6 +32,10 @@ SHORTEST = 1e-6
 #: Bytes of the larger side of a collective.
 SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
 QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
+#: Sides of the square products on a processor.
+SIDES = (32, 96, 256, 512)
+#: Seconds of oneDNN for those of the BLAS, at most, for it to be taken: what is closer may be noise.
+QUICKER = 0.97
 CHAIN = 40  # ops in the graph that shows what one launch costs
 
 
@@ -97,7 +103,7 @@ def calibrate(world: World, quick: bool, device: torch.device, clock: Clock, bus
     if found is None or found.measured is None:
         return None
     kernels = found.measured
-    measured = Measured(kernels.matmul, kernels.attention, kernels.memory, collectives, crowds, kernels.view)
+    measured = replace(kernels, collectives=collectives, crowds=crowds)
     link = _link(collectives, world.num)
     return Device(
         found.name, found.flops, found.bandwidth, found.memory, link, link, max(world.num, 1), found.launch, 1.0, 1.0,
@@ -120,13 +126,16 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
         return max(whole - launch, whole / 10)
 
     matmul: dict[str, Curve] = {}
+    linear_from: float | None = None
     dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.float64, torch.bfloat16)
     for dtype in dtypes:
         tell(f"matmul {str(dtype).removeprefix('torch.')}", 0.05)
         points = []
-        for n in (32, 96, 256, 512) if not big else (128, 512, 2048, 8192):
+        for n in SIDES if not big else (128, 512, 2048, 8192):
             a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
             points.append((2.0 * n**3, 2.0 * n**3 / net(lambda a=a, b=b: a @ b)))  # type: ignore[misc]
+        if dtype is torch.float32 and not big and available():
+            points, linear_from = _with_onednn(net, points)
         matmul[str(dtype).removeprefix("torch.")] = curve(points)
     tell("convolution", 0.2)
     points = []
@@ -151,8 +160,28 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
     nothing = Link(1e9, 1e-4)
     return Device(
         "this machine", rates, memory["elementwise"].points[-1][1], memory_bytes, nothing, nothing, launch=launch,
-        slack=0.02 if big else 0.0, measured=Measured(matmul, attention, memory, view=view),
+        slack=0.02 if big else 0.0, measured=Measured(matmul, attention, memory, view=view, linear_from=linear_from),
     )  # fmt: skip
+
+
+def _with_onednn(
+    net: Callable[[Work], float], blas: Sequence[tuple[float, float]]
+) -> tuple[list[tuple[float, float]], float | None]:
+    """(FLOPs, FLOP/s) of float32 products when large ones are oneDNN's, and FLOPs from which they are.
+
+    Of the three products of a layer two can be (`passes/products.py`); the rate is that of all three.
+    """
+    points, least = list(blas), None
+    for at in reversed(range(len(SIDES))):
+        flops, rate = blas[at]
+        a, b = (torch.ones(SIDES[at], SIDES[at]) for _ in range(2))
+        works: Sequence[Work] = (functools.partial(linear, a, b), functools.partial(torch.mm, a, b.t()))
+        turns = [[net(work) for work in works] for _ in range(3)]
+        if statistics.median(own / other for own, other in turns) > QUICKER:
+            break
+        own = statistics.median(turn[0] for turn in turns)
+        points[at], least = (flops, 3 * flops / (2 * own + flops / rate)), flops
+    return points, least
 
 
 def _launch(ruler: _Ruler) -> tuple[float, float]:

@@ -47,6 +47,7 @@ class Measured:
             of the larger side on one rank.
         crowds: factors by number of ranks that share the machine.
         view: seconds of an op that only makes a view.
+        linear_from: FLOPs of a float32 product from which oneDNN is quicker than the BLAS; None: at no size.
     """
 
     matmul: Mapping[str, Curve] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Measured:
     collectives: Mapping[str, Curve] = field(default_factory=dict)
     crowds: tuple[Crowd, ...] = ()
     view: float = 0.0
+    linear_from: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from autopar.costmodel.curve import Curve
 from autopar.costmodel.devices import Crowd, Device, Link, Measured
 from autopar.errors import ProfileError
 
-SCHEMA = 2
+SCHEMA = 3
 #: Environment variable with the path of the profile; empty: there is none.
 PROFILE = "AUTOPAR_PROFILE"
 
@@ -229,4 +229,5 @@ def _measured(value: Any) -> Measured | None:
         collectives=_table(_curve)(value["collectives"]),
         crowds=tuple(crowds),
         view=_not_negative(value["view"]),
+        linear_from=None if value["linear_from"] is None else _above_zero(value["linear_from"]),
     )

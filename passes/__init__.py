@@ -32,6 +32,7 @@ from autopar.passes.inplace import inplace
 from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
 from autopar.passes.overlap import overlap
 from autopar.passes.partition import Parts, partition
+from autopar.passes.products import products
 from autopar.passes.runner import Pass, Report, run
 from autopar.plan import Plan
 
@@ -94,11 +95,12 @@ def finish(
     steps: tuple[Pass, ...] = (
         partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups, staged=home),
         overlap,
+        keep_strides,
     )
-    if target.device != HOST.device:
-        steps = (*steps, keep_strides)  # of the operands of the kernels that to_device has put in
     if eager:
         steps = (*steps, *EAGER)
+    if target.linear_from is not None:  # after fuse and inplace, which know torch's own products
+        steps = (*steps, partial(products, least=target.linear_from, eager=eager))
     if target.staged or target.device.type == "cpu":  # so that collectives are gloo's
         steps = (*steps, partial(exchange, mesh=mesh, group_names=groups))
     out, report = run(gm, steps, mesh=mesh, title=title)

@@ -358,25 +358,34 @@ _BACKWARD = {
 
 
 def keep_strides(gm: fx.GraphModule) -> fx.GraphModule:
-    """Operands of the device's kernels are copied to be contiguous only if their rows are not aligned.
+    """Operands of attention are copied to be contiguous only if its kernel does not take the strides they have.
 
-    `gm` is changed. The mask is left alone: what becomes of it was settled when it was padded.
+    `gm` is changed. The mask of a GPU's kernel is left alone: what becomes of it was settled when it was padded.
     """
     for node in list(gm.graph.nodes):
-        if node.target not in FUSED:
+        names = ("query", "key", "value", "out", "grad_out", "grad_out_")
+        if node.target in FUSED:
+            enough = rows_aligned
+        elif node.target in (FORWARD, BACKWARD):
+            enough, names = last_dim_dense, (*names, "attn_mask")
+        else:
             continue
         given = named_arguments(node.target, node.args, node.kwargs)
-        operands = dict.fromkeys(given.get(n) for n in ("query", "key", "value", "out", "grad_out", "grad_out_"))
-        for x in operands:
+        for x in dict.fromkeys(given.get(n) for n in names):
             if x is not None and x.target is aten.contiguous.default and len(x.args) == 1 and not x.kwargs:
                 with gm.graph.inserting_before(node):
-                    kept = gm.graph.call_function(rows_aligned, (x.args[0],))
+                    kept = gm.graph.call_function(enough, (x.args[0],))
                 edit.inherit(kept, x)
                 kept.meta["val"] = x.meta["val"]
                 node.replace_input_with(x, kept)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
+
+
+def last_dim_dense(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if neighbours along its last dim are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rows_aligned(x: torch.Tensor) -> torch.Tensor:
@@ -386,4 +395,4 @@ def rows_aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 and all(n % _ROWS == 0 for n in steps) else x.contiguous()
 
 
-__all__ = ["BACKWARD", "FLASH_ONLY", "FORWARD", "form", "keep_strides", "replace", "rows_aligned"]
+__all__ = ["BACKWARD", "FLASH_ONLY", "FORWARD", "form", "keep_strides", "last_dim_dense", "replace", "rows_aligned"]

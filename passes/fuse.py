@@ -1,8 +1,7 @@
 """Fused kernels again, for graphs that run op by op: planning wants one form per idea, execution the fewest kernels.
 
-* a product and the bias added to it: `addmm` (the capture takes it apart, for a bias inside a product would be added
-  once per shard; here all that is settled);
-* operands of attention are copied to be contiguous only if their last dim is not: its kernels take any other strides.
+A product and the bias added to it are `addmm`. (The capture takes it apart, for a bias inside a product would be added
+once per shard; here all that is settled.)
 """
 
 from __future__ import annotations
@@ -15,11 +14,6 @@ from autopar.passes import edit
 aten = torch.ops.aten
 
 _FLAT = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-#: Kernels that step through operands of four dims by stride, but for the last dim.
-_STRIDED_ATTENTION = (
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-)
 
 
 def fuse(gm: fx.GraphModule) -> fx.GraphModule:
@@ -27,8 +21,6 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
             _bias(gm.graph, node)
-        elif node.target in _STRIDED_ATTENTION:
-            _keep_strides(gm.graph, node)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
@@ -56,19 +48,4 @@ def _bias(graph: fx.Graph, node: fx.Node) -> None:
         return
 
 
-def _keep_strides(graph: fx.Graph, node: fx.Node) -> None:
-    for x in node.all_input_nodes:
-        if x.target is aten.contiguous.default and len(x.args) == 1 and not x.kwargs and len(edit.shape(x)) == 4:
-            with graph.inserting_before(node):
-                kept = graph.call_function(last_dim_dense, (x.args[0],))
-            edit.inherit(kept, x)
-            kept.meta["val"] = x.meta["val"]
-            node.replace_input_with(x, kept)
-
-
-def last_dim_dense(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied if neighbours along its last dim are not neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-__all__ = ["fuse", "last_dim_dense"]
+__all__ = ["fuse"]

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import MeshError, RankMismatchError, RuntimeUseError
 from autopar.mesh import Mesh
+from autopar.runtime.board import Board, share
 
 #: What `connect` takes for a mesh.
 MeshLike = Mesh | DeviceMesh | str | int
@@ -37,6 +38,7 @@ class Grid:
         group_names: mesh axis -> name of the process group along it, for functional collectives; empty without groups.
         device_mesh: the DeviceMesh of the DTensors; None in a single process without torch.distributed.
         control: gloo group of all ranks of the mesh, for small messages on the host; None without groups.
+        board: where ranks that are all on one machine read each other's small messages; None if they are not.
         timeout: seconds after which a rank stops waiting for the others.
         staged: collectives on the mesh go through host memory, for NCCL is not to be had: ranks share a GPU.
     """
@@ -47,6 +49,7 @@ class Grid:
     group_names: Mapping[str, str] = field(default_factory=dict)
     device_mesh: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
+    board: Board | None = None
     timeout: float = 300.0
     staged: bool = False
 
@@ -185,7 +188,8 @@ def _make(plain: Mesh, device: torch.device, timeout: float) -> Grid:
     groups: Any = own[0] if len(own) == 1 else own
     device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks_of, mesh_dim_names=plain.names)
     names = {name: group.group_name for name, group in zip(plain.names, own)}
-    return Grid(plain, rank, device, names, device_mesh, control, timeout, staged)
+    board = share(control, timeout)
+    return Grid(plain, rank, device, names, device_mesh, control, board, timeout, staged)
 
 
 def _must_stage(device: torch.device, control: dist.ProcessGroup) -> bool:
@@ -239,4 +243,5 @@ def _adopt(device_mesh: DeviceMesh, plain: Mesh, device: torch.device, timeout: 
             f"the DeviceMesh {plain} has NCCL groups, but its ranks share GPUs, which NCCL refuses; initialise "
             'torch.distributed with "gloo", or pass the mesh as text, such as "dp=2"'
         )
-    return Grid(plain, rank, device, names, device_mesh, control, timeout, staged)
+    board = share(control, timeout)
+    return Grid(plain, rank, device, names, device_mesh, control, board, timeout, staged)

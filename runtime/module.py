@@ -355,7 +355,7 @@ class ParallelModule(nn.Module):
                 raise CaptureError(f"{error}. It was captured again because {'; '.join(changed)}") from error
             raise
         with state.control.together("lowering"):
-            step = Step(lowered, state.grid, state.options.backend, state.options.data_axes)
+            step = Step(lowered, state.grid, state.options.data_axes)
         if state.plan is None:
             with state.control.together("reading the plan"):
                 for storage in lowered.plan.storage.values():

@@ -35,6 +35,8 @@ from autopar.runtime.storage import as_dtensor, rewrap, whole
 from autopar.spec import R, Spec, shard
 
 BACKENDS = ("eager", "inductor")
+#: Makes, of a graph and the arguments of one call, what takes such arguments in one list, which it empties.
+Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[[list[Any]], Sequence[Any]]]
 #: dtype, shape and strides of an argument.
 _Form = tuple[torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -44,9 +46,9 @@ class Lowered:
     """What the driver hands over: a program, the plan it is lowered under, and this rank's bound graphs.
 
     The graphs are as the backend takes them: "eager" those that `passes.boxed` makes (the forward gated), "inductor"
-    those that take their arguments one by one. `backward` is None for a forward-only program; `saved_inputs` are
-    positions among the sources. `news` is what to tell a user who waited for it, `{changes}` standing for the arguments
-    that made it necessary; or nothing.
+    those that take their arguments one by one, and `compiler` for them. `backward` is None for a forward-only program;
+    `saved_inputs` are positions among the sources. `news` is what to tell a user who waited for it, `{changes}`
+    standing for the arguments that made it necessary; or nothing.
     """
 
     program: Program
@@ -54,22 +56,23 @@ class Lowered:
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     saved_inputs: tuple[int, ...] = ()
+    compiler: Compiler | None = None
     news: str = ""
 
 
 class Step:
     """Runs one `Lowered`. Outputs are plain tensors where the plan holds them whole, else DTensors."""
 
-    def __init__(self, lowered: Lowered, grid: Grid, backend: str = "eager", data_axes: Sequence[str] = ()) -> None:
+    def __init__(self, lowered: Lowered, grid: Grid, data_axes: Sequence[str] = ()) -> None:
         """`data_axes`: mesh axes over which the inputs come in pieces already (local batches)."""
         program = lowered.program
         self.program, self.plan, self.grid = program, lowered.plan, grid
         self.forward: Any = lowered.forward
         self.backward: Any = lowered.backward
-        if backend == "inductor":
-            self.forward = _Compiled(lowered.forward, gated=True)
+        if lowered.compiler is not None:
+            self.forward = _Compiled(lowered.forward, lowered.compiler, gated=True)
             if lowered.backward is not None:
-                self.backward = _Compiled(lowered.backward)
+                self.backward = _Compiled(lowered.backward, lowered.compiler)
         self.saved_inputs = lowered.saved_inputs
         self.sources = [s for s in program.sources if s.kind != "tangent"]
         self.tangents = program.of_kind("tangent")
@@ -234,28 +237,23 @@ def _open() -> None:
 
 
 class _Compiled:
-    """A compiled graph, called as those that run op by op are.
+    """A compiled graph, called as those that run op by op are. It is made for one form of every argument."""
 
-    It is made for one form of every argument, which is compared here: dynamo's guards would look at far more.
-    """
-
-    def __init__(self, gm: fx.GraphModule, gated: bool = False) -> None:
-        self.gated = gated
+    def __init__(self, gm: fx.GraphModule, compiler: Compiler, gated: bool = False) -> None:
+        self.gm, self.compiler, self.gated = gm, compiler, gated
         self.names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         self.forms: list[_Form] = []
-        unguarded: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        self.run = torch.compile(gm, fullgraph=True, dynamic=False, options=unguarded)
+        self.run: Callable[[list[Any]], Sequence[Any]] | None = None
 
     def __call__(self, box: list[Any]) -> Any:
         if self.gated:
             box.pop(0)()
-        arguments = tuple(box)
-        box.clear()
-        forms = [(t.dtype, t.shape, t.stride()) for t in arguments]
-        self.forms = self.forms or forms
+        forms = [(t.dtype, t.shape, t.stride()) for t in box]
+        if self.run is None:  # as late as that: now strides are known
+            self.run, self.forms = self.compiler(self.gm, box), forms
         if forms != self.forms:
             self._compare(forms)
-        return self.run(*arguments)
+        return self.run(box)
 
     def _compare(self, forms: Sequence[_Form]) -> None:
         for name, was, now in zip(self.names, self.forms, forms):

@@ -26,7 +26,8 @@ MAX_LINES = 500
 
 #: The plain data: imported by everybody, importing nothing of ours but each other.
 BASE = {
-    f"autopar.{m}" for m in ("collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "reshard", "tree")
+    f"autopar.{m}"
+    for m in ("collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree")
 }
 #: Capture and its parts.
 CAPTURE = {
@@ -41,7 +42,9 @@ FRONT = {
     "autopar": {"autopar.driver", "autopar.answers", "autopar.explain"},
     **dict.fromkeys(CAPTURE, CAPTURE),
     "autopar.options": {f"autopar.{m}" for m in ("call", "checks", "programs", "costmodel")},
-    "autopar.driver": {f"autopar.{m}" for m in ("checks", "options", "programs", "costmodel", "passes", "runtime")},
+    "autopar.driver": {
+        f"autopar.{m}" for m in ("capture", "checks", "options", "programs", "costmodel", "passes", "runtime")
+    },
     "autopar.report": set(),
     "autopar.targets": set(),
     "autopar.shrink": {"autopar.targets"},

@@ -11,8 +11,9 @@ from torch import fx
 
 from autopar.graph import BACKWARD, FORWARD
 from autopar.passes import edit
+from autopar.passes.attention import last_dim_dense
 from autopar.passes.bind import BOUND, GATHER_INTO, IN_PLACE_REDUCE, WAIT, functional
-from autopar.passes.fuse import fuse, last_dim_dense
+from autopar.passes.fuse import fuse
 from autopar.passes.inplace import inplace
 from autopar.passes.verify import verify
 

@@ -1,0 +1,43 @@
+"""x @ weight.T + bias as oneDNN computes it, in float32 on the CPU: torch's own op for it, and `autopar::linear`.
+
+PyTorch sends float32 products on x86 to the BLAS it is built with, and has oneDNN beside it, which is 5 to 20 % quicker
+at some sizes on some processors. Which, `autopar calibrate` measures; `passes/products.py` then puts the op in. Sums
+are taken in another order than by the BLAS, otherwise the values are the same.
+
+They are called (x, weight, bias, *REST) and (x, weight, bias): x [m, k] and weight [n, k] with any strides, bias [n] or
+None, all float32 on the CPU -> [m, n], contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_BUILT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+#: Torch's op. Its lowering in inductor takes constant weights only; hence the other.
+KERNEL: Any = torch.ops.mkldnn._linear_pointwise.default if _BUILT else None
+REST = ("none", [], "")  # no function of the result: its name, scalars, algorithm
+
+_LIBRARY = torch.library.Library("autopar", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def available() -> bool:
+    """Whether this PyTorch has oneDNN, and may use it (`torch.backends.mkldnn`)."""
+    return _BUILT and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Torch's op, called as ours is."""
+    return KERNEL(x, weight, bias, *REST)
+
+
+def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_LIBRARY.impl("linear", linear, "CPU")
+_LIBRARY.impl("linear", _shape, "Meta")
+
+__all__ = ["KERNEL", "REST", "available", "linear"]

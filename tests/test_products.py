@@ -1,0 +1,174 @@
+"""oneDNN in place of the BLAS: for which products, with which values, and only where it was measured to pay."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+import autopar
+from autopar import linear
+from autopar.costmodel import calibrate
+from autopar.costmodel.devices import DEVICES, Measured
+from autopar.passes import edit
+from autopar.passes.products import products
+from tests.harness import Ranks
+
+aten = torch.ops.aten
+pytestmark = pytest.mark.skipif(not linear.available(), reason="this torch is built without oneDNN")
+#: A device that says that oneDNN always pays.
+ALWAYS = replace(DEVICES["cpu"], measured=Measured(linear_from=1.0))
+
+
+@pytest.mark.parametrize("op", [linear.linear, torch.ops.autopar.linear.default])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_for_all_strides(op, bias):
+    x, w = torch.randn(9, 20)[:, 3:16], torch.randn(13, 7)
+    b = torch.randn(7) if bias else None
+    for a in (x, x.contiguous()):
+        for weight in (w.t(), w.t().contiguous()):
+            got = op(a, weight, b)
+            torch.testing.assert_close(got, a @ w + (b if bias else 0))
+            assert got.is_contiguous()
+    assert op(x.to("meta"), w.t().to("meta"), None).shape == (9, 7)
+
+
+def _graph(dtype=torch.float32):
+    """A layer, the gradient of its input and that of its weight."""
+    graph = fx.Graph()
+    shapes = {"x": (6, 4), "w": (5, 4), "b": (5,), "g": (6, 5)}
+    x, w, b, g = (graph.placeholder(name) for name in shapes)
+    for node, shape in zip((x, w, b, g), shapes.values()):
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+    turned = edit.call(graph, aten.permute.default, w, [1, 0], like=w)
+    forward = edit.call(graph, aten.addmm.default, b, x, turned, like=x)
+    plain = edit.call(graph, aten.mm.default, x, turned, like=x)
+    to_x = edit.call(graph, aten.mm.default, g, w, like=x)
+    to_w = edit.call(graph, aten.mm.default, edit.call(graph, aten.permute.default, g, [1, 0], like=g), x, like=x)
+    total = edit.call(graph, aten.add_.Tensor, to_x, to_x, like=x)  # nobody reads what it returns
+    total.meta["val"] = to_x.meta["val"]
+    graph.output((forward, plain, to_x, to_w))
+    return fx.GraphModule(nn.Module(), graph), [torch.randn(s, dtype=dtype) for s in shapes.values()]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_products_of_a_layer(eager):
+    gm, arguments = _graph()
+    want = gm(*arguments)
+    out = products(gm, 1.0, eager)
+    out.graph.lint()
+    op = linear.KERNEL if eager else torch.ops.autopar.linear.default
+    targets = [n.target for n in out.graph.nodes]
+    assert targets.count(op) == 3 and targets.count(aten.mm.default) == 1 and aten.addmm.default not in targets
+    assert aten.add_.Tensor in targets and targets.count(aten.permute.default) == 1
+    for got, expected in zip(out(*arguments), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_small_ones_and_other_dtypes_stay():
+    for gm, least in ((_graph()[0], 241.0), (_graph(torch.float64)[0], 1.0), (_graph(torch.bfloat16)[0], 1.0)):
+        before = str(gm.graph)
+        assert str(products(gm, least, True).graph) == before
+    assert str(products(_graph()[0], 240.0, True).graph) != str(_graph()[0].graph)
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts calls of oneDNN."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is linear.KERNEL
+        return func(*args, **(kwargs or {}))
+
+
+def _net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 8, generator=generator), torch.randn(8, 4, generator=generator)
+
+
+def _train(module, steps=3):
+    optimizer, losses = torch.optim.SGD(module.parameters(), lr=0.1), []
+    x, y = _batch()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = module(x, target=y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+EXAMPLE = dict(zip(("input", "target"), _batch()))
+
+
+class WithLoss(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, target):
+        return nn.functional.mse_loss(self.net(x), target)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_training_is_the_same(backend):
+    reference = _train(WithLoss(_net()))
+    call = {"example": EXAMPLE, "loss": nn.functional.mse_loss, "backend": backend}
+    plain, ours = (autopar.compile(_net(), "dp=1", device=d, **call) for d in ("cpu", ALWAYS))
+    assert _train(plain) == pytest.approx(reference, rel=1e-6) and _train(ours) == pytest.approx(reference, rel=1e-6)
+    if backend == "eager":
+        with Seen() as seen:
+            _train(plain, 1)
+            assert seen.count == 0
+            _train(ours, 1)
+            assert seen.count == 5  # three layers, and the gradients that go through two of them
+
+
+def _ranks_with_other_profiles():
+    """Rank 0's is used: what ranks compute alike must stay alike to the last bit."""
+    device = ALWAYS if dist.get_rank() == 0 else "cpu"
+    device = replace(ALWAYS, measured=Measured()) if device == "cpu" else device
+    pm = autopar.compile(_net(), "dp=2", example=EXAMPLE, loss=nn.functional.mse_loss, device=device)
+    with Seen() as seen:
+        losses = _train(pm)
+    assert seen.count > 0
+    return losses, {k: v.clone() for k, v in pm.full_state_dict().items()}
+
+
+def test_ranks_choose_alike():
+    with Ranks(2) as ranks:
+        (losses, state), (losses1, state1) = ranks.run(_ranks_with_other_profiles)
+    reference = copy.deepcopy(WithLoss(_net()))
+    assert losses == losses1 == pytest.approx(_train(reference), rel=1e-6)
+    for name, value in state.items():
+        assert torch.equal(value, state1[name])
+
+
+def test_calibration_takes_it_from_where_it_stays_quicker(monkeypatch):
+    sides = {n: 2.0 * n**3 for n in calibrate.SIDES}
+    blas = [(flops, 100.0) for flops in sides.values()]
+
+    def net(quicker, work):
+        own = work.func is linear.linear
+        flops = 2.0 * len(work.args[0]) ** 3
+        return flops / 100 * (0.8 if own and len(work.args[0]) in quicker else 1.0)
+
+    smallest, second, third, largest = calibrate.SIDES
+    from_second = (second, third, largest)
+    for quicker, expected in (((), None), ((smallest, second), None), ((largest,), largest), (from_second, second)):
+        points, least = calibrate._with_onednn(partial(net, quicker), blas)
+        assert least == (None if expected is None else sides[expected])
+        for (flops, rate), side in zip(points, calibrate.SIDES, strict=True):
+            taken = expected is not None and side >= expected
+            assert flops == sides[side] and rate == pytest.approx(300 / 2.6 if taken else 100)
