@@ -398,7 +398,7 @@ def compiled(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> Callable[
     with torch.inference_mode(False), torch.no_grad(), resting_collector():
         with mode:  # each in memory of its own: that two are one, or share memory, may be so this time only
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in arguments]
-        # For a `GmWrapper` AOTAutograd gives back what takes a list (checked in 2.11, 2.13).
+        # For a `GmWrapper` AOTAutograd gives back what takes a list (in 2.11, read there, and 2.13, run).
         run = _inductor.compile(GmWrapper(fx.GraphModule(gm, graph), list), fakes)
     count = len(results)
 

@@ -9,6 +9,7 @@ repeats.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,9 +34,9 @@ SHORTEST = 1e-6
 SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
 QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
 #: Sides of the square products on a processor.
-SIDES = (32, 96, 256, 512)
-#: Seconds of oneDNN for those of the BLAS, at most, for it to be taken: what is closer may be noise.
-QUICKER = 0.97
+SIDES = (32, 96, 256, 384, 512)
+#: Seconds of oneDNN for one of the BLAS at which neither is preferred.
+PAR = 0.98
 CHAIN = 40  # ops in the graph that shows what one launch costs
 
 
@@ -171,17 +172,20 @@ def _with_onednn(
 
     Of the three products of a layer two can be (`passes/products.py`); the rate is that of all three.
     """
-    points, least = list(blas), None
-    for at in reversed(range(len(SIDES))):
-        flops, rate = blas[at]
-        a, b = (torch.ones(SIDES[at], SIDES[at]) for _ in range(2))
+    seconds, gains = [], []
+    for side in SIDES:
+        a, b = (torch.ones(side, side) for _ in range(2))
         works: Sequence[Work] = (functools.partial(linear, a, b), functools.partial(torch.mm, a, b.t()))
         turns = [[net(work) for work in works] for _ in range(3)]
-        if statistics.median(own / other for own, other in turns) > QUICKER:
-            break
-        own = statistics.median(turn[0] for turn in turns)
-        points[at], least = (flops, 3 * flops / (2 * own + flops / rate)), flops
-    return points, least
+        seconds.append(statistics.median(own for own, _ in turns))
+        gains.append(math.log(PAR * statistics.median(other / own for own, other in turns)))
+    # The cut with most gain above it: one size that noise has got wrong does not decide.
+    cut = max(range(len(SIDES) + 1), key=lambda at: sum(gains[at:]))
+    points = [
+        point if at < cut else (point[0], 3 * point[0] / (2 * seconds[at] + point[0] / point[1]))
+        for at, point in enumerate(blas)
+    ]
+    return points, points[cut][0] if cut < len(points) else None
 
 
 def _launch(ruler: _Ruler) -> tuple[float, float]:

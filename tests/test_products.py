@@ -155,20 +155,21 @@ def test_ranks_choose_alike():
         assert torch.equal(value, state1[name])
 
 
-def test_calibration_takes_it_from_where_it_stays_quicker(monkeypatch):
+def test_calibration_takes_it_from_where_it_is_quicker():
     sides = {n: 2.0 * n**3 for n in calibrate.SIDES}
     blas = [(flops, 100.0) for flops in sides.values()]
 
     def net(quicker, work):
         own = work.func is linear.linear
         flops = 2.0 * len(work.args[0]) ** 3
-        return flops / 100 * (0.8 if own and len(work.args[0]) in quicker else 1.0)
+        return flops / 100 * (1.0 if not own else 0.8 if len(work.args[0]) in quicker else 1.1)
 
-    smallest, second, third, largest = calibrate.SIDES
-    from_second = (second, third, largest)
-    for quicker, expected in (((), None), ((smallest, second), None), ((largest,), largest), (from_second, second)):
+    first, second, third, fourth, last = calibrate.SIDES
+    cases = {(): None, (first,): None, (last,): last, (second, third, fourth, last): second}
+    cases[(third, last)] = third  # noise in between does not decide
+    for quicker, expected in cases.items():
         points, least = calibrate._with_onednn(partial(net, quicker), blas)
         assert least == (None if expected is None else sides[expected])
         for (flops, rate), side in zip(points, calibrate.SIDES, strict=True):
-            taken = expected is not None and side >= expected
-            assert flops == sides[side] and rate == pytest.approx(300 / 2.6 if taken else 100)
+            seconds = 1.0 if expected is None or side < expected else 0.8 if side in quicker else 1.1
+            assert flops == sides[side] and rate == pytest.approx(300 / (2 * seconds + 1))
