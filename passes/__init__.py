@@ -23,6 +23,7 @@ from autopar.passes.box import boxed
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
 from autopar.passes.causal import causal
+from autopar.passes.constants import constants
 from autopar.passes.device import HOST, Target, statistics, to_device
 from autopar.passes.direct import direct
 from autopar.passes.edit import finished
@@ -96,6 +97,7 @@ def finish(
         partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups, staged=home),
         overlap,
         keep_strides,
+        constants,
     )
     if eager:
         steps = (*steps, *EAGER)

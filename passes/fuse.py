@@ -1,7 +1,8 @@
 """Fused kernels again, for graphs that run op by op: planning wants one form per idea, execution the fewest kernels.
 
-A product and the bias added to it are `addmm`. (The capture takes it apart, for a bias inside a product would be added
-once per shard; here all that is settled.)
+* A product and the bias added to it: `addmm`. (The capture takes it apart, for a bias inside a product would be added
+  once per shard; here all that is settled.)
+* The sum of the gradients of two parts of a tensor (rotary embeddings): `cat`, without zeros and without a sum.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
             _bias(gm.graph, node)
+            _halves(gm.graph, node)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
@@ -46,6 +48,21 @@ def _bias(graph: fx.Graph, node: fx.Node) -> None:
                 out = edit.call(graph, aten.view.default, out, list(edit.shape(node)), like=node)
         node.replace_all_uses_with(out)
         return
+
+
+def _halves(graph: fx.Graph, node: fx.Node) -> None:
+    """slice_backward(a, [0, n)) + slice_backward(b, [n, end)) is cat([a, b])."""
+    parts = [n for n in node.args if isinstance(n, fx.Node) and n.target is aten.slice_backward.default]
+    if len(parts) != 2 or any(len(n.users) > 1 or n.kwargs or n.args[5] != 1 for n in parts):
+        return
+    first, second = sorted(parts, key=lambda n: n.args[3])  # type: ignore[arg-type, return-value]
+    dim, length = first.args[2], edit.shape(node)[first.args[2]]  # type: ignore[index]
+    tiles = first.args[3] == 0 and first.args[4] == second.args[3] and second.args[4] >= length  # type: ignore[operator]
+    if not tiles or second.args[2] != dim or edit.shape(first) != edit.shape(second):
+        return
+    with graph.inserting_before(node):
+        out = edit.call(graph, aten.cat.default, [first.args[0], second.args[0]], dim, like=node)
+    node.replace_all_uses_with(out)
 
 
 __all__ = ["fuse"]

@@ -212,6 +212,32 @@ def test_a_bias_stays_where_it_cannot_join(why):
     assert "aten.addmm.default" not in check(b.done(*outs), *shapes)
 
 
+def _rotated(b: Builder, edges, sizes=(3, 8), dim=1):
+    """Gradients of pieces of a tensor, added."""
+    parts = [
+        b(aten.slice_backward.default, b.input(3, end - start), list(sizes), dim, start, end, 1) for start, end in edges
+    ]
+    return b.done(b(aten.neg.default, b(aten.add.Tensor, *parts)))
+
+
+@pytest.mark.parametrize("edges", [((0, 3), (3, 8)), ((3, 8), (0, 3))])
+def test_gradients_of_two_halves_are_joined(edges):
+    ops = check(_rotated(Builder(), edges), *((3, end - start) for start, end in edges))
+    assert ops == ["aten.cat.default", "aten.neg.default"]
+
+
+@pytest.mark.parametrize("edges", [((0, 3), (4, 8)), ((0, 4), (3, 8)), ((1, 3), (3, 8)), ((0, 3), (3, 7))])
+def test_gradients_of_pieces_that_do_not_tile_are_added(edges):
+    assert "aten.cat.default" not in check(_rotated(Builder(), edges), *((3, end - start) for start, end in edges))
+
+
+def test_a_half_that_somebody_else_reads_is_not_joined():
+    b = Builder()
+    first, second = (b(aten.slice_backward.default, b.input(3, 4), [3, 8], 1, at, at + 4, 1) for at in (0, 4))
+    gm = b.done(b(aten.add.Tensor, first, second), b(aten.neg.default, first))
+    assert "aten.cat.default" not in check(gm, (3, 4), (3, 4))
+
+
 def test_attention_copies_only_what_its_kernel_cannot_step_through():
     x = torch.randn(2, 3, 4, 5)
     swapped = x.transpose(1, 2)
