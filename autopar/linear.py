@@ -1,11 +1,10 @@
-"""x @ weight.T + bias as oneDNN computes it, in float32 on the CPU: torch's own op for it, and `autopar::linear`.
+"""x @ weight.T + bias as oneDNN computes it, in float32 on the CPU: a function, and the op `autopar::linear`.
 
 PyTorch sends float32 products on x86 to the BLAS it is built with, and has oneDNN beside it, which is 5 to 20 % quicker
 at some sizes on some processors. Which, `autopar calibrate` measures; `passes/products.py` then puts the op in. Sums
 are taken in another order than by the BLAS, otherwise the values are the same.
 
-They are called (x, weight, bias, *REST) and (x, weight, bias): x [m, k] and weight [n, k] with any strides, bias [n] or
-None, all float32 on the CPU -> [m, n], contiguous.
+oneDNN takes matrices that are dense along one dim, and reads a bias as if it were dense: others are copied here first.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 
 _BUILT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-#: Torch's op. Its lowering in inductor takes constant weights only; hence the other.
+#: Torch's op. Its lowering in inductor takes constant weights only; hence ours.
 KERNEL: Any = torch.ops.mkldnn._linear_pointwise.default if _BUILT else None
-REST = ("none", [], "")  # no function of the result: its name, scalars, algorithm
+_REST = ("none", [], "")  # no function of the result: its name, scalars, algorithm
 
 _LIBRARY = torch.library.Library("autopar", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -29,8 +28,14 @@ def available() -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Torch's op, called as ours is."""
-    return KERNEL(x, weight, bias, *REST)
+    """x: [m, k], weight: [n, k], bias: [n], all float32 on the CPU, with any strides -> [m, n], contiguous."""
+    return KERNEL(_dense(x), _dense(weight), None if bias is None else bias.contiguous(), *_REST)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if it is dense along neither dim, or rows overlap."""
+    (rows, columns), (down, right) = x.shape, x.stride()
+    return x if (right == 1 and down >= columns) or (down == 1 and right >= rows) else x.contiguous()
 
 
 def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -40,4 +45,4 @@ def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 _LIBRARY.impl("linear", linear, "CPU")
 _LIBRARY.impl("linear", _shape, "Meta")
 
-__all__ = ["KERNEL", "REST", "available", "linear"]
+__all__ = ["KERNEL", "available", "linear"]

@@ -97,8 +97,9 @@ def finish(
         partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups, staged=home),
         overlap,
         keep_strides,
-        constants,
     )
+    if target.device.type == "cpu":  # another device may not be there when the graph is made
+        steps = (*steps, constants)
     if eager:
         steps = (*steps, *EAGER)
     if target.linear_from is not None:  # after fuse and inplace, which know torch's own products

@@ -1,4 +1,4 @@
-"""What depends on nothing but shapes is computed once, when the graph is made: positions, masks, tables.
+"""What depends on nothing but shapes is computed once, when the graph is made: positions, masks, tables. On the CPU.
 
 Models compute these anew at every step, from `arange` and its kin: dozens of small ops. Only small results are kept,
 and none that is handed out, for who gets it may write to it.

@@ -237,7 +237,9 @@ def _pack(gm: fx.GraphModule, cat: fx.Node) -> None:
     start = _start_of(cat)
     assert start is not None
     sources = [_source(row, cat, dim) for row in rows]
-    first = min(sources, key=memory.position.__getitem__)
+    products = [_product(source, memory) for source in sources]
+    # The buffer is there before the first that is written to it.
+    first = min((*sources, *(p for p in products if p is not None)), key=memory.position.__getitem__)
     own = first.op == "call_function"
     # On the device of something that is there already: not of what a collective has yet to bring.
     beside = first
@@ -255,8 +257,7 @@ def _pack(gm: fx.GraphModule, cat: fx.Node) -> None:
                 place = edit.call(graph, aten.view.default, place, list(edit.shape(source)), like=cat)
             places.append(place)
             at += size
-    for source, place in zip(sources, places):
-        product = _product(source, memory)
+    for source, place, product in zip(sources, places, products):
         alone = product is not None and memory.last[product] <= memory.position[start] and memory.landed(product, start)
         if product is not None and alone and dim == 0:
             with graph.inserting_before(product):

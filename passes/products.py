@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from autopar.linear import KERNEL, REST
+from autopar.linear import linear
 from autopar.passes import edit
 
 aten = torch.ops.aten
@@ -32,11 +32,8 @@ def products(gm: fx.GraphModule, least: float, eager: bool) -> fx.GraphModule:
         turned = right.target in _TURNS
         with gm.graph.inserting_before(node):
             weight = right.args[0] if turned else edit.call(gm.graph, aten.t.default, right, like=node)
-            operands = (left, weight, bias[0] if bias else None)
-            if eager:
-                new = edit.call(gm.graph, KERNEL, *operands, *REST, like=node)
-            else:
-                new = edit.call(gm.graph, torch.ops.autopar.linear.default, *operands, like=node)
+            function = linear if eager else torch.ops.autopar.linear.default
+            new = edit.call(gm.graph, function, left, weight, bias[0] if bias else None, like=node)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         if turned and not right.users:

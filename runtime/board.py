@@ -3,9 +3,9 @@
 A message between processes costs two system calls and a switch of tasks, and every step exchanges a row with every
 rank. Here a rank writes its row, and reads the others' when it needs them; by then they are there as a rule.
 
-Layout, in 64-bit words: two slots, in each of them one line for every rank: number of the exchange, the row, a hash of
-both. The hash makes half-written lines visible without memory barriers. Two slots are enough: who writes exchange n + 2
-has read exchange n + 1 of everybody, and who wrote that had read exchange n.
+Layout, in 64-bit words: two slots, in each of them one line for every rank: number of the exchange, length of the row,
+the row, a hash of all that. The hash makes half-written lines visible without memory barriers. Two slots are enough:
+who writes exchange n + 2 has read exchange n + 1 of everybody, and who wrote that had read exchange n.
 
 A rank that dies is noticed by a lock on the file that every rank holds on its own byte, which the system takes from the
 dead; one that fails leaves a mark.
@@ -13,6 +13,7 @@ dead; one that fails leaves a mark.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -77,7 +78,7 @@ class Board:
         return answer
 
     def _write(self, number: int, row: Sequence[int]) -> None:
-        line = (number, *row)
+        line = (number, len(row), *row)
         at = self._at(number, self.rank)
         self._words[at : at + len(line) + 1] = array("q", (*line, hash(line)))  # type: ignore[assignment]
 
@@ -91,9 +92,12 @@ class Board:
         rows: Rows = []
         while len(rows) < self.size:
             at = self._at(number, len(rows))
-            line = self._words[at : at + count + 2].tolist()
-            if line[0] == number and line[-1] == hash(tuple(line[:-1])):
-                rows.append(line[1:-1])
+            head, length, *line = self._words[at : at + _LINE].tolist()
+            row = line[: min(length, CAPACITY)]
+            if head == number and line[len(row)] == hash((number, length, *row)):
+                if length != count:
+                    self._give_up(f"connection closed: rank {len(rows)} does something else meanwhile")
+                rows.append(row)
                 continue
             now = time.monotonic()
             if now > look:
@@ -113,10 +117,13 @@ class Board:
         elif waited > self.timeout:
             why = f"timed out after {self.timeout:g} s waiting for rank {rank}"
         if why:
-            self._lost = why
-            for slot in (0, 1):
-                self._words[self._at(slot, self.rank)] = _LEFT
-            self._alive()
+            self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        self._lost = why
+        for slot in (0, 1):
+            self._words[self._at(slot, self.rank)] = _LEFT
+        self._alive()
 
     def _gone(self, rank: int) -> bool:
         """Whether the process holds its lock no longer."""
@@ -140,33 +147,42 @@ def bytes_of(size: int) -> int:
 
 
 def share(control: dist.ProcessGroup, timeout: float) -> Board | None:
-    """The board of the ranks of a gloo group; None if they are not all on one machine. A collective call."""
+    """The board of the ranks of a gloo group; None if they do not all see one file. A collective call.
+
+    They do not if they are on several machines, or if there is nowhere to write; then messages do as well.
+    """
     rank, size = dist.get_rank(control), control.size()
     box: list[Any] = [None]
-    file, path = -1, ""
-    if rank == 0:
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        file, path = tempfile.mkstemp(prefix="autopar-", dir=folder)
-        box[0] = (path, secrets.token_bytes(16))
-        os.write(file, box[0][1])
-        os.ftruncate(file, bytes_of(size))
+    board: Board | None = None
+    path = ""
     try:
+        if rank == 0:
+            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            with contextlib.suppress(OSError):  # no room, or no right to write
+                file, path = tempfile.mkstemp(prefix="autopar-", dir=folder)
+                token = secrets.token_bytes(16)
+                os.write(file, token + bytes(bytes_of(size) - len(token)))  # all of it, so that it has its room
+                board = Board(file, rank, size, timeout)
+                box[0] = (path, token)
         dist.broadcast_object_list(box, group=control, group_src=0)
-        place, token = box[0]
-        if rank != 0:
-            try:
-                file = os.open(place, os.O_RDWR)
-            except OSError:
-                file = -1  # on another machine
-        # The same file, not one of the same name: its first words are a random token until somebody writes there.
-        seen = file >= 0 and os.pread(file, len(token), 0) == token
-        board = Board(file, rank, size, timeout) if seen else None  # locked before anybody looks
+        if rank != 0 and box[0] is not None:
+            with contextlib.suppress(OSError):  # on another machine
+                board = _joined(*box[0], rank, size, timeout)
         found: list[Any] = [None] * size
-        dist.all_gather_object(found, seen, group=control)
+        dist.all_gather_object(found, board is not None, group=control)
     finally:
         if path:
             os.unlink(path)
     return board if all(found) else None
+
+
+def _joined(path: str, token: bytes, rank: int, size: int, timeout: float) -> Board | None:
+    """The board in this file, if it is the same file and not one of the same name.
+
+    Its first words are a random token until somebody writes there, which nobody does before all have looked.
+    """
+    file = os.open(path, os.O_RDWR)
+    return Board(file, rank, size, timeout) if os.pread(file, len(token), 0) == token else None
 
 
 __all__ = ["CAPACITY", "Board", "bytes_of", "share"]

@@ -119,7 +119,8 @@ class Step:
         for tensor, cut in zip(inputs, self._cuts):
             if cut != self._whole:
                 tensor = shard(tensor, cut, mesh.sizes, mesh.coordinates(self.grid.rank))
-            out.append(tensor.to(self.grid.device).contiguous())
+            tensor = tensor.to(self.grid.device).resolve_conj().resolve_neg()  # kernels read memory
+            out.append(tensor.contiguous())
         return out
 
     def _cut(self, name: str, data_axes: Sequence[str]) -> Spec:

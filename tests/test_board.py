@@ -51,10 +51,18 @@ def test_rows_have_a_length(path):
 def test_a_line_that_is_half_written_is_not_taken(path):
     a, b = opened(path, 0, timeout=0.5), opened(path, 1)
     b.post([7, 8])
-    at = b._at(1, 1)
-    b._words[at + 2] = 9
+    b._words[b._at(1, 1) + 2] = 9
     with pytest.raises(RuntimeError, match=r"timed out after 0\.5 s waiting for rank 1"):
         a.post([7, 8])()
+
+
+def test_rows_of_other_lengths_are_an_error_at_once(path):
+    a, b = opened(path, 0, timeout=600), opened(path, 1, timeout=600)
+    answer, other = a.post([1, 2]), b.post([1])
+    with pytest.raises(RuntimeError, match="connection closed: rank 1 does something else"):
+        answer()
+    with pytest.raises(RuntimeError, match="connection closed"):
+        other()
 
 
 def test_who_gives_up_is_heard_and_nothing_works_any_more(path, monkeypatch):
@@ -107,10 +115,22 @@ def other_machine():
         os.open = opens
 
 
+def no_room():
+    """Rank 0 cannot write."""
+    write = os.write
+    if dist.get_rank() == 0:
+        os.write = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    try:
+        return board.share(dist.group.WORLD, 5.0)
+    finally:
+        os.write = write
+
+
 def test_shared_by_ranks_of_one_machine_only():
     before = {f for f in os.listdir("/dev/shm") if f.startswith("autopar-")} if os.path.isdir("/dev/shm") else set()
     with Ranks(2) as ranks:
         assert ranks.run(one_board) == [[[5], [6]]] * 2
         assert ranks.run(other_machine) == [None, None]
+        assert ranks.run(no_room) == [None, None]
     if before or os.path.isdir("/dev/shm"):
         assert {f for f in os.listdir("/dev/shm") if f.startswith("autopar-")} <= before

@@ -238,6 +238,14 @@ def test_a_half_that_somebody_else_reads_is_not_joined():
     assert "aten.cat.default" not in check(gm, (3, 4), (3, 4))
 
 
+def test_a_bucket_is_there_before_a_product_behind_several_views():
+    b = Builder()
+    x, w, y = b.input(4, 6), b.input(6, 8), b.input(32)
+    product = b(aten.view.default, b(aten.view.default, b(aten.mm.default, x, w), [2, 2, 8]), [32])
+    ops = check(b.done(b.reduce(b(aten.cat.default, [product, b(aten.neg.default, y)], 0))), (4, 6), (6, 8), (32,))
+    assert "aten.mm.out" in ops
+
+
 def test_attention_copies_only_what_its_kernel_cannot_step_through():
     x = torch.randn(2, 3, 4, 5)
     swapped = x.transpose(1, 2)

@@ -25,17 +25,26 @@ pytestmark = pytest.mark.skipif(not linear.available(), reason="this torch is bu
 ALWAYS = replace(DEVICES["cpu"], measured=Measured(linear_from=1.0))
 
 
+def _strided(rows, columns):
+    """Matrices that are dense, have gaps, are turned, have gaps both ways, are expanded, overlap."""
+    wide = torch.randn(2 * rows, 2 * columns)
+    yield from (wide[:rows, :columns].contiguous(), wide[:rows, 1 : columns + 1], wide[::2, ::2])
+    yield from (torch.randn(columns, rows).t(), torch.randn(columns, 2 * rows)[:, 1 : rows + 1].t())
+    yield from (torch.randn(1, columns).expand(rows, columns), torch.randn(rows, 1).expand(rows, columns))
+    yield torch.randn(rows + columns - 1).unfold(0, columns, 1)
+
+
 @pytest.mark.parametrize("op", [linear.linear, torch.ops.autopar.linear.default])
-@pytest.mark.parametrize("bias", [False, True])
-def test_values_for_all_strides(op, bias):
-    x, w = torch.randn(9, 20)[:, 3:16], torch.randn(13, 7)
-    b = torch.randn(7) if bias else None
-    for a in (x, x.contiguous()):
-        for weight in (w.t(), w.t().contiguous()):
-            got = op(a, weight, b)
-            torch.testing.assert_close(got, a @ w + (b if bias else 0))
-            assert got.is_contiguous()
-    assert op(x.to("meta"), w.t().to("meta"), None).shape == (9, 7)
+def test_values_for_all_strides(op):
+    table = torch.randn(14, 14)
+    biases = (None, table[0, :7], table[0, ::2], table[:7, 0], table.diagonal()[:7], torch.randn(1).expand(7))
+    for x in _strided(9, 13):
+        for weight in _strided(7, 13):
+            for b in biases:
+                got = op(x, weight, b)
+                torch.testing.assert_close(got, x @ weight.t() + (0 if b is None else b))
+                assert got.is_contiguous()
+    assert op(torch.empty(9, 13, device="meta"), torch.empty(7, 13, device="meta"), None).shape == (9, 7)
 
 
 def _graph(dtype=torch.float32):
@@ -62,7 +71,7 @@ def test_products_of_a_layer(eager):
     want = gm(*arguments)
     out = products(gm, 1.0, eager)
     out.graph.lint()
-    op = linear.KERNEL if eager else torch.ops.autopar.linear.default
+    op = linear.linear if eager else torch.ops.autopar.linear.default
     targets = [n.target for n in out.graph.nodes]
     assert targets.count(op) == 3 and targets.count(aten.mm.default) == 1 and aten.addmm.default not in targets
     assert aten.add_.Tensor in targets and targets.count(aten.permute.default) == 1
