@@ -331,6 +331,11 @@ def main() -> int:
     rows: list[Row] = []
     counts = args.processes or ([1, 2] if args.quick else [1, 2, 4])
     device = calibrated(max(counts), args.quick, console)
+    assert device.measured is not None
+    least = device.measured.linear_from
+    console.print(
+        "oneDNN is not the quicker" if least is None else f"oneDNN is quicker from {least / 1e6:.0f} MFLOP on"
+    )
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, DEVICE).write_text(profile.to_json(device), encoding="utf-8")
         for count in counts:

@@ -35,8 +35,6 @@ SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
 QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
 #: Sides of the square products on a processor.
 SIDES = (32, 96, 256, 384, 512)
-#: Seconds of oneDNN for one of the BLAS at which neither is preferred.
-PAR = 0.98
 CHAIN = 40  # ops in the graph that shows what one launch costs
 
 
@@ -176,9 +174,9 @@ def _with_onednn(
     for side in SIDES:
         a, b = (torch.ones(side, side) for _ in range(2))
         works: Sequence[Work] = (functools.partial(linear, a, b), functools.partial(torch.mm, a, b.t()))
-        turns = [[net(work) for work in works] for _ in range(3)]
+        turns = [[net(work) for work in works] for _ in range(5)]
         seconds.append(statistics.median(own for own, _ in turns))
-        gains.append(math.log(PAR * statistics.median(other / own for own, other in turns)))
+        gains.append(math.log(statistics.median(other / own for own, other in turns)))
     # The cut with most gain above it: one size that noise has got wrong does not decide.
     cut = max(range(len(SIDES) + 1), key=lambda at: sum(gains[at:]))
     points = [
