@@ -1,8 +1,8 @@
 """x @ weight.T + bias as oneDNN computes it, in float32 on the CPU: a function, and the op `autopar::linear`.
 
-PyTorch sends float32 products on x86 to the BLAS it is built with, and has oneDNN beside it, which is 5 to 20 % quicker
-at some sizes on some processors. Which, `autopar calibrate` measures; `passes/products.py` then puts the op in. Sums
-are taken in another order than by the BLAS, otherwise the values are the same.
+PyTorch sends float32 products on x86 to the BLAS it is built with, and has oneDNN beside it, which is quicker at some
+sizes on some processors. From which size on, `autopar calibrate` measures; `passes/products.py` then puts the op in.
+Sums are taken in another order than by the BLAS, otherwise the values are the same.
 
 oneDNN takes matrices that are dense along one dim, and reads a bias as if it were dense: others are copied here first.
 """
