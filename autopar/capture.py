@@ -16,7 +16,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -395,11 +395,12 @@ def compiled(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> Callable[
     graph.output(tuple(r for r in results if isinstance(r, fx.Node)))
     # Without a ShapeEnv, which has nothing to do here, torch caches nothing.
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes: list[Any]
     with torch.inference_mode(False), torch.no_grad(), resting_collector():
         with mode:  # each in memory of its own: that two are one, or share memory, may be so this time only
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in arguments]
         # For a `GmWrapper` AOTAutograd gives back what takes a list (in 2.11, read there, and 2.13, run).
-        run = _inductor.compile(GmWrapper(fx.GraphModule(gm, graph), list), fakes)
+        run = _inductor.compile(cast(fx.GraphModule, GmWrapper(fx.GraphModule(gm, graph), list)), fakes)
     count = len(results)
 
     def filled(box: list[Any]) -> Sequence[Any]:

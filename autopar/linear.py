@@ -16,7 +16,7 @@ import torch
 _BUILT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 #: Torch's op. Its lowering in inductor takes constant weights only; hence ours.
 KERNEL: Any = torch.ops.mkldnn._linear_pointwise.default if _BUILT else None
-_REST = ("none", [], "")  # no function of the result: its name, scalars, algorithm
+_REST: tuple[Any, ...] = ("none", [], "")  # no function of the result: its name, scalars, algorithm
 
 _LIBRARY = torch.library.Library("autopar", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -24,7 +24,7 @@ _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 def available() -> bool:
     """Whether this PyTorch has oneDNN, and may use it (`torch.backends.mkldnn`)."""
-    return _BUILT and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    return bool(_BUILT and torch.backends.mkldnn.enabled)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -363,7 +363,7 @@ def keep_strides(gm: fx.GraphModule) -> fx.GraphModule:
     `gm` is changed. The mask of a GPU's kernel is left alone: what becomes of it was settled when it was padded.
     """
     for node in list(gm.graph.nodes):
-        names = ("query", "key", "value", "out", "grad_out", "grad_out_")
+        names: tuple[str, ...] = ("query", "key", "value", "out", "grad_out", "grad_out_")
         if node.target in FUSED:
             enough = rows_aligned
         elif node.target in (FORWARD, BACKWARD):

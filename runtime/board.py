@@ -167,7 +167,7 @@ def share(control: dist.ProcessGroup, timeout: float) -> Board | None:
         dist.broadcast_object_list(box, group=control, group_src=0)
         if rank != 0 and box[0] is not None:
             with contextlib.suppress(OSError):  # on another machine
-                board = _joined(*box[0], rank, size, timeout)
+                board = _joined(box[0][0], box[0][1], rank, size, timeout)
         found: list[Any] = [None] * size
         dist.all_gather_object(found, board is not None, group=control)
     finally:
