@@ -22,15 +22,19 @@ from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
-from autopar.options import Asked, Example, arguments, ask
+from autopar.options import Asked, Example, arguments, ask, batch_rows
+from autopar.pipeline.plans import inner
 from autopar.plan import Plan
-from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Programs
+from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
 from autopar.runtime.groups import Grid, MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
+from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
 from autopar.spec import R, Spec, format_spec
+from autopar.stage_search import check_pipeline, fitting, plan_pipeline
+from autopar.stages import inner_place, lower_pipeline, stage_of_parameters, starts_again
 
 
 def compile(
@@ -50,6 +54,8 @@ def compile(
     check: bool = True,
     timeout: float = 300.0,
     init: Init | None = None,
+    micro_batches: int | None = None,
+    schedule: str | Path | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -83,6 +89,10 @@ def compile(
         backend: "eager" or "inductor".
         check: compare arguments and seeds between ranks before each step.
         timeout: seconds a rank waits for the others, planning included.
+        micro_batches: on a mesh with an axis called "pp", into how many pieces a batch is divided for the pipeline;
+            default: what the planner finds quickest.
+        schedule: of the pipeline: a name ("1f1b", "zb-h1", ...; `autopar.pipeline.schedules.SCHEDULES`) or the path of
+            a CSV file with a table of your own; default: the quickest.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -110,7 +120,9 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
-        asked = ask(shape, device, memory_limit, constraints, outputs, batch, loss, shared)
+        asked = ask(
+            shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule
+        )
         call = arguments(example)
         refuse_old_norms(model)
         empty = skeleton(model)
@@ -246,17 +258,20 @@ class _Builder:
 
     def __init__(self, control: Control, asked: Asked, given: Plan | None, eager: bool) -> None:
         self.control, self.asked, self.given, self.eager = control, asked, given, eager
-        self.programs = Programs()
+        self.programs, self.micros = Programs(), Programs()
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
+        self.homes: dict[str, int] = {}  # parameters that one stage of a pipeline has alone -> that stage
         # The same on every rank: what ranks compute alike must stay alike to the last bit.
         self.linear_from = control.share("reading the profile", lambda: _linear_from(asked.device))
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, first: Plan | None
-    ) -> Lowered:
+    ) -> Lowered | Pipelined:
         control, grid = self.control, self.control.grid
         with control.together("capture"):
             captured, pieces = self.asked.capture(model, args, kwargs, training, self.programs)
+        if self.asked.pipelined:
+            return self._pipelined(model, args, kwargs, captured, first)
         program = captured.program
         control.same(
             "the captured program",
@@ -270,6 +285,52 @@ class _Builder:
                 at = grid.mesh.coordinates(grid.rank)
                 lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid, self.linear_from))
         return replace(lowered, news=_NEWS[captured.how])
+
+    def _pipelined(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured, first: Plan | None
+    ) -> Pipelined:
+        """What this rank runs of a pipeline; `captured`: the call with the whole batch."""
+        control, grid, asked, whole = self.control, self.control.grid, self.asked, captured.program
+        rows = batch_rows(whole)
+
+        def program_of(micro: int) -> Program:
+            return asked.micro(model, args, kwargs, whole, micro, self.micros)
+
+        given = self.given if self.given is not None else first
+        pipeline = given.pipeline if given is not None else None
+        if pipeline is not None:
+            pipeline = replace(pipeline, micro=fitting(rows, pipeline.micro))
+        if self.given is not None and first is None:
+            with control.together("checking the plan"):
+                plan = check_pipeline(self.given, program_of, rows, asked)
+        else:
+            storage = inner(first).storage if first is not None else None
+
+            def made() -> str:
+                found = plan_pipeline(
+                    program_of, rows, asked, lambda p: _planner_options(p, asked), storage, pipeline
+                )
+                return found.to_json()
+
+            plan = Plan.from_json(control.share("planning", made), "the plan of rank 0")
+        assert plan.pipeline is not None
+        with control.together("lowering"):
+            program = program_of(plan.pipeline.micro)
+            starts: Sequence[str] = plan.pipeline.starts
+            if self.homes:
+                starts = starts_again(program, starts, self.homes)
+            place = inner_place(grid.mesh, grid.rank, plan.pipeline.axis, grid.group_names)
+            lowered = lower_pipeline(
+                program, whole, plan, place, full=asked.outputs == "full", eager=self.eager,
+                target=target_of(grid, self.linear_from), starts=starts, news=_NEWS[captured.how],
+            )  # fmt: skip
+            self.homes = self.homes or stage_of_parameters(program, starts)
+        control.same(
+            "the captured program",
+            program.digest(),
+            "the model's code must take the same path on every rank (no branches on the rank)",
+        )
+        return lowered
 
     def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
@@ -315,7 +376,7 @@ def _plan(
 
 def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program))
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program) and not asked.pipelined)
     return {
         "device": asked.device,
         "memory_limit": asked.memory_limit,

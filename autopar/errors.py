@@ -44,6 +44,14 @@ class PlanError(AutoparError, ValueError):
     """A plan that is damaged, of another schema, or made for another model or mesh."""
 
 
+class ScheduleError(AutoparError, ValueError):
+    """A pipeline schedule that cannot be read, or that could not run; names rank, step and action."""
+
+
+class PipelineError(AutoparError, RuntimeError):
+    """A pipeline that stopped: a rank failed or did not answer; names rank, step, action and what was waited for."""
+
+
 class PassError(AutoparError, RuntimeError):
     """A graph that breaks the invariant of its level after a pass."""
 

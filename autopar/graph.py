@@ -93,6 +93,7 @@ class Source:
     """A placeholder.
 
     kind: param, buffer, input, tangent (gradient of output `name`), seed (int64 RNG key), constant.
+    `late`: an input that is there when the backward starts only: a gradient that the next pipeline stage sends.
     """
 
     kind: str
@@ -100,6 +101,12 @@ class Source:
     node: str
     trainable: bool = False
     aliases: tuple[str, ...] = ()  # other names of a tied parameter
+    late: bool = False
+
+    @property
+    def phase(self) -> str:
+        """When it is there."""
+        return BACKWARD if self.late or self.kind == "tangent" else FORWARD
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class Sink:
     """An element of the output. kind: output, buffer (its new value), grad (of parameter `name`).
 
     With node None the value is `constant`. `cut`: it depends on parameters, but gradients start from the loss alone.
+    `late`: an output of the backward: a gradient that is sent to the pipeline stage before.
     """
 
     kind: str
@@ -115,6 +123,12 @@ class Sink:
     index: int = 0
     constant: Any = None
     cut: bool = False
+    late: bool = False
+
+    @property
+    def phase(self) -> str:
+        """What computes it."""
+        return BACKWARD if self.late or self.kind == "grad" else FORWARD
 
 
 @dataclass

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from autopar.call import TARGET, Call
 from autopar.checks import check_dtypes, refuse_old_norms, watched_generators
 from autopar.costmodel import profile
 from autopar.costmodel.devices import DEVICES, Device
-from autopar.errors import BatchError, CaptureError, ConstraintError, RuntimeUseError
+from autopar.errors import BatchError, CaptureError, ConstraintError, RuntimeUseError, ScheduleError
+from autopar.graph import Program
 from autopar.mesh import Mesh
+from autopar.pipeline.plans import AXIS, OWN
+from autopar.pipeline.schedules import SCHEDULES
 from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
@@ -44,6 +48,9 @@ class Asked:
     data_axes: tuple[str, ...]
     loss: Callable[[Any, Any], torch.Tensor] | None
     shared: tuple[str, ...] = ()
+    micro_batches: int | None = None
+    schedule: str | None = None
+    table: str = ""
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -52,8 +59,14 @@ class Asked:
             f"mesh {self.mesh}, device {name}, memory limit {self.memory_limit}, constraints {dict(self.constraints)}, "
             f"outputs {self.outputs}, local batches over {self.data_axes or 'no axis'}, "
             f"shared {', '.join(self.shared) or 'nothing'}, "
-            f"{'with' if self.loss else 'without'} loss="
+            f"{'with' if self.loss else 'without'} loss=, "
+            f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}"
         )
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether the mesh has an axis along which stages stand."""
+        return AXIS in self.mesh.names
 
     @property
     def pieces(self) -> int:
@@ -102,6 +115,28 @@ class Asked:
         split = tuple(S(0) if name in self.data_axes else R for name in self.mesh.names)
         return found, {name: split if name in local else whole for name in call.names}
 
+    def micro(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: Program,
+        count: int,
+        programs: Programs,
+    ) -> Program:
+        """The program of one of `count` micro-batches of a call whose program is `whole`."""
+        call = Call(model, args, kwargs, self.loss)
+        tensors = [
+            t.narrow(whole.batch_dims[n], 0, t.shape[whole.batch_dims[n]] // count) if n in whole.batch_dims else t
+            for n, t in zip(call.names, call.tensors)
+        ]
+        args, kwargs, target = call.arguments(tensors)
+        if self.loss is not None:
+            kwargs = {**kwargs, TARGET: target}
+        program = self._captured(model, args, kwargs, whole.training, programs).program
+        program.batch_dims = {n: d for n, d in whole.batch_dims.items()}
+        return program
+
     def _captured(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, programs: Programs
     ) -> Captured:
@@ -130,6 +165,8 @@ def ask(
     batch: str,
     loss: Callable[[Any, Any], torch.Tensor] | None,
     shared: Sequence[str],
+    micro_batches: int | None = None,
+    schedule: str | Path | None = None,
 ) -> Asked:
     """The options of `autopar.compile`, checked.
 
@@ -154,8 +191,39 @@ def ask(
         raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
-    return Asked(mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names)  # type: ignore[arg-type]
+    name, table = _schedule(mesh, micro_batches, schedule)
+    if AXIS in mesh.names and (axes or outputs == "sharded"):
+        what = 'batch="local"' if axes else 'outputs="sharded"'
+        raise ConstraintError(
+            f'{what} on mesh {mesh}: with a pipeline (axis {AXIS}) every rank takes the whole batch and gets whole '
+            'outputs; use batch="global" and outputs="auto" or "full"'
+        )
+    return Asked(
+        mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table
+    )  # type: ignore[arg-type]
 
+
+def _schedule(mesh: Mesh, micro: int | None, schedule: str | Path | None) -> tuple[str | None, str]:
+    """Name of the schedule, and its own table if it comes from a file."""
+    if AXIS not in mesh.names:
+        if micro is not None or schedule is not None:
+            raise ConstraintError(
+                f"micro_batches= and schedule= are for pipelines, and mesh {mesh} has no axis {AXIS!r}; add one "
+                f'("{AXIS}=2,{mesh}"), or leave them out'
+            )
+        return None, ""
+    if micro is not None and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):
+        raise ConstraintError(f"micro_batches={micro!r}; pass a number of micro-batches, at least 1")
+    if schedule is None or (isinstance(schedule, str) and schedule in SCHEDULES):
+        return schedule, ""
+    try:
+        text = Path(schedule).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ScheduleError(
+            f"schedule={str(schedule)!r} is neither a file that can be read ({error.strerror or error}) nor the name of a "
+            f"schedule: {', '.join(SCHEDULES)}"
+        ) from None
+    return OWN, text
 
 def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[str, ...]:
     if batch == "global":
@@ -178,6 +246,14 @@ def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[
             f'data-parallel strategy; name the axes that split the batch: batch="local:{mesh.names[0]}"'
         )
     return found
+
+
+def batch_rows(program: Program) -> int:
+    """Length of the batch of a program; 0 if none of its inputs is one."""
+    for source in program.of_kind("input"):
+        if source.name in program.batch_dims:
+            return int(program.node(source.node).meta["val"].shape[program.batch_dims[source.name]])
+    return 0
 
 
 def arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

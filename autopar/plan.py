@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,25 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How a program is run in stages along one mesh axis, on which nothing is split.
+
+    Attributes:
+        axis: the mesh axis along which the stages stand.
+        starts: addresses of the ops with which stages 1, 2, ... begin.
+        micro: number of micro-batches of a batch.
+        schedule: name of the schedule (`autopar.pipeline.schedules.SCHEDULES`), or "table".
+        table: the user's own schedule as CSV text; empty for a named one.
+    """
+
+    axis: str
+    starts: tuple[str, ...]
+    micro: int
+    schedule: str
+    table: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that passes and runtime need to know, for one program on one mesh.
 
@@ -55,6 +74,7 @@ class Plan:
         solver: status, gap, seconds by phase.
         target: how the CLI rebuilds the model (`autopar verify`), free-form; empty for plans made in Python.
         notes: what the user should know (replicated ops, ignored settings).
+        pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
     """
 
     mesh: Mesh
@@ -67,6 +87,7 @@ class Plan:
     solver: Mapping[str, Any] = field(default_factory=dict)
     target: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    pipeline: Pipeline | None = None
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere."""
@@ -93,6 +114,7 @@ class Plan:
             "autopar_plan": SCHEMA,
             "mesh": str(self.mesh),
             "fingerprint": self.fingerprint,
+            **({"pipeline": asdict(self.pipeline)} if self.pipeline is not None else {}),
             "storage": {k: [spec(v.spec), v.gather, v.reduce] for k, v in self.storage.items()},
             "inputs": {k: spec(v) for k, v in self.inputs.items()},
             "outputs": {k: spec(v) for k, v in self.outputs.items()},
@@ -149,6 +171,9 @@ class Plan:
                 if len(row) != len(mesh.sizes):
                     raise PlanError(f"{len(row)} choices for {len(mesh.sizes)} mesh axes")
                 choices[k] = row
+            pipeline = None
+            if "pipeline" in data:
+                pipeline = _pipeline(section("pipeline"), mesh)
             predicted = section("predicted")
             for k, v in predicted.items():
                 key = f"predicted {k}"
@@ -166,6 +191,7 @@ class Plan:
                 solver=section("solver"),
                 target=section("target"),
                 notes=tuple(data["notes"]),
+                pipeline=pipeline,
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None
@@ -218,10 +244,22 @@ def storage_shards(spec: Spec) -> bool:
     return all(p.kind == "R" or (p.kind == "S" and p.outer == 1) for p in spec)
 
 
+def _pipeline(data: Mapping[str, Any], mesh: Mesh) -> Pipeline:
+    starts, micro = data["starts"], data["micro"]
+    if not isinstance(starts, list) or not all(isinstance(s, str) for s in starts):
+        raise PlanError(f"starts is {starts!r}; it must be a list of addresses of ops")
+    if type(micro) is not int or micro < 1:
+        raise PlanError(f"micro is {micro!r}; it must be a number of micro-batches, at least 1")
+    mesh.axis(data["axis"])
+    return Pipeline(data["axis"], tuple(starts), micro, str(data["schedule"]), str(data.get("table", "")))
+
+
 def _block(value: Any) -> str:
     if isinstance(value, dict) and value:
         return "{\n" + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
     return json.dumps(value)
 
 
-__all__: Sequence[str] = ["GATHER", "REDUCE", "SCHEMA", "Placement", "Plan", "S", "Storage", "fold", "storage_shards"]
+__all__: Sequence[str] = [
+    "GATHER", "REDUCE", "SCHEMA", "Pipeline", "Placement", "Plan", "S", "Storage", "fold", "storage_shards",
+]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import fx
 
 from autopar.costmodel.rules import rule_for, signature
 from autopar.errors import PlanError
-from autopar.graph import BACKWARD, FORWARD, Program, Source, is_op, operands, resolve, results
+from autopar.graph import FORWARD, Program, Source, is_op, operands, resolve, results
 from autopar.rule import BoundRule
 from autopar.spec import Shape
 
@@ -117,7 +117,7 @@ def items_of(program: Program) -> Items:
             continue
         number[node] = index
         if source is not None:
-            phase = BACKWARD if source.kind == "tangent" else FORWARD
+            phase = source.phase
             constant = source.kind == "constant"
             add(Item(index, source.kind, source.name, phase, (), (), _results(node), node, source, None, constant))
             if source.kind == "param":
@@ -150,8 +150,7 @@ def items_of(program: Program) -> Items:
         meta = items[tensor.item].outs[tensor.index]
         if meta is None:
             continue
-        phase = BACKWARD if sink.kind == "grad" else FORWARD
-        add(Item(len(items), _SINK[sink.kind], sink.name, phase, (tensor,), (meta,), ()))
+        add(Item(len(items), _SINK[sink.kind], sink.name, sink.phase, (tensor,), (meta,), ()))
     return Items(program, items, users, param)
 
 

@@ -3,6 +3,8 @@
 lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC;
                                                                               on a GPU causal and to_device
 cut      joint local graph -> forward and backward                                           partition
+halves   a backward -> gradients of inputs, gradients of weights                             halves
+close    what ends an accumulation of gradients                                              reduction
 finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
 boxed    that, if it runs op by op -> how the runtime calls it                               box
 """
@@ -29,11 +31,13 @@ from autopar.passes.direct import direct
 from autopar.passes.edit import finished
 from autopar.passes.exchange import exchange
 from autopar.passes.fuse import fuse
+from autopar.passes.halves import Halves, halves
 from autopar.passes.inplace import inplace
 from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
 from autopar.passes.overlap import overlap
 from autopar.passes.partition import Parts, partition
 from autopar.passes.products import products
+from autopar.passes.reduction import Reduction, reduction
 from autopar.passes.runner import Pass, Report, run
 from autopar.plan import Plan
 
@@ -50,14 +54,16 @@ EAGER: tuple[Pass, ...] = (
 )
 
 
-def lower(program: Program, plan: Plan, rule_of: RuleOf, target: Target = HOST) -> tuple[LocalProgram, Report]:
-    """The local graph of `program` under `plan` for `target`, and what each pass did.
+def lower(
+    program: Program, plan: Plan, rule_of: RuleOf, target: Target = HOST, defer: bool = False
+) -> tuple[LocalProgram, Report]:
+    """The local graph of `program` under `plan` for `target`, and what each pass did. defer: as `insert_collectives`.
 
     Raises:
         PlanError: the plan is not legal for the program.
         PassError: a pass broke an invariant (a defect of ours); names the pass and the node.
     """
-    local = insert_collectives(program, plan, rule_of)
+    local = insert_collectives(program, plan, rule_of, defer)
     # The device last: all others know the program's ops; before the cut, which sees what is saved for the backward.
     steps = SYMBOLIC
     if target.device != HOST.device:
@@ -72,6 +78,15 @@ def cut(local: LocalProgram, fuses: bool = False) -> Parts:
     fuses: as `passes.partition.partition`.
     """
     return partition(local.gm, local.program.sources, local.program.sinks, fuses)
+
+
+def close(local: LocalProgram, plan: Plan) -> Reduction | None:
+    """What is left to do to the sums of gradients of a local program that was made with `defer`, if anything."""
+    found = reduction(local, plan)
+    if found is None:
+        return None
+    gm, _ = run(found.gm, (bucket,), mesh=plan.mesh, title="reduction")
+    return replace(found, gm=gm)
 
 
 def finish(
@@ -110,4 +125,7 @@ def finish(
     return finished(direct(out) if eager else out), report
 
 
-__all__ = ["HOST", "LocalProgram", "Parts", "Report", "Target", "boxed", "cut", "finish", "lower"]
+__all__ = [
+    "HOST", "Halves", "LocalProgram", "Parts", "Reduction", "Report", "Target", "boxed", "close", "cut", "finish",
+    "halves", "lower",
+]  # fmt: skip

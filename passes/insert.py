@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from autopar.errors import PlanError, RuleError
-from autopar.graph import BACKWARD, FORWARD, Program, Sink, Value, is_op, operands, resolve, results
+from autopar.graph import BACKWARD, FORWARD, Program, Sink, Source, Value, is_op, operands, resolve, results
 from autopar.mesh import Mesh
 from autopar.passes.edit import Draft
 from autopar.passes.localise import LocalCall, emit
@@ -43,19 +43,21 @@ class LocalProgram:
     sink_specs: tuple[Spec, ...]
 
 
-def insert_collectives(program: Program, plan: Plan, rule_of: RuleOf) -> LocalProgram:
+def insert_collectives(program: Program, plan: Plan, rule_of: RuleOf, defer: bool = False) -> LocalProgram:
     """Build the local graph of `program` under `plan`.
+
+    defer: gradients will be added up over micro-batches, and are left unreduced on axes where their parameter is whole.
 
     Raises:
         PlanError: a choice of the plan is not legal; names the op, the choice and the reason.
         SpecError: a redistribution the plan implies cannot be made.
     """
-    return _Inserter(program, plan, rule_of).run()
+    return _Inserter(program, plan, rule_of, defer).run()
 
 
 class _Inserter:
-    def __init__(self, program: Program, plan: Plan, rule_of: RuleOf) -> None:
-        self.program, self.plan, self.rule_of = program, plan, rule_of
+    def __init__(self, program: Program, plan: Plan, rule_of: RuleOf, defer: bool) -> None:
+        self.program, self.plan, self.rule_of, self.defer = program, plan, rule_of, defer
         self.mesh, self.sizes = plan.mesh, plan.mesh.sizes
         self.whole: Spec = (R,) * len(self.sizes)
         self.graph = fx.Graph()
@@ -70,7 +72,7 @@ class _Inserter:
         for i, sink in enumerate(self.program.sinks):
             if sink.node is not None:
                 readers.setdefault(resolve(nodes[sink.node]).node, []).append(i)
-        source_specs = [self._source(nodes[s.node], s.kind, s.name) for s in self.program.sources]
+        source_specs = [self._source(nodes[s.node], s) for s in self.program.sources]
         constants = {}
         for node in self.program.gm.graph.nodes:
             if node.op == "get_attr":
@@ -89,8 +91,8 @@ class _Inserter:
         gm = Draft(constants, self.graph)
         return LocalProgram(gm, self.program, self.mesh, tuple(source_specs), tuple(spec for _, spec in ends))
 
-    def _source(self, node: fx.Node, kind: str, name: str) -> Spec:
-        spec = self.whole
+    def _source(self, node: fx.Node, source: Source) -> Spec:
+        kind, name, spec = source.kind, source.name, self.whole
         if kind in ("param", "buffer"):
             spec = self.plan.stored(name).spec
             if self.plan.stored(name).gather == "twice":
@@ -100,7 +102,7 @@ class _Inserter:
         shape = Value(node, 0).shape
         self._check(spec, shape, f"{kind} {name}")
         local = self.graph.placeholder(node.name)
-        local.meta["phase"] = BACKWARD if kind == "tangent" else FORWARD
+        local.meta["phase"] = source.phase
         piece = local_shape(shape, spec, self.sizes)
         local.meta["val"] = torch.empty(piece, dtype=node.meta["val"].dtype, device="meta")
         self._own(Value(node, 0), spec, local)
@@ -159,13 +161,15 @@ class _Inserter:
         return local
 
     def _sink(self, sink: Sink, value: Value) -> tuple[fx.Node, Spec]:
-        phase, spec = FORWARD, self.whole
+        phase, spec = sink.phase, self.whole
         if sink.kind == "output":
             spec = self.plan.outputs.get(sink.name, self.whole)
         elif sink.kind == "grad":
-            phase, spec = BACKWARD, self.plan.stored(sink.name).spec
+            spec = self.plan.stored(sink.name).spec
             self._check(spec, value.shape, f"gradient of {sink.name}")
-            if self.plan.stored(sink.name).reduce == "all_reduce":
+            if self.defer:
+                spec = tuple(h if h.kind == "P" and s.kind == "R" else s for h, s in zip(self.home[value], spec))
+            elif self.plan.stored(sink.name).reduce == "all_reduce":
                 reduced = tuple(R if p.kind == "P" else p for p in self.home[value])
                 local = self._bring(value, reduced, phase, f"gradient of {sink.name}")
                 # ZeRO-1 asked for the whole gradient: the two steps are not to be merged into a scatter.

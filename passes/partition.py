@@ -42,10 +42,10 @@ class Parts:
     """The two halves.
 
     Attributes:
-        forward: placeholders: the joint's that are not tangents, in order. Outputs: `num_outputs` forward outputs
-            (sinks that are not gradients, in order), then the tensors of `saved`.
-        backward: placeholders: those of `saved_inputs`, then `saved`, then the tangents, in order. Outputs: the
-            gradients (sinks of kind grad, in order).
+        forward: placeholders: the joint's that are not tangents or late, in order. Outputs: `num_outputs` forward
+            outputs (sinks of the forward, in order), then the tensors of `saved`.
+        backward: placeholders: those of `saved_inputs`, then `saved`, then the tangents and late inputs, in order.
+            Outputs: the gradients (sinks of the backward, in order).
         num_outputs: number of forward outputs.
         saved_inputs: positions among the forward's placeholders that the backward reads.
         saved: names of the forward nodes handed over as further outputs.
@@ -74,14 +74,14 @@ def partition(gm: fx.GraphModule, sources: Sequence[Source], sinks: Sequence[Sin
             f"the graph has {len(places)} placeholders and {len(out.args[0])} outputs; "  # type: ignore[arg-type]
             f"the program has {len(sources)} sources and {len(sinks)} sinks"
         )
-    tangents = [n for n, s in zip(places, sources) if s.kind == "tangent"]
-    inputs = [n for n, s in zip(places, sources) if s.kind != "tangent"]
+    tangents = [n for n, s in zip(places, sources) if s.phase == BACKWARD]
+    inputs = [n for n, s in zip(places, sources) if s.phase == FORWARD]
     values = list(out.args[0])  # type: ignore[arg-type]
-    results = [v for v, s in zip(values, sinks) if s.kind != "grad"]
-    grads = [v for v, s in zip(values, sinks) if s.kind == "grad"]
+    results = [v for v, s in zip(values, sinks) if s.phase == FORWARD]
+    grads = [v for v, s in zip(values, sinks) if s.phase == BACKWARD]
     late = _backward_nodes(gm, tangents)
     for value, sink in zip(values, sinks):
-        if sink.kind != "grad" and value in late:
+        if sink.phase == FORWARD and value in late:
             raise PassError(
                 f"{sink.kind} {sink.name} is computed by backward node {value}; outputs belong to the forward"
             )

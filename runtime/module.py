@@ -15,10 +15,13 @@ from torch.distributed.tensor import DTensor
 from autopar import tree
 from autopar.errors import BatchError, CaptureError, RuntimeUseError
 from autopar.mesh import Mesh
+from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Argument, Call, Control, answered, checksum
+from autopar.runtime.lane import lane_of
 from autopar.runtime.optimizers import watch
+from autopar.runtime.pipeline import Pipelined, PipelineStep
 from autopar.runtime.state import Build, Options, State
 from autopar.runtime.step import Step, local_of
 from autopar.runtime.storage import (
@@ -118,10 +121,13 @@ class ParallelModule(nn.Module):
 
         It is what a plain model loads: `model.load_state_dict(pm.full_state_dict())`.
         """
+        state, own = self._state, self.state_dict()
         out = {}
-        for name, value in self.state_dict().items():
-            with answered(self._state.grid):
-                full = whole(value, self._state.grid) if isinstance(value, DTensor) else value
+        for name, like in state.skeleton.state_dict().items():
+            with answered(state.grid):
+                value = own.get(name)
+                full = whole(value, state.local) if isinstance(value, DTensor) else value
+                full = state.from_owner(name, full, like)
             out[name] = full.detach().cpu().clone()
         return out
 
@@ -230,7 +236,8 @@ class ParallelModule(nn.Module):
             raise RuntimeUseError(
                 "assign=True would replace the sharded parameters; use load_state_dict(..., assign=False)"
             )
-        return super().load_state_dict(state_dict, strict=strict)
+        elsewhere = self._state.elsewhere()
+        return super().load_state_dict({k: v for k, v in state_dict.items() if k not in elsewhere}, strict=strict)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Bring every value into our placements; nn.Module calls it also for a module that holds this one."""
@@ -246,7 +253,7 @@ class ParallelModule(nn.Module):
                 elif isinstance(value, DTensor):
                     value = value.full_tensor()
                 if isinstance(mine, DTensor) and not isinstance(value, DTensor):
-                    value = scatter(value.detach(), mine, state.grid)
+                    value = scatter(value.detach(), mine, state.local)
             state_dict[prefix + name] = value
         super()._load_from_state_dict(state_dict, prefix, *rest)
         state.missing = {name for name in state.missing if name not in own or id(own[name]) not in loaded}
@@ -334,10 +341,14 @@ class ParallelModule(nn.Module):
         return Argument(name, type(value).__name__ if " at 0x" in text else text)
 
     def _any_parameters(self) -> Iterator[nn.Parameter]:
-        """Ours, or the skeleton's before the first plan; tied ones once, in the order of `parameters()`."""
-        if self._state.plan is None:
-            return self._state.skeleton.parameters()
-        return iter({id(p): p for p in self._state.tensors()[0].values()}.values())
+        """Ours, or the skeleton's where we have none (before the first plan; those of other stages); tied ones once."""
+        state = self._state
+        if state.plan is None:
+            return state.skeleton.parameters()
+        ours = state.tensors()[0]
+        if state.lane is None:
+            return iter({id(p): p for p in ours.values()}.values())
+        return (ours.get(name, p) for name, p in state.skeleton.named_parameters())
 
     @torch.inference_mode(False)
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step:
@@ -345,8 +356,10 @@ class ParallelModule(nn.Module):
         for module, shell in zip(state.skeleton.modules(), state.shells.values()):
             module.training = shell.training
         if state.plan is not None:
-            for parameter, ours in zip(state.skeleton.parameters(), self.parameters()):
-                parameter.requires_grad_(ours.requires_grad)
+            have = state.tensors()[0]
+            for name, parameter in state.skeleton.named_parameters(remove_duplicate=False):
+                if name in have:
+                    parameter.requires_grad_(have[name].requires_grad)
         grads = call.mode.endswith("with gradients")
         try:
             lowered = state.build(state.skeleton, args, kwargs, grads, state.plan)
@@ -354,18 +367,28 @@ class ParallelModule(nn.Module):
             if changed := self._changed(call):
                 raise CaptureError(f"{error}. It was captured again because {'; '.join(changed)}") from error
             raise
+        piped = isinstance(lowered, Pipelined)
+        if piped and state.lane is None:
+            assert lowered.plan.pipeline is not None
+            state.lane = lane_of(state.grid, lowered.plan.pipeline.axis)
+        if piped:
+            assert state.lane is not None
+            state.lane.share(lowered.shared)
         with state.control.together("lowering"):
-            step = Step(lowered, state.grid, state.options.data_axes)
+            step = PipelineStep(lowered, state.lane) if piped else Step(lowered, state.grid, state.options.data_axes)
         if state.plan is None:
+            plan = inner(lowered.plan) if piped else lowered.plan
             with state.control.together("reading the plan"):
-                for storage in lowered.plan.storage.values():
+                for storage in plan.storage.values():
                     placements(storage.spec)
-            loader = Loader(state.grid, state.control, state.options.init)
+            loader = Loader(state.grid, state.control, state.options.init, state.local)
             assert state.model is not None
             with state.control.together("taking the values"):
                 _check_unchanged(state.skeleton, state.model)
-            fill_tree(state.shells, state.skeleton, state.model, lowered.plan, loader)
-            watch(state.grid.device_mesh)
+            if piped:
+                state.places = lowered.places
+            fill_tree(state.shells, state.skeleton, state.model, plan, loader, state.elsewhere())
+            watch(state.local.device_mesh)
             state.missing, state.model, state.plan = loader.missing, None, lowered.plan
         self._warn_again(call, lowered.news)
         state.forms.append((grads, call.arguments))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,13 @@ from autopar.errors import RuntimeUseError
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Argument, Control
+from autopar.runtime.lane import Lane
+from autopar.runtime.pipeline import Pipelined, PipelineStep
 from autopar.runtime.step import Lowered, Step
 from autopar.runtime.storage import Init
 
 #: Captures, plans and lowers one call, the same on every rank: (skeleton, args, kwargs, with backward, first plan).
-Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered]
+Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered | Pipelined]
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,37 @@ class State:
     order: list[str]  # of the parameters of the model's forward
     names: list[str]  # of what it takes by position
     plan: Plan | None = None
-    steps: dict[Any, Step] = field(default_factory=dict)
+    steps: dict[Any, Step | PipelineStep] = field(default_factory=dict)
     forms: list[tuple[bool, tuple[Argument, ...]]] = field(default_factory=list)
     compared: set[tuple[tuple[str, str], ...]] = field(default_factory=set)  # forms whose pieces were looked at
     missing: set[str] = field(default_factory=set)
-    last: Step | None = None
+    last: Step | PipelineStep | None = None
     parts: tuple[int, ...] = ()  # which piece of the batch every rank brings
-    places: tuple[list[_Place], list[_Place]] | None = None  # of parameters and buffers; see `tensors`
+    holders: tuple[list[_Place], list[_Place]] | None = None  # of parameters and buffers; see `tensors`
+    lane: Lane | None = None  # with a pipeline
+    places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as of `Pipelined`
+
+    @property
+    def local(self) -> Grid:
+        """The grid on which this rank's parameters lie: that of its stage, with a pipeline."""
+        return self.grid if self.lane is None else self.lane.inner
+
+    def elsewhere(self) -> frozenset[str]:
+        """Names of the parameters and buffers that other stages have, and this rank has not."""
+        if self.lane is None:
+            return frozenset()
+        return frozenset(name for name, places in self.places.items() if self.lane.rank not in places)
+
+    def from_owner(self, name: str, value: Any, like: torch.Tensor) -> Any:
+        """A whole tensor from a stage that has it, on every rank. A collective call with a pipeline.
+
+        `value`: what this rank has, if it has any; `like`: a tensor of the same form, without values.
+        """
+        if self.lane is None or not isinstance(like, torch.Tensor):
+            return value
+        if not isinstance(value, torch.Tensor):
+            value = torch.empty(like.shape, dtype=like.dtype, device=self.grid.device)
+        return self.lane.broadcast(value.detach(), self.places.get(name, (0,))[0])
 
     def tensors(self) -> tuple[dict[str, nn.Parameter], dict[str, torch.Tensor]]:
         """Parameters and buffers as they are now, by all their names.
@@ -72,16 +98,16 @@ class State:
         As `named_parameters` and `named_buffers` (remove_duplicate=False), which walk over all modules; every step
         needs this, and the modules never change. What they hold may be replaced.
         """
-        if self.places is None:
+        if self.holders is None:
             root = self.shells[id(self.skeleton)]
             shells = list(root.named_modules(remove_duplicate=False))
             join = "{}.{}".format
-            self.places = (
+            self.holders = (
                 [(join(at, k) if at else k, m._parameters, k) for at, m in shells for k in m._parameters],
                 [(join(at, k) if at else k, m._buffers, k) for at, m in shells for k in m._buffers],
             )
         params, buffers = (
-            {name: held[key] for name, held, key in places if held.get(key) is not None} for places in self.places
+            {name: held[key] for name, held, key in places if held.get(key) is not None} for places in self.holders
         )
         return params, buffers
 
@@ -95,7 +121,7 @@ class State:
             forms=list(self.forms),
             compared=set(self.compared),
             missing=set(self.missing),
-            places=None,
+            holders=None,
         )
 
     def __reduce__(self) -> Any:

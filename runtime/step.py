@@ -70,9 +70,9 @@ class Step:
         self.forward: Any = lowered.forward
         self.backward: Any = lowered.backward
         if lowered.compiler is not None:
-            self.forward = _Compiled(lowered.forward, lowered.compiler, gated=True)
+            self.forward = Compiled(lowered.forward, lowered.compiler, gated=True)
             if lowered.backward is not None:
-                self.backward = _Compiled(lowered.backward, lowered.compiler)
+                self.backward = Compiled(lowered.backward, lowered.compiler)
         self.saved_inputs = lowered.saved_inputs
         self.sources = [s for s in program.sources if s.kind != "tangent"]
         self.tangents = program.of_kind("tangent")
@@ -192,7 +192,7 @@ class Step:
             elif isinstance(given, DTensor):
                 given = whole(given, self.grid)
             tangents.append(given.to(want.dtype).contiguous())
-        taken = _Taken([*held, *tangents])
+        taken = Taken([*held, *tangents])
         saved += tangents
         results = self._run(self.backward, saved)
         return {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
@@ -237,7 +237,7 @@ def _open() -> None:
     """A gate that is open."""
 
 
-class _Compiled:
+class Compiled:
     """A compiled graph, called as those that run op by op are. It is made for one form of every argument."""
 
     def __init__(self, gm: fx.GraphModule, compiler: Compiler, gated: bool = False) -> None:
@@ -393,12 +393,21 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class _Taken:
+class Taken:
     """Memory that belongs to others: a gradient is added to in place later, so that it must not share any."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.foreign = {_memory(t) for t in tensors}
         self.spans: dict[int, list[tuple[int, int]]] = {}
+
+    def also(self, tensors: Sequence[torch.Tensor]) -> Taken:
+        """This, with the memory of more tensors."""
+        self.foreign.update(_memory(t) for t in tensors)
+        return self
+
+    def apart(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, copied if it lies in the memory of others."""
+        return tensor.clone() if _memory(tensor) in self.foreign else tensor
 
     def own(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient, copied if it overlaps memory handed out before; disjoint pieces of a bucket are not."""

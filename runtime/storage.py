@@ -127,8 +127,9 @@ class Loader:
     `missing` collects the names that have no value anywhere yet (meta device, no `init`).
     """
 
-    def __init__(self, grid: Grid, control: Control, init: Init | None) -> None:
-        self.grid, self.control, self.init = grid, control, init
+    def __init__(self, grid: Grid, control: Control, init: Init | None, local: Grid | None = None) -> None:
+        """`local`: the grid on which tensors lie, if it is not that of all ranks: of one pipeline stage."""
+        self.grid, self.control, self.init, self.local = grid, control, init, local or grid
         self.missing: set[str] = set()
 
     def load(self, name: str, value: torch.Tensor, spec: Spec) -> torch.Tensor:
@@ -141,7 +142,7 @@ class Loader:
         (absent, *_), *_ = self.control.rows([int(value.is_meta)])
         if absent and self.init is None:
             self.missing.add(name)
-            return torch.empty(local_shape(shape, spec, self.grid.mesh.sizes), dtype=dtype, device=self.grid.device)
+            return torch.empty(local_shape(shape, spec, self.local.mesh.sizes), dtype=dtype, device=self.grid.device)
         full = value.detach()
         if absent:
             with self.control.together(f"init of {name}"):
@@ -149,7 +150,7 @@ class Loader:
                     full = self._made(name, shape, dtype)
         if self.grid.control is not None and self.grid.size > 1:
             full = self._broadcast(full, shape, dtype)
-        return piece_of(full, spec, self.grid)
+        return piece_of(full, spec, self.local)
 
     def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         assert self.init is not None
@@ -184,13 +185,21 @@ def build_tree(root: nn.Module, model: nn.Module) -> dict[int, nn.Module]:
     return shells
 
 
-def fill_tree(shells: dict[int, nn.Module], source: nn.Module, values: nn.Module, plan: Plan, loader: Loader) -> None:
+def fill_tree(
+    shells: dict[int, nn.Module],
+    source: nn.Module,
+    values: nn.Module,
+    plan: Plan,
+    loader: Loader,
+    elsewhere: frozenset[str] = frozenset(),
+) -> None:
     """Register sharded parameters and replicated buffers in the shells. Collective.
 
     Args:
         shells: from `build_tree(root, source)`.
         source: the skeleton, whose modules `shells` is keyed by.
         values: the user's model, of the same structure, which has the values on rank 0.
+        elsewhere: names of what other pipeline stages have: not registered here.
     """
     have: dict[str, torch.Tensor] = dict(values.named_parameters(remove_duplicate=False))
     have.update(values.named_buffers(remove_duplicate=False))
@@ -206,14 +215,21 @@ def fill_tree(shells: dict[int, nn.Module], source: nn.Module, values: nn.Module
             if id(parameter) not in made:
                 # Under any of the names of a tied parameter.
                 spec = plan.stored(next((n for n in names[id(parameter)] if n in plan.storage), path)).spec
-                local = as_dtensor(loader.load(path, have[path], spec), parameter.shape, spec, loader.grid)
+                local = as_dtensor(loader.load(path, have[path], spec), parameter.shape, spec, loader.local)
                 made[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
-            shell._parameters[name] = made[id(parameter)]
+                if path in elsewhere:
+                    loader.missing.discard(path)
+                    made[id(parameter)] = None
+            if made[id(parameter)] is not None:
+                shell._parameters[name] = made[id(parameter)]
         persistent = module.state_dict(keep_vars=True)
         for name, buffer in module.named_buffers(recurse=False):
             path = f"{prefix}.{name}" if prefix else name
             if id(buffer) not in made:
                 made[id(buffer)] = loader.load(path, have[path], whole)
+            if path in elsewhere:
+                loader.missing.discard(path)
+                continue
             # Not register_buffer: a buffer of the root may be called like an attribute of ours.
             shell._buffers[name] = made[id(buffer)]
             if name not in persistent:

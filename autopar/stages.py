@@ -1,0 +1,298 @@
+"""From a plan with a pipeline to what one rank runs: the program cut, the rank's stages lowered, the table.
+
+The pipeline's part of the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autopar import passes
+from autopar.capture import compiled
+from autopar.costmodel import rules
+from autopar.costmodel.stage_plans import stage_plans
+from autopar.errors import BatchError, PlanError, ScheduleError
+from autopar.graph import BACKWARD, FORWARD, Program, Sink
+from autopar.mesh import Mesh
+from autopar.pipeline.checks import check
+from autopar.pipeline.comms import forwards, has_comms, with_comms
+from autopar.pipeline.cut import Stage, cut
+from autopar.pipeline.plans import OWN, inner
+from autopar.pipeline.regions import Regions, nbytes, regions_of
+from autopar.pipeline.schedules import schedule, stage_homes
+from autopar.pipeline.table import Table, from_csv, homes
+from autopar.pipeline.weights import divisor
+from autopar.plan import Pipeline, Plan
+from autopar.runtime.pipeline import Pipelined
+from autopar.runtime.stage import LoweredStage, form, forms
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: its place in the lane, and its coordinates and groups in the mesh of its stage."""
+
+    lane: int
+    coordinates: tuple[int, ...]
+    group_names: Mapping[str, str]
+
+
+def table_of(pipeline: Pipeline, ranks: int, training: bool = True) -> Table:
+    """The table of a pipeline, with sends and receives.
+
+    Raises:
+        ScheduleError: the schedule does not exist, or does not go with so many ranks or micro-batches.
+    """
+    if pipeline.schedule == OWN:
+        table = from_csv(pipeline.table)
+        check(table, micro=pipeline.micro)
+        if len(table) != ranks:
+            raise ScheduleError(
+                f"the table has rows for {len(table)} ranks; axis {pipeline.axis} has {ranks}: give each rank one row"
+            )
+        if training:
+            return table if has_comms(table) else with_comms(table)
+        home = homes(table)
+        return with_comms(forwards(ranks, pipeline.micro, [home[s] for s in sorted(home)]))
+    if not training:
+        return with_comms(forwards(ranks, pipeline.micro, stage_homes(pipeline.schedule, ranks)))
+    return with_comms(schedule(pipeline.schedule).make(ranks, pipeline.micro))
+
+
+def stages_on(pipeline: Pipeline, ranks: int) -> tuple[int, ...]:
+    """The place in the lane of every stage."""
+    if pipeline.schedule == OWN:
+        home = homes(from_csv(pipeline.table))
+        return tuple(home[s] for s in sorted(home))
+    return stage_homes(pipeline.schedule, ranks)
+
+
+def lower_pipeline(
+    program: Program,
+    whole: Program,
+    plan: Plan,
+    place: Place,
+    *,
+    full: bool,
+    eager: bool = False,
+    target: passes.Target = passes.HOST,
+    starts: Sequence[str] | None = None,
+    news: str = "",
+) -> Pipelined:
+    """What the rank at `place` runs of `program`, which is of one micro-batch, under `plan`.
+
+    Args:
+        whole: the program of the whole batch, for the weights of micro-batches.
+        full: outputs beside the loss are wanted in training.
+        starts: addresses at which stages begin, where they are not the plan's.
+
+    Raises:
+        PlanError: the plan is not legal for the program. ScheduleError: as `table_of`.
+    """
+    assert plan.pipeline is not None
+    pipeline, mine = plan.pipeline, inner(plan)
+    ranks = plan.mesh.sizes[plan.mesh.axis(pipeline.axis)]
+    table = table_of(pipeline, ranks, program.training)
+    stages = cut(program, pipeline.starts if starts is None else starts)
+    home = homes(table)
+    if len(stages) != len(home):
+        raise PlanError(
+            f"the plan cuts the model into {len(stages)} stages, its schedule ({pipeline.schedule}) has {len(home)} on "
+            f"{ranks} ranks; give {len(home) - 1} places to cut at"
+        )
+    plans = stage_plans(program, mine, stages)
+    kinds = {s: {a.kind for a in row if a.stage == s} for row in table for s in {a.stage for a in row}}
+    lowered = {
+        s: _lower(stages[s], plans[s], place, kinds[s], eager, target) for s, at in home.items() if at == place.lane
+    }
+    loss = _loss(program)
+    divisors = None
+    if loss is not None:
+        same = next(s for s in whole.sinks if s.kind == "output" and s.name == loss.name)
+        one, all_ = divisor(program, loss), divisor(whole, same)
+        divisors = None if one is None or all_ is None else (one, all_)
+    places = _places(stages, home)
+    outputs = {k.name: s.index for s in stages for k in s.program.sinks if _is_output(k) and k.name not in s.sends}
+    return Pipelined(
+        program=program,
+        plan=plan,
+        table=table,
+        stages=lowered,
+        micro=pipeline.micro,
+        divisors=divisors,
+        loss=loss.name if loss is not None else "",
+        at=outputs,
+        batched=frozenset(_batched(program, whole)),
+        full=full or loss is None or not program.training,
+        places=places,
+        shared={
+            name: tuple(sorted({home[i] for i in at}))
+            for s in stages
+            for name, at in s.shared.items()
+            if len({home[i] for i in at}) > 1
+        },
+        news=news,
+    )
+
+
+def _is_output(sink: Sink) -> bool:
+    return sink.kind == "output" and not sink.late
+
+
+def _loss(program: Program) -> Sink | None:
+    tangents = program.of_kind("tangent")
+    if not program.training:
+        return next((s for s in program.sinks if s.kind == "output" and s.node is not None and _scalar(program, s)), None)
+    found = next((s for s in program.sinks if s.kind == "output" and tangents and s.name == tangents[0].name), None)
+    if len(tangents) != 1 or found is None or not _scalar(program, found):
+        raise BatchError(
+            f"a pipeline runs the backward by itself, from a loss, and the model's outputs "
+            f"({', '.join(t.name for t in tangents)}) are none: return a scalar loss from forward, or pass loss= to "
+            "autopar.compile"
+        )
+    return found
+
+
+def _scalar(program: Program, sink: Sink) -> bool:
+    val = program.node(str(sink.node)).meta["val"]
+    return isinstance(val, torch.Tensor) and val.dim() == 0 and val.is_floating_point()
+
+
+def _batched(program: Program, whole: Program) -> list[str]:
+    """Outputs whose dim 0 grows with the batch."""
+    out = []
+    for one, all_ in zip(program.sinks, whole.sinks):
+        if one.kind != "output" or one.node is None or all_.node is None:
+            continue
+        a, b = (_val(p, s) for p, s in ((program, one), (whole, all_)))
+        if a.dim() and a.shape[0] != b.shape[0]:
+            out.append(one.name)
+        elif a.shape != b.shape:
+            raise BatchError(
+                f"output {one.name} has shape {tuple(b.shape)} for the whole batch and {tuple(a.shape)} for a "
+                "micro-batch: micro-batches are joined along dim 0; return it with the batch first"
+            )
+    return out
+
+
+def _val(program: Program, sink: Sink) -> torch.Tensor:
+    val = program.node(str(sink.node)).meta["val"]
+    return val[sink.index] if isinstance(val, (tuple, list)) else val
+
+
+def _places(stages: Sequence[Stage], home: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
+    """Parameters, and buffers that change, by all their names -> places in the lane that have them."""
+    found: dict[str, set[int]] = {}
+    for stage in stages:
+        changed = {s.name for s in stage.program.sinks if s.kind == "buffer"}
+        for source in stage.program.sources:
+            if source.kind == "param" or (source.kind == "buffer" and source.name in changed):
+                for name in (source.name, *source.aliases):
+                    found.setdefault(name, set()).add(home[stage.index])
+    return {name: tuple(sorted(at)) for name, at in found.items()}
+
+
+def stage_of_parameters(program: Program, starts: Sequence[str]) -> dict[str, int]:
+    """Parameters that one stage has alone -> that stage."""
+    return {
+        s.name: stage.index
+        for stage in cut(program, starts)
+        for s in stage.program.of_kind("param")
+        if s.name not in stage.shared
+    }
+
+
+def starts_again(program: Program, starts: Sequence[str], stage_of: Mapping[str, int]) -> list[str]:
+    """Where stages begin in another program of the same model, so that parameters stay where they are.
+
+    The places of the first program where they are there and right, else the gap with the fewest bytes between the last op
+    that needs an earlier stage and the first that needs a later one.
+
+    Raises:
+        PlanError: the new program reads the parameters in another order.
+    """
+    regions = regions_of(program)
+    at = {n.meta["address"]: i for i, n in enumerate(regions.sequence)}
+    needs = [[stage_of[p] for p in regions.reads(n).params if p in stage_of] for n in regions.sequence]
+    out: list[int] = []
+    live: list[int] | None = None
+    for stage, address in enumerate(starts, 1):
+        low = 1 + max((i for i, s in enumerate(needs) if s and min(s) < stage), default=0)
+        high = min((i for i, s in enumerate(needs) if s and max(s) >= stage), default=len(needs) - 1)
+        low = max(low, out[-1] + 1 if out else 1)
+        if low > high:
+            raise PlanError(
+                f"the model now uses its parameters in another order than in its first call: stage {stage} cannot keep "
+                "its own; compile another module for this kind of call"
+            )
+        place = at.get(address, -1)
+        if not low <= place <= high:
+            live = live or _sizes(regions)
+            place = min(range(low, high + 1), key=live.__getitem__)
+        out.append(place)
+    return [regions.sequence[i].meta["address"] for i in out]
+
+
+def _sizes(regions: Regions) -> list[int]:
+    return [nbytes(values) for values in regions.live()]
+
+
+def _lower(
+    stage: Stage, plan: Plan, place: Place, kinds: set[str], eager: bool, target: passes.Target
+) -> LoweredStage:
+    program, mesh = stage.program, plan.mesh
+    local, _ = passes.lower(program, plan, rules.rule_for, target, defer=True)
+    parts = passes.cut(local, fuses=not eager)
+    title = "-".join(map(str, (f"stage{stage.index}", *place.coordinates)))
+
+    def done(gm: torch.fx.GraphModule, what: str) -> torch.fx.GraphModule:
+        gm, _ = passes.finish(gm, mesh, place.coordinates, place.group_names, f"{what}-{title}", eager, target)
+        return passes.boxed(gm) if eager else gm
+
+    early = [s for s in program.sources if s.phase == FORWARD]
+    late = [s for s in program.sources if s.phase == BACKWARD]
+    values = [s for s in program.sinks if s.phase == FORWARD]
+    ends = [s for s in program.sinks if s.phase == BACKWARD]
+    given = [n for n in parts.forward.graph.nodes if n.op == "placeholder"]
+    handed = [n for n in parts.backward.graph.nodes if n.op == "placeholder"]
+    handed = handed[len(handed) - len(late) :]
+    received = {s.name: form(n) for s, n in zip(early, given)}
+    returned = {s.name: form(n) for s, n in zip(late, handed)}
+    at = {s.name: i for i, s in enumerate(values) if s.kind == "output"}
+    at_end = {s.name: i for i, s in enumerate(ends) if s.kind == "output"}
+    halves = passes.halves(parts.backward, [s.kind != "grad" for s in ends]) if "I" in kinds else None
+    whole = program.training and "B" in kinds
+    reduction = passes.close(local, plan) if program.training else None
+    return LoweredStage(
+        stage=stage,
+        plan=plan,
+        training=program.training,
+        forward=done(parts.forward, "forward"),
+        backward=done(parts.backward, "backward") if whole else None,
+        saved_inputs=parts.saved_inputs,
+        inputs=done(halves.inputs, "inputs") if halves else None,
+        weights=done(halves.weights, "weights") if halves else None,
+        input_reads=halves.input_reads if halves else (),
+        weight_reads=halves.weight_reads if halves else (),
+        reduce=done(reduction.gm, "reduction") if reduction else None,
+        reduced=reduction.names if reduction else (),
+        receives_forward=tuple(received[name] for name in stage.receives),
+        sends_forward=forms(parts.forward, [at[name] for name in stage.sends]),
+        receives_backward=tuple(returned[name] for name in stage.receives_back),
+        sends_backward=forms(parts.backward, [at_end[name] for name in stage.sends_back]),
+        compiler=None if eager else compiled,
+    )
+
+
+def inner_place(mesh: Mesh, rank: int, axis: str, group_names: Mapping[str, str]) -> Place:
+    """The place of a rank of `mesh` in the pipeline along `axis`."""
+    at, coordinates = mesh.axis(axis), mesh.coordinates(rank)
+    rest = tuple(c for a, c in enumerate(coordinates) if a != at)
+    return Place(coordinates[at], rest or (0,), {n: g for n, g in group_names.items() if n != axis})
+
+
+__all__ = [
+    "Place", "inner_place", "lower_pipeline", "stage_of_parameters", "stages_on", "starts_again", "table_of",
+]  # fmt: skip

@@ -1,0 +1,270 @@
+"""A program as a chain of pieces that pipeline stages are made of: where it may be cut, and what each piece costs.
+
+Places to cut at are the gaps of the forward's sequence over which few bytes go: those that no gap in the neighbourhood (a
+quarter of a stage's computation to either side) beats, so that blocks are not cut in the middle for the last per cent
+of balance. What a piece costs is priced as the planner prices: seconds of its ops and of the communication that they
+wait for, bytes by the specs of its tensors. All of it is of one micro-batch under one plan of the ranks of a stage.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from torch import fx
+
+from autopar.costmodel.comm import Comm
+from autopar.costmodel.devices import Device, Link, machine
+from autopar.costmodel.items import Items, Tensor, items_of
+from autopar.costmodel.legal import Specs, plan_specs
+from autopar.costmodel.memory import Policy
+from autopar.costmodel.ops import Compute
+from autopar.costmodel.simulate import run
+from autopar.costmodel.stages_chain import Additive, Option
+from autopar.costmodel.tasks import Tasks
+from autopar.graph import VIEWS, Program, Value, resolve
+from autopar.pipeline.assign import Assignment, assign
+from autopar.pipeline.regions import Regions, nbytes, regions_of
+from autopar.plan import Plan
+from autopar.spec import local_shape
+
+#: A gap with so much more bytes than the least in the neighbourhood is as good.
+_TOLERANCE = 1.001
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A chain, and where its pieces begin.
+
+    Attributes:
+        starts: addresses of the first ops of pieces 1, 2, ...
+        crossing: names and bytes of what crosses the gap before each of them.
+    """
+
+    chain: Additive
+    starts: tuple[str, ...]
+    crossing: tuple[tuple[tuple[str, int], ...], ...]
+
+
+def pieces_of(
+    program: Program,
+    plan: Plan,
+    device: str | Device,
+    *,
+    stages: int,
+    micro: int,
+    policy: Policy | None = None,
+    links: Mapping[str, Link] | None = None,
+    starts: Sequence[str] = (),
+) -> Pieces:
+    """The pieces of `program`, which is of one micro-batch, under `plan`, of the mesh of a stage.
+
+    stages: how many stages there will be at most: places to cut at are chosen for that. micro: micro-batches of a batch.
+    starts: addresses at which pieces begin, if that is settled.
+    """
+    return _Pieces(program, plan, device, stages, micro, policy or Policy(program.training), links, starts).run()
+
+
+class _Pieces:
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        device: str | Device,
+        stages: int,
+        micro: int,
+        policy: Policy,
+        links: Mapping[str, Link] | None,
+        starts: Sequence[str],
+    ) -> None:
+        self.starts = frozenset(starts)
+        self.program, self.plan, self.stages, self.micro, self.policy = program, plan, stages, micro, policy
+        self.items: Items = items_of(program)
+        self.specs: Specs = plan_specs(self.items, plan)
+        self.where = machine(device, plan.mesh, links)
+        self.regions: Regions = regions_of(program)
+        self.index = {i.node: i.index for i in self.items.items if i.node is not None}
+        compute = Compute(self.items, self.where)
+        self.tasks = Tasks(self.items, plan, self.specs, compute, self.where)
+        self.timeline = run(self.items, plan, self.specs, compute, Comm(self.where), policy)
+
+    def run(self) -> Pieces:
+        seconds, late = self._seconds()
+        sequence, live = self.regions.sequence, self.regions.live()
+        ends = list(accumulate(seconds.get(n.meta["address"], 0.0) for n in sequence))
+        if self.starts:
+            gaps = [i for i, n in enumerate(sequence) if n.meta["address"] in self.starts]
+        else:
+            gaps = candidates([nbytes(v) for v in live], [len(v) for v in live], ends, self.stages)
+        where = assign(self.regions, gaps)
+        parts = self._parts(where, len(gaps) + 1, seconds, late)
+        back = self._returning(where)
+        chain_gaps = []
+        for number, gap in enumerate(gaps):
+            forward = sum(self._bytes(v) for v in live[gap])
+            backward = sum(self._bytes(v) for v, (start, end) in back.items() if end <= number < start)
+            chain_gaps.append((forward, backward))
+        crossing = tuple(tuple((v.node.name, nbytes([v])) for v in live[gap]) for gap in gaps)
+        starts = tuple(sequence[gap].meta["address"] for gap in gaps)
+        return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro), starts, crossing)
+
+    # ---- seconds -----------------------------------------------------------------------------------------------
+
+    def _seconds(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Seconds by address, with what the op waits for; and of what only outputs read: per micro-batch, per step.
+
+        Gathers may overlap with computation: so that all adds up to the simulated step, all is scaled alike.
+        """
+        addresses = {i.name for i in self.items.items if i.kind == "op"}
+        seconds: dict[str, float] = {}
+        late: dict[str, tuple[float, float]] = {}
+        waiting: list[tuple[str, str, float]] = []
+        total = 0.0
+        for task in self.tasks.all:
+            if task.stream < 0 and task.name in addresses:
+                seconds[task.name] = seconds.get(task.name, 0.0) + task.seconds + sum(s for *_, s in waiting)
+                waiting.clear()
+            else:
+                waiting.append((task.kind, task.name.split(" ", 1)[-1], task.seconds))
+            total += task.seconds
+        for kind, name, value in waiting:  # gradients on their way home
+            each, once = late.get(name, (0.0, 0.0))
+            late[name] = (each, once + value) if kind == "all_reduce" else (each + value, once)
+        simulated = self.timeline.step_s - self.timeline.update_s
+        scale = min(1.0, simulated / total) if total else 1.0
+        return {k: v * scale for k, v in seconds.items()}, late
+
+    # ---- pieces ------------------------------------------------------------------------------------------------
+
+    def _parts(
+        self, where: Assignment, count: int, seconds: Mapping[str, float], late: Mapping[str, tuple[float, float]]
+    ) -> list[Option]:
+        parts = [Option(*[0.0] * 8) for _ in range(count)]
+
+        def add(at: int, **more: float) -> None:
+            old = parts[at]
+            parts[at] = replace(old, **{k: getattr(old, k) + v for k, v in more.items()})
+
+        sent = self._sent_back(where)
+        for node, at in where.forward.items():
+            add(at, forward=seconds.get(node.meta["address"], 0.0))
+        for node, at in where.backward.items():
+            address = node.meta.get("address")
+            if address is None:
+                continue
+            kind = "input_grad" if node in sent else "weight_grad"
+            each, once = late.get(address, (0.0, 0.0))
+            add(at, **{kind: seconds.get(address, 0.0)})
+            add(at, weight_grad=each, update=once)
+        self._memory(where, sent, add)
+        return parts
+
+    def _sent_back(self, where: Assignment) -> set[fx.Node]:
+        """Ops that a gradient which leaves its piece is computed from; of the first piece, what serves several."""
+        found: set[fx.Node] = set()
+        stack = [v.node for v in self._returning(where)]
+        serves: dict[fx.Node, int] = {}
+        for terms in where.terms.values():
+            for value in terms:
+                serves[value.node] = serves.get(value.node, 0) + 1
+        for node in reversed(self.regions.backward):
+            if where.backward.get(node) == 0 and serves.get(node, 0):
+                for value in self.regions.reads(node).grads:
+                    serves[value.node] = serves.get(value.node, 0) + serves[node]
+                if serves[node] > 1:
+                    stack.append(node)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(v.node for v in self.regions.reads(node).grads)
+        return found
+
+    def _returning(self, where: Assignment) -> dict[Value, tuple[int, int]]:
+        """Gradients that leave their piece -> (from, to the first that reads them)."""
+        found: dict[Value, tuple[int, int]] = {}
+        for node, at in where.backward.items():
+            if node.op == "placeholder":
+                continue
+            for value in self.regions.reads(node).grads:
+                start = where.backward.get(value.node, at)
+                if at < start:
+                    found[value] = (start, min(at, found.get(value, (start, at))[1]))
+        return found
+
+    # ---- bytes -------------------------------------------------------------------------------------------------
+
+    def _memory(self, where: Assignment, sent: set[fx.Node], add: Callable[..., None]) -> None:
+        sizes = self.plan.mesh.sizes
+        for item in self.items.items:
+            if item.kind == "param" and item.name in where.params:
+                held = self.policy.stored(item, self.specs.outs[item.index][0], sizes)
+                device = self.where.device
+                update = device.update_seconds(self.policy.update_bytes(item, self.specs.outs[item.index][0], sizes))
+                for at in where.params[item.name]:
+                    add(at, static_bytes=sum(held.values()), update=update)
+        saved: set[tuple[fx.Node, int, int]] = set()
+        waits: set[tuple[fx.Node, int, int]] = set()
+        for node, at in where.backward.items():
+            if node.op == "placeholder":
+                continue
+            reads = self.regions.reads(node)
+            for value in reads.values:
+                base = _base(value)
+                if (base.node, base.index, at) not in saved:
+                    saved.add((base.node, base.index, at))
+                    add(at, saved_bytes=self._bytes(base))
+                if node not in sent and (base.node, base.index, at) not in waits:
+                    waits.add((base.node, base.index, at))
+                    add(at, pending_bytes=self._bytes(base))
+            for value in reads.grads if node not in sent else ():
+                base = _base(value)
+                if base.node in sent and (base.node, base.index, at) not in waits:
+                    waits.add((base.node, base.index, at))
+                    add(at, pending_bytes=self._bytes(base))
+
+    def _bytes(self, value: Value) -> float:
+        """Bytes of a value on one rank."""
+        spec = self.specs.outs[self.index[value.node]][value.index]
+        meta = self.items.meta(Tensor(self.index[value.node], value.index))
+        count = 1
+        for n in local_shape(meta.shape, spec, self.plan.mesh.sizes):
+            count *= n
+        return float(count * meta.itemsize)
+
+
+def _base(value: Value) -> Value:
+    """The value whose memory a view shows."""
+    while value.node.target in VIEWS and value.node.all_input_nodes:
+        value = resolve(value.node.all_input_nodes[0])
+    return value
+
+
+def candidates(sizes: Sequence[int], counts: Sequence[int], ends: Sequence[float], stages: int) -> list[int]:
+    """Places of the sequence at which a stage may begin, increasing.
+
+    Args:
+        sizes, counts: bytes and number of the values that cross each gap (one more than ops).
+        ends: seconds of the ops up to each, included.
+    """
+    if not ends:
+        return []
+    reach = ends[-1] / stages / 4
+    before = [0.0, *ends]  # seconds before each gap
+    out: list[int] = []
+    for gap in range(1, len(ends)):
+        low = bisect.bisect_left(before, before[gap] - reach, 1, len(ends))
+        high = bisect.bisect_right(before, before[gap] + reach, low, len(ends))
+        near = range(low, high)
+        least = min(sizes[i] for i in near)
+        if sizes[gap] > least * _TOLERANCE:
+            continue
+        if counts[gap] > min(counts[i] for i in near if sizes[i] <= least * _TOLERANCE):
+            continue
+        out.append(gap)
+    return out
+
+
+__all__ = ["Pieces", "candidates", "pieces_of"]

@@ -1,0 +1,115 @@
+"""What the pipeline tests run on every rank: a model under some schedules, compared with the plain one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import autopar
+from tests import zoo
+from tests.widen import widen_to_float64
+
+STEPS = 3
+Found = dict[str, torch.Tensor]
+
+
+def example(name: str, double: bool = True, **options: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model of the zoo in training mode, and a batch."""
+    torch.manual_seed(0)
+    model, batch = zoo.ZOO[name](0, **options)
+    if double:
+        model = model.double()
+        batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    return model.train(), batch
+
+
+def train(model: torch.nn.Module, batch: dict[str, torch.Tensor], micro: int = 1) -> Found:
+    """Loss of every step, gradients of the first, parameters and buffers after the last.
+
+    micro: the plain model accumulates over so many micro-batches, which is another model where statistics of the batch
+    matter (BatchNorm).
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found: Found = {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        total = 0.0
+        for part in zip(*(t.chunk(micro) for t in batch.values())):
+            out = model(**dict(zip(batch, part)))
+            loss = (out if isinstance(out, torch.Tensor) else out[0]) / micro
+            loss.backward()
+            total = total + loss.detach()
+        found[f"loss {step}"] = total
+        if step == 0:
+            for name, p in model.named_parameters(remove_duplicate=False):
+                if p.grad is not None:
+                    found[f"gradient of {name}"] = full(p.grad).detach().clone()
+        optimizer.step()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found[f"parameter {name}"] = full(p).detach().clone()
+    for name, b in model.named_buffers():
+        found[f"buffer {name}"] = full(b).detach().clone()
+    return found
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def worst(got: Found, want: Found, rtol: float) -> tuple[float, str]:
+    """The largest relative error of what this rank has, and where."""
+    floor = 1e-6 * max(float(v.abs().max()) for k, v in want.items() if k.startswith("gradient"))
+    most, where = 0.0, ""
+    for name, a in got.items():
+        b = want[name]
+        if not b.is_floating_point():
+            assert torch.equal(a, b), name
+            continue
+        if b.numel() == 0:
+            continue
+        # Elements whose gradient is zero up to rounding are judged by it alone: AdamW divides noise by itself.
+        twin = want.get(name.replace("parameter", "gradient of"))
+        if name.startswith("parameter") and twin is not None:
+            keep = twin.abs() > 10 * rtol * floor / 1e-6
+            a, b = a[keep], b[keep]
+            if b.numel() == 0:
+                continue
+        error = float((a.double() - b.double()).abs().max()) / max(float(b.abs().max()), floor)
+        if not error <= most:
+            most, where = error, name
+    return most, where
+
+
+Case = tuple[str, dict[str, Any]]
+
+
+def compare(name: str, cases: list[Case], micro: int, options: dict[str, Any] | None = None) -> tuple[list[str], set[str]]:
+    """Runs on every rank: failures, and the names that this rank has compared."""
+    model, batch = example(name, **(options or {}))
+    failures, seen = [], set()
+    with widen_to_float64():
+        accumulates = name == "resnet"
+        want = train(copy.deepcopy(model), batch, micro if accumulates else 1)
+        for mesh, asked in cases:
+            label = f"{name} on {mesh} {asked}"
+            try:
+                pm = autopar.compile(
+                    model, mesh, example=batch, device="cpu", micro_batches=micro, timeout=60, **asked
+                )
+                torch.manual_seed(7)
+                got = train(pm, batch)
+                seen |= got.keys()
+                error, where = worst(got, want, 1e-9)
+            except Exception as problem:
+                failures.append(f"{label}: {type(problem).__name__}: {problem}"[:3000])
+                with contextlib.suppress(Exception):
+                    raise
+                continue
+            if not error < 1e-9:
+                failures.append(f"{label}: {where} is off by {error:.1e}")
+    return failures, seen
