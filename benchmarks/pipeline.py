@@ -245,9 +245,9 @@ def alone() -> dict[str, Table]:
 
 
 def bare(table: Table, rank: int, form: Form) -> Callable[[], None]:
-    """The messages of a row in its order by hand, with buffers made before: what can at best be had."""
+    """The messages of a row in its order by hand; every receive has memory of its own, for it is used later."""
     home, group = homes(table), dist.group.WORLD
-    out, arrive = torch.zeros(form.shape, dtype=form.dtype), torch.zeros(form.shape, dtype=form.dtype)
+    out = torch.zeros(form.shape, dtype=form.dtype)
     limit = timedelta(seconds=TIMEOUT)
     plan: list[tuple[str, object, int]] = []
     for stage, kind, index in table[rank]:
@@ -266,9 +266,10 @@ def bare(table: Table, rank: int, form: Form) -> Callable[[], None]:
             if what == "S":
                 sends.append(dist.isend(out, group=group, group_dst=peer))
             elif what == "R":
-                posted[key] = dist.irecv(arrive, group=group, group_src=peer)
+                arrives = torch.empty(form.shape, dtype=form.dtype)
+                posted[key] = arrives, dist.irecv(arrives, group=group, group_src=peer)
             else:
-                posted.pop(key).wait(limit)
+                posted.pop(key)[1].wait(limit)
         for send in sends:
             send.wait(limit)
 

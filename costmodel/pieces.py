@@ -97,7 +97,8 @@ class _Pieces:
         if self.starts:
             gaps = [i for i, n in enumerate(sequence) if n.meta["address"] in self.starts]
         else:
-            gaps = candidates([nbytes(v) for v in live], [len(v) for v in live], ends, self.stages)
+            found = candidates([nbytes(v) for v in live], [len(v) for v in live], ends, self.stages)
+            gaps = self._trained(found)
         where = assign(self.regions, gaps)
         parts = self._parts(where, len(gaps) + 1, seconds, late)
         back = self._returning(where)
@@ -109,6 +110,18 @@ class _Pieces:
         crossing = tuple(tuple((v.node.name, nbytes([v])) for v in live[gap]) for gap in gaps)
         starts = tuple(sequence[gap].meta["address"] for gap in gaps)
         return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro), starts, crossing)
+
+    def _trained(self, gaps: Sequence[int]) -> list[int]:
+        """The gaps between which every piece has something to train: every rank steps an optimizer."""
+        trainable = {s.name for s in self.program.of_kind("param") if s.trainable}
+        reads = [bool(trainable & set(self.regions.reads(n).params)) for n in self.regions.sequence]
+        if not trainable:
+            return list(gaps)
+        kept: list[int] = []
+        for gap in gaps:
+            if any(reads[kept[-1] if kept else 0 : gap]) and any(reads[gap:]):
+                kept.append(gap)
+        return kept
 
     # ---- seconds -----------------------------------------------------------------------------------------------
 

@@ -61,8 +61,8 @@ from autopar.pipeline.schedules import SCHEDULES, schedule
 
 #: Schedules whose steps end together: what is chosen from unless asked otherwise.
 SYNCHRONOUS = tuple(name for name, known in SCHEDULES.items() if not known.asynchronous)
-#: Numbers that a beam may hold, and beams, of one schedule and number of micro-batches.
-WORK, ROUNDS = 1_000_000, 6
+#: Numbers that a beam may hold.
+WORK = 1_000_000
 
 
 def choose(
@@ -182,14 +182,14 @@ class _Search:
                 pair.begin()
         if self._seconds(0) == math.inf:
             for pair in self.pairs:
-                pair.fit(WORK, ROUNDS)
+                pair.fit(WORK)
         if self._seconds(0) == math.inf:
             return None
         for pair in sorted(self.pairs, key=lambda p: (p.seconds, p.bound)):
-            pair.improve(self._seconds(0), WORK, ROUNDS)
+            pair.improve(self._seconds(0), WORK)
         ranked = sorted((p for p in self.pairs if p.way is not None), key=lambda p: p.seconds)
         for pair in ranked[1 : top + 1]:  # of these it is only known that they cannot beat the best
-            pair.improve(pair.seconds, WORK // 4, 2)
+            pair.improve(pair.seconds, WORK // 4)
         return self._choice(ranked[0], sorted(ranked[1:], key=lambda p: p.seconds)[:top])
 
     def _seconds(self, place: int) -> float:
@@ -234,7 +234,7 @@ def _answer(question: _Question, spare: Mapping[int, Chain]) -> Choice:
     choice = search.run()
     if choice is not None:
         return choice
-    least = [(pair, pair.least_bytes(WORK, ROUNDS)) for pair in search.pairs]
+    least = [(pair, pair.least_bytes(WORK)) for pair in search.pairs]
     pair, found = min(least, key=lambda p: p[1].value)
     if found.way is None or question.limit is None:
         raise ScheduleError(

@@ -48,11 +48,7 @@ class _Time:
             self.met[ways[k]] = float(seconds[k])
         return seconds / self.unit
 
-    def rows(self, ways: Sequence[Way]) -> Rows:
-        return self.learnt(self.edges.numbers[np.array(ways)])
-
-    def learnt(self, numbers: Floats) -> Rows:
-        """Critical paths at some numbers [candidates, stages, COLUMNS]."""
+    def rows(self, numbers: Floats) -> Rows:
         found = Rows.of(self.shape.critical(numbers) / self.unit, _none(self.shape.stages))
         return found.joined(found)
 
@@ -68,7 +64,7 @@ class _Bytes:
         sums = np.tensordot(self.edges.numbers[np.array(ways)], self.all.coefficients, ((1, 2), (1, 2)))
         return self.all.least(sums)
 
-    def rows(self, ways: Sequence[Way]) -> Rows:
+    def rows(self, numbers: Floats) -> Rows:
         return Rows.of(_none(self.all.coefficients.shape[1]), _none(self.all.coefficients.shape[1]))
 
 
@@ -222,7 +218,7 @@ class Pair:
             self.way, self.seconds = way, seconds
             self._met[way] = seconds
 
-    def improve(self, below: float, work: int, rounds: int) -> None:
+    def improve(self, below: float, work: int) -> None:
         """Look for ways of fewer seconds than `below` and than the best known, or prove that there are none."""
         below = min(below, self.seconds)
         if not self.fits or self.bound >= below * (1 - EQUAL):
@@ -234,23 +230,23 @@ class Pair:
         for k, line in enumerate(numbers[1:]):
             rank, factor = k // len(SLOWER), SLOWER[k % len(SLOWER)]
             line[np.ix_([s for s, h in enumerate(self.shape.home) if h == rank], _TIMES)] *= factor
-        rows = judge.learnt(numbers).joined(Rows.of(self.shape.passes / self._unit, self._limits(layers)))
-        found = minimise(layers, rows, judge, below / self._unit, work=work, rounds=rounds)
+        rows = judge.rows(numbers).joined(Rows.of(self.shape.passes / self._unit, self._limits(layers)))
+        found = minimise(layers, rows, judge, below / self._unit, start=self.way, work=work)
         self.judged += found.judged
         self.bound = max(self.bound, found.bound * self._unit)
         if found.way is not None and found.value * self._unit < self.seconds:
             self.way, self.seconds = found.way, found.value * self._unit
 
-    def fit(self, work: int, rounds: int) -> None:
+    def fit(self, work: int) -> None:
         """Where no way is known yet: look for one that keeps the limit, or prove that there is none."""
         if self.fits and self.way is None and self.limit is not None:
-            least = self.least_bytes(work, rounds)
+            least = self.least_bytes(work)
             if least.way is not None and least.value <= self.limit * (1 + EQUAL):
                 self._offer(least.way, float(self.shape.makespans(self.numbers(least.way)[None])[0]))
             elif least.bound > self.limit * (1 + EQUAL):
                 self.fits, self.bound = False, np.inf
 
-    def least_bytes(self, work: int, rounds: int) -> Least:
+    def least_bytes(self, work: int) -> Least:
         """The way whose fullest rank holds least, however long it takes; value and bound in bytes."""
         bytes_ = self.edges.numbers[:, _BYTES]
         alone = [(bytes_ @ rows.T).max(1) for rows in self._own]
@@ -266,7 +262,7 @@ class Pair:
         way = layers.levelled([line[keep] for line, keep in zip(alone, layers.keep)])
         unit = float(self.shape.peaks(self.numbers(way)).max())
         every = Rows.of(self.shape.memory / unit, _none(self.shape.stages))
-        found = minimise(layers, every, _Bytes(self.edges, every), 1.0, work=work, rounds=rounds)
+        found = minimise(layers, every, _Bytes(self.edges, every), 1.0, start=way, work=work)
         return Least(found.way or way, found.value * unit, found.bound * unit)
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.costmodel.stages_chain import COLUMNS, Edges, Floats, Ints
+from autopar.costmodel.stages_chain import Edges, Floats, Ints
 
 #: Relative: values closer than this are equal.
 EQUAL = 1e-9
@@ -23,7 +23,13 @@ _ROUND = 12
 #: A way: the edge of every stage.
 Way = tuple[int, ...]
 #: Subgradient steps: before any edge is removed, when a bound far off may do; and behind.
-FIRST, TURNS = 8, 40
+FIRST, TURNS = 8, 30
+#: How often prices are looked for, and the share of the gap that has to be closed by it to go on.
+PRICES, LEAST_GAIN = 12, 0.02
+#: Rounds of looking near a good way, and how many pieces off.
+NEARBY, REACH = 8, 6
+#: Beams over everything, and how many numbers for the edges are too many for them, as a multiple of what they may keep.
+ROUNDS, TOO_MUCH = 6, 1.0
 #: Ways judged at once, and at most behind one beam; of those, the ways whose rows are added.
 AT_ONCE, MOST, TEACH = 256, 4096, 8
 
@@ -135,6 +141,11 @@ class Layers:
         return [np.searchsorted(f, np.arange(self.edges.pieces + 2)) for f in self.first]
 
     @cached_property
+    def _by_first(self) -> list[tuple[Ints, Ints]]:
+        """Per stage: the first pieces there are, and where the edges from each begin."""
+        return [np.unique(first, return_index=True) for first in self.first]
+
+    @cached_property
     def _by_last(self) -> list[tuple[Ints, Ints, Ints]]:
         """Per stage: the order by last piece, the last pieces there are, and where each begins in that order."""
         found = []
@@ -146,8 +157,7 @@ class Layers:
 
     def seconds(self, stage: int, coefficients: Floats) -> Floats:
         """[edges, rows]: what every edge of a stage adds to every row."""
-        used = np.flatnonzero(coefficients[:, stage].any(0))
-        return self.numbers[stage][:, used] @ coefficients[:, stage][:, used].T
+        return self.numbers[stage] @ coefficients[:, stage].T
 
     def behind(self, coefficients: Floats, costs: Sequence[Floats] | None = None) -> list[Floats]:
         """Per stage and at the end, [pieces + 1, rows]: least sum from a piece to the end, every row for itself."""
@@ -157,7 +167,7 @@ class Layers:
         found = [at]
         for i in reversed(range(len(self))):
             cost = self.seconds(i, coefficients) if costs is None else costs[i]
-            pieces, begins = np.unique(self.first[i], return_index=True)
+            pieces, begins = self._by_first[i]
             at = np.full(shape, np.inf)
             at[pieces] = np.minimum.reduceat(cost + found[0][self.last[i]], begins, axis=0)
             found.insert(0, at)
@@ -179,17 +189,26 @@ class Layers:
 
     def shortest(self, coefficients: Floats) -> tuple[float, Way]:
         """(value, way) of one row [stages, COLUMNS]; there must be a way."""
-        row = coefficients[None]
-        costs = [self.seconds(i, row) for i in range(len(self))]
-        behind = self.behind(row, costs)
+        return self._shortest([self.numbers[i] @ coefficients[i] for i in range(len(self))])
+
+    def _shortest(self, costs: Sequence[Floats]) -> tuple[float, Way]:
+        """The same from what every edge costs, per stage [edges]."""
+        at = np.full(self.edges.pieces + 1, np.inf)
+        at[-1] = 0.0
+        through = []
+        for i in reversed(range(len(self))):
+            line = costs[i] + at[self.last[i]]
+            pieces, begins = self._by_first[i]
+            at = np.full(self.edges.pieces + 1, np.inf)
+            at[pieces] = np.minimum.reduceat(line, begins)
+            through.append(line)
         piece, way = 0, []
-        for i in range(len(self)):
-            span = slice(self.start[i][piece], self.start[i][piece + 1])
-            line = costs[i][span, 0] + behind[i + 1][self.last[i][span], 0]
-            edge = int(self.start[i][piece] + line.argmin())
+        for i, line in enumerate(reversed(through)):
+            begin, end = self.start[i][piece], self.start[i][piece + 1]
+            edge = int(begin + line[begin:end].argmin())
             way.append(int(self.keep[i][edge]))
             piece = int(self.last[i][edge])
-        return float(behind[0][0, 0]), tuple(way)
+        return float(at[0]), tuple(way)
 
     def levelled(self, weights: Sequence[Floats]) -> Way:
         """A way whose largest weight is least; weights: per stage, [edges]. Beyond that, sums of squares decide."""
@@ -202,18 +221,16 @@ class Layers:
             best[ends] = np.minimum.reduceat(line, begins)
         top = best[-1] * (1 + EQUAL)
         inside = Layers.of(self.edges, [_mask(len(self.edges), k[w <= top]) for k, w in zip(self.keep, weights)])
-        squares = []
-        for i, kept in enumerate(inside.keep):
-            weight = weights[i][np.searchsorted(self.keep[i], kept)]
-            squares.append((weight / (top or 1.0))[:, None] ** 2)
-        behind = inside.behind(np.zeros((1, len(self), len(COLUMNS))), squares)
-        piece, way = 0, []
-        for i in range(len(inside)):
-            begin, end = inside.start[i][piece], inside.start[i][piece + 1]
-            edge = int(begin + (squares[i][begin:end, 0] + behind[i + 1][inside.last[i][begin:end], 0]).argmin())
-            way.append(int(inside.keep[i][edge]))
-            piece = int(inside.last[i][edge])
-        return tuple(way)
+        places = [np.searchsorted(k, kept) for k, kept in zip(self.keep, inside.keep)]
+        return inside._shortest([(weight[at] / (top or 1.0)) ** 2 for weight, at in zip(weights, places)])[1]
+
+    def near(self, cuts: Sequence[float], reach: int) -> Layers:
+        """Only stages that begin and end within so many pieces of some cuts, [stages + 1]."""
+        kept = []
+        for i, keep in enumerate(self.keep):
+            close = (np.abs(self.first[i] - cuts[i]) <= reach) & (np.abs(self.last[i] - cuts[i + 1]) <= reach)
+            kept.append(_mask(len(self.edges), keep[close]))
+        return Layers.of(self.edges, kept)
 
     def within(self, rows: Rows, value: float) -> Layers:
         """Without the edges that no way below `value` passes: (7)."""
@@ -234,12 +251,16 @@ def _mask(size: int, kept: Ints) -> NDArray[np.bool_]:
 
 @dataclass
 class Priced:
-    """What `dual` found: a lower bound of v, the weights and the one row that prove it, and ways met meanwhile."""
+    """What `dual` found: a lower bound of v, the weights and the one row that prove it, ways met meanwhile, and the
+    mean of the late ones: its numbers [stages, COLUMNS] and cuts [stages + 1]. The mean is no way, but of all mixtures of
+    ways it comes near the best for the rows (Shor 1985; Sherali and Choi 1996)."""
 
     bound: float
     weights: Floats
     row: Rows
     ways: list[Way]
+    numbers: Floats
+    cuts: Floats
 
 
 def dual(layers: Layers, rows: Rows, target: float, turns: int, start: Floats | None = None) -> Priced:
@@ -251,32 +272,36 @@ def dual(layers: Layers, rows: Rows, target: float, turns: int, start: Floats | 
     weights = np.where(objective, 1.0 / objective.sum(), 0.0)
     if start is not None and start.sum() > 0:
         weights[: len(start)], weights[len(start) :] = start, 0.0
-    best = Priced(-np.inf, weights, rows.summed(weights), [])
-    ways: dict[Way, None] = {}
+    bound, best = -np.inf, weights
+    met: list[tuple[Way, float]] = []
     pace, stale = 1.0, 0
     for _ in range(turns):
         row = rows.summed(weights)
         value, way = layers.shortest(row.coefficients[0])
-        ways[way] = None
-        bound = value - float(row.fixed[0])
+        here = value - float(row.fixed[0])
         stale += 1
-        if bound > best.bound:
-            stale = 0 if bound > best.bound + 1e-4 * abs(target - best.bound) else stale
-            best = Priced(bound, weights, row, [])
-        if best.bound >= target * (1 - EQUAL):
-            break
-        if stale >= 4:
-            pace, stale, weights = pace / 2, 0, best.weights
+        if here > bound:
+            stale = 0 if here > bound + 1e-4 * abs(target - bound) else stale
+            bound, best = here, weights
         slope = (rows.coefficients * layers.edges.numbers[list(way)]).sum((1, 2)) - rows.fixed
         slope = np.where(objective, slope - slope[objective].mean(), slope)
         slope = np.where(~objective & (weights <= 0) & (slope < 0), 0.0, slope)
         steep = float(slope @ slope)
-        if steep <= 1e-24:
+        step = pace * max(target - here, 1e-6) / max(steep, 1e-24)
+        met.append((way, step))
+        if bound >= target * (1 - EQUAL) or steep <= 1e-24:
             break
-        weights = weights + pace * max(target - bound, 1e-6) / steep * slope
+        if stale >= 4:
+            pace, stale, weights = pace / 2, 0, best
+        weights = weights + step * slope
         weights = np.where(objective, _simplex(weights, objective), np.maximum(weights, 0.0))
-    best.ways = list(ways)
-    return best
+    late = met[len(met) // 2 :]
+    share = np.array([step for _, step in late])
+    ways = np.array([way for way, _ in late])
+    share /= share.sum()
+    numbers = np.tensordot(share, layers.edges.numbers[ways], 1)
+    ends = np.concatenate([layers.edges.first[ways], layers.edges.last[ways[:, -1:]]], 1)
+    return Priced(bound, best, rows.summed(best), list(dict.fromkeys(w for w, _ in met)), numbers, share @ ends)
 
 
 def _simplex(weights: Floats, of: NDArray[np.bool_]) -> Floats:
@@ -334,8 +359,8 @@ class Judge(Protocol):
     def values(self, ways: Sequence[Way]) -> Floats:
         """Of ways that keep the limits."""
 
-    def rows(self, ways: Sequence[Way]) -> Rows:
-        """Rows that are met with equality by these ways, and hold for all."""
+    def rows(self, numbers: Floats) -> Rows:
+        """Rows that hold for all ways, and are met with equality at numbers [candidates, stages, COLUMNS]."""
 
 
 @dataclass
@@ -356,64 +381,115 @@ class Least:
         return self.bound >= self.value * (1 - EQUAL)
 
 
-def minimise(
-    layers: Layers, rows: Rows, judge: Judge, value: float, *, work: int, rounds: int, turns: int = TURNS
-) -> Least:
+def minimise(layers: Layers, rows: Rows, judge: Judge, value: float, *, start: Way | None, work: int) -> Least:
     """The way of least value below `value`: (9).
 
     Args:
-        work: numbers that a beam may keep. rounds: beams. turns: of each `dual`.
+        start: a way to begin with, if one is known. work: numbers that a beam may keep.
     """
-    least = Least(None, value, -np.inf)
-    seen: set[Way] = set()
-    weights: Floats | None = None
-    for turn in range(rounds + 1):
-        if layers.empty:
-            least.bound = least.value
-            break
-        priced = dual(layers, rows, least.value, FIRST if turn == 0 else turns, weights)
-        weights, before = priced.weights, (least.value, least.bound, len(rows))
-        rows = _judged(least, layers, judge, rows, priced.ways, seen)
-        least.bound = min(max(least.bound, priced.bound), least.value)
-        if least.proved:
-            break
-        every = rows.joined(priced.row)
-        layers = layers.within(every, least.value)
-        if layers.empty:
-            least.bound = least.value
-            break
-        if turn == 0:
-            continue
-        ways, allowed, dropped = beam(layers, every, least.value, work)
-        for at in range(0, len(ways), AT_ONCE):
-            if allowed[at] >= least.value * (1 - EQUAL):
-                break
-            if at >= MOST:
-                dropped = min(dropped, float(allowed[at]))
-                break
-            rows = _judged(least, layers, judge, rows, ways[at : at + AT_ONCE], seen)
-        least.bound = min(max(least.bound, dropped), least.value)
-        if least.proved or (least.value, least.bound, len(rows)) == before:
-            break
-    return least
+    return _Minimum(layers, rows, judge, value, start, work).run()
 
 
-def _judged(least: Least, layers: Layers, judge: Judge, rows: Rows, ways: Sequence[Way], seen: set[Way]) -> Rows:
-    """Judge the ways that are new and keep the limits; the rows, with those that some of them teach."""
-    fresh = [way for way in dict.fromkeys(ways) if way not in seen]
-    seen.update(fresh)
-    if fresh:
-        sums = np.tensordot(layers.edges.numbers[np.array(fresh)], rows.coefficients, ((1, 2), (1, 2)))
-        fresh = [way for way, value in zip(fresh, rows.least(sums).tolist()) if value < np.inf]
-    if not fresh:
-        return rows
-    values = judge.values(fresh)
-    least.judged += len(fresh)
-    order = np.argsort(values, kind="stable").tolist()
-    if values[order[0]] < least.value:
-        least.way, least.value = fresh[order[0]], float(values[order[0]])
-    taught = dict.fromkeys([*order[: TEACH // 2], *range(min(len(fresh), TEACH // 2))])
-    return rows.joined(judge.rows([fresh[i] for i in taught]))
+class _Minimum:
+    def __init__(self, layers: Layers, rows: Rows, judge: Judge, value: float, start: Way | None, work: int):
+        self.layers, self.rows, self.judge, self.work = layers, rows, judge, work
+        self.least = Least(None, value, -np.inf)
+        self.start = start
+        self.seen: set[Way] = set()
+        self.weights: Floats | None = None
+        self.priced = rows  # the sums that prove the best bounds
+
+    def run(self) -> Least:
+        """See `minimise`."""
+        if not self._price(FIRST, 1):
+            self._narrow()
+            if not self._done() and not self._price(TURNS, PRICES):
+                self._nearby()
+                self._everywhere()
+        return self.least
+
+    def _done(self) -> bool:
+        if self.layers.empty:
+            self._prove(np.inf)
+        return self.least.proved
+
+    def _prove(self, bound: float) -> None:
+        self.least.bound = min(max(self.least.bound, bound), self.least.value)
+
+    def _narrow(self) -> None:
+        self.layers = self.layers.within(self.rows.joined(self.priced), self.least.value)
+
+    def _price(self, turns: int, times: int) -> bool:
+        """Raise the bound, learning the longest paths of mixtures of ways; whether that is the end."""
+        for _ in range(times):
+            if self._done():
+                return True
+            before = self.least.bound
+            priced = dual(self.layers, self.rows, self.least.value, turns, self.weights)
+            self.weights, self.priced, self.mean = priced.weights, priced.row, priced.cuts
+            self._prove(priced.bound)
+            self._judged(priced.ways[-AT_ONCE:])
+            self.rows = self.rows.joined(self.judge.rows(priced.numbers[None]))
+            if self.least.bound < before + LEAST_GAIN * (self.least.value - before):
+                break
+        return self._done()
+
+    def _nearby(self) -> None:
+        """Look for better ways near the best known, and near the mean of the ways that the prices point to."""
+        edges = self.layers.edges
+        around = [list(self.mean)]
+        for _ in range(NEARBY):
+            value = self.least.value
+            best = self.least.way or self.start
+            if best is not None:
+                around.append([*edges.first[list(best)].tolist(), edges.pieces])
+            for cuts in around:
+                near = self.layers.near(cuts, REACH)
+                if not near.empty:
+                    self._judged(beam(near, self.rows, self.least.value, self.work // 8)[0][: AT_ONCE // 4])
+            around = []
+            if self.least.value > value * (1 - 1e-4):
+                break
+
+    def _everywhere(self) -> None:
+        """Enumerate what is left, if it is not hopelessly much."""
+        for _ in range(ROUNDS):
+            before = self.least.value, self.least.bound, len(self.rows)
+            self._narrow()
+            if self._done() or sum(map(len, self.layers.keep)) * len(self.rows) > TOO_MUCH * self.work:
+                break
+            ways, allowed, dropped = beam(
+                self.layers, self.rows.joined(self.priced), self.least.value, self.work
+            )
+            for at in range(0, len(ways), AT_ONCE):
+                if allowed[at] >= self.least.value * (1 - EQUAL):
+                    break
+                if at >= MOST:
+                    dropped = min(dropped, float(allowed[at]))
+                    break
+                self._judged(ways[at : at + AT_ONCE])
+            self._prove(dropped)
+            if self._done() or (self.least.value, self.least.bound, len(self.rows)) == before:
+                break
+            self._price(TURNS, 1)
+
+    def _judged(self, ways: Sequence[Way]) -> None:
+        """Judge the ways that are new and keep the limits, and learn from some of them."""
+        least, numbers = self.least, self.layers.edges.numbers
+        fresh = [way for way in dict.fromkeys(ways) if way not in self.seen]
+        self.seen.update(fresh)
+        if fresh:
+            sums = np.tensordot(numbers[np.array(fresh)], self.rows.coefficients, ((1, 2), (1, 2)))
+            fresh = [way for way, value in zip(fresh, self.rows.least(sums).tolist()) if value < np.inf]
+        if not fresh:
+            return
+        values = self.judge.values(fresh)
+        least.judged += len(fresh)
+        order = np.argsort(values, kind="stable").tolist()
+        if values[order[0]] < least.value:
+            least.way, least.value = fresh[order[0]], float(values[order[0]])
+        taught = dict.fromkeys([*order[: TEACH // 2], *range(min(len(fresh), TEACH // 2))])
+        self.rows = self.rows.joined(self.judge.rows(numbers[np.array([fresh[i] for i in taught])]))
 
 
 __all__ = ["EQUAL", "Judge", "Layers", "Least", "Priced", "Rows", "Way", "beam", "dual", "minimise"]

@@ -2,8 +2,8 @@
 
 A rank that fails alone would leave the others waiting, and what they see in the end, a closed connection, is the wrong
 reason. So it writes what happened in the store of the process group, and stays until the others have read it. On every
-rank that runs a row a thread looks there a few times a second. When it finds something it closes the connections of the
-rank, which ends whatever the rank waits for; and closed connections end what its neighbours wait for in their turn,
+rank a thread looks there a few times a second while a row runs. When it finds something it closes the connections of
+the rank, which ends whatever the rank waits for; and closed connections end what its neighbours wait for in their turn,
 even if the store is lost.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Alarm:
         self._store = dist.PrefixStore("autopar.pipeline", group.get_group_store())
         self._answered = False
         self._lock = threading.Lock()
+        self._ear: _Ear | None = None
 
     def exchange(self, text: str, timeout: float) -> list[str]:
         """Everybody's text, by rank. A collective call.
@@ -95,14 +97,15 @@ class Alarm:
         assert self.heard is not None
         return self.heard
 
-    def look(self) -> None:
-        """See whether a rank has failed; if so, let it know that it was heard here."""
+    def look(self) -> Failure | None:
+        """See whether a rank has failed; if so, let it know that it was heard here. Raises what the store does."""
         with self._lock:
             if self.heard is None and self._store.check(["first"]):
                 self.heard = Failure(*json.loads(self._store.get("first")))
             if self.heard is not None and not self._answered:
                 self._answered = True
                 self._store.add("answers", 1)
+        return self.heard
 
     def first(self, seconds: float) -> Failure | None:
         """The first failure, waited for this long."""
@@ -135,23 +138,56 @@ class Alarm:
     @contextmanager
     def listening(self, stop: Callable[[], None]) -> Iterator[None]:
         """Look now and then while the body runs, and call `stop` (in another thread) if a rank has failed."""
-        done = threading.Event()
-        thread = threading.Thread(target=self._listen, args=(done, stop), name="autopar-alarm", daemon=True)
-        thread.start()
+        if self._ear is None:
+            self._ear = _Ear(self.look)
+            weakref.finalize(self, self._ear.end)
+        self._ear.stop = stop
+        self._ear.busy.set()
         try:
             yield
         finally:
-            done.set()
-            thread.join(MOMENT)  # longer only if the store does not answer
+            self._ear.busy.clear()
+            self._ear.stop = None
 
-    def _listen(self, done: threading.Event, stop: Callable[[], None]) -> None:
-        while self.heard is None and not done.wait(LOOK):
-            try:
-                self.look()
-            except RuntimeError:
-                return  # no store, no news; a rank that has ended well may have kept it, so nothing has failed yet
-            if self.heard is not None:
-                stop()
+
+class _Ear:
+    """The thread that listens. It lives as long as its alarm: to start one for every run costs two switches of tasks.
+
+    Between runs it sleeps, and holds on to nothing else. `look`: tells whether something was heard.
+    """
+
+    def __init__(self, look: Callable[[], Failure | None]) -> None:
+        self.stop: Callable[[], None] | None = None
+        self.busy, self._over = threading.Event(), threading.Event()
+        self._look = weakref.WeakMethod(look)
+        self._thread = threading.Thread(target=self._listen, name="autopar-alarm", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        over = False
+        while not over:
+            self.busy.wait()
+            over = self._over.wait(LOOK) or self._heard()
+
+    def _heard(self) -> bool:
+        """Whether there is nothing more to listen for."""
+        look, stop = self._look(), self.stop
+        if look is None or stop is None:  # nobody runs
+            return False
+        try:
+            heard = look()
+        except RuntimeError:
+            return True  # no store, no news; a rank that has ended well may have kept it, so nothing has failed yet
+        if heard is not None:
+            stop()
+        return heard is not None
+
+    def end(self) -> None:
+        """Let the thread end, and wait for that as long as a store takes to answer."""
+        self._over.set()
+        self.busy.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(MOMENT)
 
 
 __all__ = ["Alarm", "Failure"]

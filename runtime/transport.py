@@ -13,6 +13,7 @@ wait and not the host, so only `settle` at the end of a row, and sends that are 
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -172,13 +173,19 @@ class GroupTransport:
             if self._streams:
                 group.abort()
                 continue
-            peer = (self._rank + 1) % self._size
-            try:
-                never = dist.irecv(torch.empty(1), group=group, group_src=peer, tag=_CLOSING)
-                assert never is not None
-                never.wait(timedelta(milliseconds=1))
-            except RuntimeError:  # the time-out that closes, or closed before
-                continue
+            for peer in range(self._size):  # a time-out closes all, but of a peer that is gone there is none
+                if peer != self._rank:
+                    _time_out(group, peer)
+
+
+def _time_out(group: dist.ProcessGroup, peer: int) -> None:
+    """Wait for a message that nobody sends; gloo."""
+    try:
+        never = dist.irecv(torch.empty(1), group=group, group_src=peer, tag=_CLOSING)
+        assert never is not None
+        never.wait(timedelta(milliseconds=1))
+    except RuntimeError:  # as it should; or closed before
+        return
 
 
 class _GroupSent:
@@ -239,7 +246,8 @@ def _look(work: dist.Work, seconds: float) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    return f"the connection was closed ({str(error).splitlines()[0]})"
+    text = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0])  # without the place in gloo's source, and its advice
+    return f"the connection was closed ({text.split('. This is')[0]})"
 
 
 def connect(

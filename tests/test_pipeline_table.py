@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import random
 
 import pytest
 
 from autopar.errors import ScheduleError
+from autopar.pipeline import comms, laws, schedules, table
 from autopar.pipeline.schedules import one_f_one_b
 from autopar.pipeline.table import KINDS, Action, excerpt, from_csv, grid, homes, to_csv
 
@@ -27,9 +29,9 @@ def test_what_is_no_action(text):
 
 
 def test_csv_there_and_back():
-    table = one_f_one_b(3, 4)
-    assert from_csv(to_csv(table)) == table
-    assert to_csv(table).splitlines()[2] == "2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3"
+    made = one_f_one_b(3, 4)
+    assert from_csv(to_csv(made)) == made
+    assert to_csv(made).splitlines()[2] == "2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3"
 
 
 def test_csv_with_empty_cells_and_blanks():
@@ -90,3 +92,9 @@ def test_an_excerpt_leaves_out_what_is_far():
 def test_an_excerpt_of_a_wide_table_shows_the_neighbours():
     head = excerpt(one_f_one_b(40, 2), {20: 0}).splitlines()[0]
     assert head.split() == ["step", *(word for r in range(16, 24) for word in ("rank", str(r)))]
+
+
+@pytest.mark.parametrize("module", [comms, laws, schedules, table])
+def test_the_examples_in_docstrings(module):
+    failed, tried = doctest.testmod(module)
+    assert tried and not failed

@@ -135,9 +135,13 @@ def _postponing(stage: int, warm: int, waiting: int, micro: int) -> Iterator[Act
         yield Action(stage, "W", k)
 
 
-#: What a rank of `zb_v` does first of what it can do; 0 is its early stage, 1 its late one. Neither order is always
-#: the better one, and which it is follows no rule that we know of.
-_URGENCY = (("F1", "I1", "F0", "I0", "W0", "W1"), ("I0", "F1", "F0", "I1", "W0", "W1"))
+_Urgency = tuple[tuple[str, int], ...]
+#: What a rank of `zb_v` does first of what it can do, with its early stage (0) or its late one (1). Neither order is
+#: always the better one, and which it is follows no rule that we know of.
+_URGENCY: tuple[_Urgency, _Urgency] = (
+    (("F", 1), ("I", 1), ("F", 0), ("I", 0), ("W", 0), ("W", 1)),
+    (("I", 0), ("F", 1), ("F", 0), ("I", 1), ("W", 0), ("W", 1)),
+)
 
 
 def zb_v(ranks: int, micro: int, units: tuple[int, int, int] = (1, 1, 1)) -> Table:
@@ -161,7 +165,7 @@ def zb_v(ranks: int, micro: int, units: tuple[int, int, int] = (1, 1, 1)) -> Tab
     return table
 
 
-def _greedy(ranks: int, micro: int, units: tuple[int, int, int], urgency: tuple[str, ...]) -> tuple[int, Table]:
+def _greedy(ranks: int, micro: int, units: tuple[int, int, int], urgency: _Urgency) -> tuple[int, Table]:
     """(units of time, table) of a vee.
 
     A micro-batch is held from F to W. The last place is kept free for the late stage: a rank that fills every place
@@ -186,8 +190,8 @@ def _greedy(ranks: int, micro: int, units: tuple[int, int, int], urgency: tuple[
         return ended["I"][stage] > k
 
     def begin(rank: int) -> bool:
-        for kind, which in urgency:
-            stage = rank if which == "0" else last - rank
+        for kind, late in urgency:
+            stage = last - rank if late else rank
             if ready(rank, kind, stage):
                 rows[rank].append(Action(stage, kind, begun[kind][stage]))
                 begun[kind][stage] += 1
