@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from autopar import cli_calibrate, cli_explain, driver, options, report, targets, verify
+from autopar import cli_calibrate, cli_explain, cli_simulate, driver, options, report, report_pipeline, targets, verify
 from autopar.cli_tools import emit, positive
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, PlanError
 from autopar.mesh import Mesh
@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
         help="pin an axis to a strategy (dp=zero3, tp=tp) or a parameter to a placement "
         "('*.down_proj.weight=shard(0, tp)'); may be repeated",
     )  # fmt: skip
+    plan.add_argument(
+        "--micro-batches", type=positive, metavar="N",
+        help="with an axis pp: pieces of a batch that follow each other through the stages (default: the quickest)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--schedule", metavar="NAME", help="with an axis pp: 1f1b, zb-h1, ... or a CSV file (default: the quickest)"
+    )
     plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else on stdout")
     plan.set_defaults(run=_plan)
@@ -121,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the certificate as JSON")
     check.set_defaults(run=_verify)
     cli_explain.add(commands)
+    cli_simulate.add(commands)
     cli_calibrate.add(commands)
     return top
 
@@ -160,13 +168,15 @@ def _plan(args: argparse.Namespace) -> int:
             memory_limit=options.parse_bytes(args.memory),
             constraints=constraints,
             target=target.to_dict(),
+            micro_batches=args.micro_batches,
+            schedule=args.schedule,
         )
     if args.output is not None:
         plan.save(args.output)
     if args.json:
         sys.stdout.write(plan.to_json())
         return 0
-    emit(report.show(plan))
+    emit([*report.show(plan), *report_pipeline.stages(plan)])
     if args.output is not None:
         print(f"written to {args.output}; read it with `autopar show`, prove it with `autopar verify`")
     return 0
@@ -185,7 +195,7 @@ def _show(args: argparse.Namespace) -> int:
         }
         print(json.dumps(data, indent=2))
     else:
-        emit(report.show(plan))
+        emit([*report.show(plan), *report_pipeline.stages(plan)])
     return 0
 
 

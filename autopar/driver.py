@@ -32,6 +32,7 @@ from autopar.runtime.module import Options, ParallelModule
 from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
+from autopar.runtime.training import Recipe
 from autopar.spec import R, Spec, format_spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_parameters, starts_again
@@ -56,6 +57,11 @@ def compile(
     init: Init | None = None,
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    clip: float | None = None,
+    weights: str = "current",
+    nonfinite: str = "skip",
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -92,7 +98,13 @@ def compile(
         micro_batches: on a mesh with an axis called "pp", into how many pieces a batch is divided for the pipeline;
             default: what the planner finds quickest.
         schedule: of the pipeline: a name ("1f1b", "zb-h1", ...; `autopar.pipeline.schedules.SCHEDULES`) or the path of
-            a CSV file with a table of your own; default: the quickest.
+            a CSV file with a table of your own; default: the quickest. "paci", which never empties the pipeline, needs
+            `optimizer`, and `pm.train_step(batch)` in place of the loop.
+        optimizer: `lambda params: AdamW(params, ...)`: the module makes and steps it itself, in `pm.train_step`.
+        lr_scheduler: `lambda optimizer: CosineAnnealingLR(optimizer, ...)`: stepped behind every update.
+        clip: largest norm of gradients in `train_step`; with "paci" each stage clips by its own.
+        weights: with "paci", what a backward reads: "current" weights, as published, or "stashed" ones of its forward.
+        nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -121,8 +133,10 @@ def compile(
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
         asked = ask(
-            shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule
-        )
+            shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
+            trains=optimizer is not None,
+        )  # fmt: skip
+        recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite) if optimizer is not None else None
         call = arguments(example)
         refuse_old_norms(model)
         empty = skeleton(model)
@@ -138,7 +152,7 @@ def compile(
     )
     # passes/fuse.py and inplace.py stay off: gradients that are views of one bucket cannot be deep-copied.
     build = _Builder(control, asked, given, eager=backend == "eager")
-    options = Options(check, backend, asked.data_axes, init, asked.shared)
+    options = Options(check, backend, asked.data_axes, init, asked.shared, recipe)
     module = ParallelModule(model, empty, grid, control, build, options)
     if call is not None:
         module.prepare(*call[0], **call[1])
@@ -160,6 +174,8 @@ def plan_model(
     training: bool = True,
     target: Mapping[str, Any] | None = None,
     progress: search.Progress | None = None,
+    micro_batches: int | None = None,
+    schedule: str | Path | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -180,14 +196,25 @@ def plan_model(
             f'("dp={count}"), or pass global batches'
         )
     shape = as_mesh(mesh)
-    asked = ask(shape, device, memory_limit, constraints, outputs, batch, loss, shared)
+    asked = ask(
+        shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True
+    )
     call = arguments(example)
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
     began = time.perf_counter()
     captured, pieces = asked.capture(model, *call, training, Programs())
     seconds = time.perf_counter() - began
-    if count is None:
+    if asked.pipelined:
+        whole, micros = captured.program, Programs()
+        found = plan_pipeline(
+            lambda micro: asked.micro(model, *call, whole, micro, micros),
+            batch_rows(whole),
+            asked,
+            lambda program: _planner_options(program, asked),
+            progress=progress,
+        )
+    elif count is None:
         found = _plan(captured.program, asked, pieces, progress=progress)
     else:
         options = _planner_options(captured.program, asked)

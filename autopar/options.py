@@ -167,6 +167,7 @@ def ask(
     shared: Sequence[str],
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
+    trains: bool = False,
 ) -> Asked:
     """The options of `autopar.compile`, checked.
 
@@ -192,6 +193,8 @@ def ask(
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
     name, table = _schedule(mesh, micro_batches, schedule)
+    if name in SCHEDULES and SCHEDULES[name].asynchronous:
+        _check_asynchronous(name, micro_batches, trains)
     if AXIS in mesh.names and (axes or outputs == "sharded"):
         what = 'batch="local"' if axes else 'outputs="sharded"'
         raise ConstraintError(
@@ -220,8 +223,8 @@ def _schedule(mesh: Mesh, micro: int | None, schedule: str | Path | None) -> tup
         text = Path(schedule).read_text(encoding="utf-8")
     except OSError as error:
         raise ScheduleError(
-            f"schedule={str(schedule)!r} is neither a file that can be read ({error.strerror or error}) nor the name of a "
-            f"schedule: {', '.join(SCHEDULES)}"
+            f"schedule={str(schedule)!r} is neither a file that can be read ({error.strerror or error}) nor the name "
+            f"of a schedule: {', '.join(SCHEDULES)}"
         ) from None
     return OWN, text
 
@@ -246,6 +249,25 @@ def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[
             f'data-parallel strategy; name the axes that split the batch: batch="local:{mesh.names[0]}"'
         )
     return found
+
+
+def _check_asynchronous(name: str, micro: int | None, trains: bool) -> None:
+    others = ", ".join(n for n, s in SCHEDULES.items() if not s.asynchronous)
+    if name != "paci":
+        raise ScheduleError(
+            f"schedule {name!r} can be simulated and drawn, but not trained with: of the asynchronous ones only 'paci' "
+            f"can (weights='stashed' gives it the weights of the forward, as in PipeDream); the others are {others}"
+        )
+    if not trains:
+        raise ScheduleError(
+            f"schedule {name!r} steps the optimizer on its way, which the plain loop (loss.backward(); "
+            f"optimizer.step()) cannot: pass optimizer=lambda params: torch.optim.AdamW(params) and call "
+            f"pm.train_step(batch), or choose one of {others}"
+        )
+    if micro is None:
+        raise ScheduleError(
+            f"schedule {name!r} needs micro_batches=, the micro-batches of one update: it decides how far weights drift"
+        )
 
 
 def batch_rows(program: Program) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,7 +23,6 @@ from autopar.pipeline.checks import check
 from autopar.pipeline.clock import Costs, run
 from autopar.pipeline.comms import has_comms, with_comms
 from autopar.pipeline.plans import AXIS, OWN, inner, inner_mesh, outer
-from autopar.pipeline.schedules import schedule
 from autopar.pipeline.table import from_csv, homes
 from autopar.plan import Pipeline, Plan, Storage
 
@@ -42,7 +41,7 @@ def micro_choices(rows: int, ranks: int, asked: Asked) -> list[int]:
         table = from_csv(asked.table)
         count = 1 + max((a.index for row in table for a in row if a.kind == "F"), default=-1)
         if wanted is not None and wanted != count:
-            raise ScheduleError(f"micro_batches={wanted}, and the table of schedule= has {count}; leave one of them out")
+            raise ScheduleError(f"micro_batches={wanted}, and the table of schedule= has {count}; leave out one")
         wanted = count
     if wanted is not None:
         if rows % wanted:
@@ -89,7 +88,7 @@ def plan_pipeline(
     counts = [pipeline.micro] if pipeline is not None else micro_choices(rows, ranks, asked)
     began = time.perf_counter()
     alone = inner_mesh(mesh, AXIS)
-    given = {"storage": storage, "progress": progress}
+    given: dict[str, Any] = {"storage": storage, "progress": progress}
     if pipeline is not None:
         program = program_of(pipeline.micro)
         return outer(planner.plan(program, alone, **_free(options(program)), **given), mesh, pipeline)
@@ -97,11 +96,13 @@ def plan_pipeline(
     device, own = where.device, where.links[mesh.axis(AXIS)]
     limit = asked.memory_limit if asked.memory_limit is not None else device.memory and device.memory * planner.USABLE
     best: tuple[float, Plan] | None = None
+    starts: dict[int, tuple[str, ...]] = {}
     refused: Exception | None = None
     # What the ranks of a stage do is planned for all stages alike: as if there were no limit, and for less and less
     # memory, for what is most in the first stage may be least in the last.
     for share in (None,) if limit is None else (None, 1.0, 0.5):
-        chains, plans, starts = {}, {}, {}
+        chains: dict[int, stages.Additive] = {}
+        plans: dict[int, Plan] = {}
         try:
             for micro in counts:
                 program = program_of(micro)
@@ -125,7 +126,8 @@ def plan_pipeline(
         if best is None or found.seconds < best[0]:
             cuts = tuple(starts[found.micro][c - 1] for c in found.cuts[1:-1])
             made = Pipeline(AXIS, cuts, found.micro, found.schedule)
-            best = found.seconds, _told(outer(plans[found.micro], mesh, made), choice, device.name, limit)
+            costs = _costs(found.options, [chains[found.micro].gap_bytes(c) for c in found.cuts[1:-1]], link)
+            best = found.seconds, _told(outer(plans[found.micro], mesh, made), choice, device.name, limit, costs)
     if best is None:
         assert refused is not None
         raise refused
@@ -138,7 +140,25 @@ def _free(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "memory_limit": 1 << 60}
 
 
-def _told(plan: Plan, choice: stages.Choice, device: str, limit: float | None) -> Plan:
+def _costs(options: Sequence[stages.Option], gaps: Sequence[tuple[float, float]], link: stages.Link) -> Costs:
+    """What the clock is given for stages in these options, with these bytes between them."""
+    return Costs(
+        forward=[o.forward for o in options],
+        input_grad=[o.input_grad for o in options],
+        weight_grad=[o.weight_grad for o in options],
+        update=[o.update for o in options],
+        send_forward=[link.seconds(a) for a, _ in gaps],
+        send_backward=[link.seconds(b) for _, b in gaps],
+        saved_bytes=[o.saved_bytes for o in options],
+        pending_bytes=[o.pending_bytes for o in options],
+        transient_bytes=[o.transient_bytes for o in options],
+        static_bytes=[o.static_bytes for o in options],
+    )
+
+
+def _told(
+    plan: Plan, choice: stages.Choice, device: str, limit: float | None, costs: Costs
+) -> Plan:
     """The plan with what is predicted of the pipeline, and what it was chosen from."""
     best = choice.best
     predicted: dict[str, Any] = {
@@ -150,7 +170,13 @@ def _told(plan: Plan, choice: stages.Choice, device: str, limit: float | None) -
     }
     if limit is not None:
         predicted["memory_limit"] = round(limit)
-    solver = {**plan.solver, "status": choice.status, "gap": choice.gap, "stages": str(choice).splitlines()}
+    solver = {
+        **plan.solver,
+        "status": choice.status,
+        "gap": choice.gap,
+        "stages": str(choice).splitlines(),
+        "stage_costs": asdict(costs),
+    }
     return replace(plan, predicted=predicted, solver=solver)
 
 
@@ -162,8 +188,8 @@ def _own(asked: Asked, plan: Plan, chain: stages.Additive, starts: Sequence[str]
     ranks = asked.mesh.sizes[asked.mesh.axis(AXIS)]
     if len(table) != ranks:
         raise ScheduleError(
-            f"the table of schedule= has rows for {len(table)} ranks, axis {AXIS} of mesh {asked.mesh} has {ranks}; give "
-            "each rank one row"
+            f"the table of schedule= has rows for {len(table)} ranks, axis {AXIS} of mesh {asked.mesh} has {ranks}; "
+            "give each rank one row"
         )
     if len(home) > chain.pieces:
         raise ScheduleError(
@@ -172,23 +198,15 @@ def _own(asked: Asked, plan: Plan, chain: stages.Additive, starts: Sequence[str]
     cuts = balanced([chain.options(i, i + 1)[0].work for i in range(chain.pieces)], len(home))
     options = [chain.options(a, b)[0] for a, b in pairwise([0, *cuts, chain.pieces])]
     gaps = [chain.gap_bytes(c) for c in cuts]
-    costs = Costs(
-        forward=[o.forward for o in options],
-        input_grad=[o.input_grad for o in options],
-        weight_grad=[o.weight_grad for o in options],
-        send_forward=[link.seconds(a) for a, _ in gaps],
-        send_backward=[link.seconds(b) for _, b in gaps],
-        saved_bytes=[o.saved_bytes for o in options],
-        pending_bytes=[o.pending_bytes for o in options],
-        static_bytes=[o.static_bytes for o in options],
-    )
+    costs = _costs(options, gaps, link)
     timeline = run(table if has_comms(table) else with_comms(table), costs)
     micro = 1 + max(a.index for row in table for a in row if a.kind == "F")
     made = Pipeline(AXIS, tuple(starts[c - 1] for c in cuts), micro, OWN, asked.table)
     predicted: dict[str, Any] = {
         "step_s": timeline.makespan, "peak_bytes": max(timeline.peak_bytes), "collectives": {}, "memory": {},
     }  # fmt: skip
-    return replace(outer(plan, asked.mesh, made), predicted=predicted)
+    solver = {**plan.solver, "stage_costs": asdict(costs)}
+    return replace(outer(plan, asked.mesh, made), predicted=predicted, solver=solver)
 
 
 def balanced(work: Sequence[float], stages: int) -> list[int]:
@@ -212,12 +230,6 @@ def balanced(work: Sequence[float], stages: int) -> list[int]:
 def _schedules(asked: Asked) -> tuple[str, ...]:
     if asked.schedule is None:
         return stages.SYNCHRONOUS
-    if asked.schedule != OWN and schedule(asked.schedule).asynchronous:
-        others = ", ".join(stages.SYNCHRONOUS)
-        raise ScheduleError(
-            f"schedule {asked.schedule!r} steps the optimizer on its way, which the plain loop (loss.backward(); "
-            f"optimizer.step()) cannot; choose one of {others}"
-        )
     return (asked.schedule,)
 
 
@@ -228,9 +240,9 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
         PlanError: it is for another model or mesh, has no pipeline, or is not legal.
     """
     if plan.pipeline is None:
-        raise PlanError(f"the mesh {asked.mesh} has an axis of pipeline stages, {AXIS}, and the plan has none; plan again")
+        raise PlanError(f"mesh {asked.mesh} has an axis of pipeline stages, {AXIS}, and the plan has none; plan again")
     if plan.mesh != asked.mesh:
-        raise PlanError(f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan for this mesh")
+        raise PlanError(f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan for that")
     plan = replace(plan, pipeline=replace(plan.pipeline, micro=fitting(rows, plan.pipeline.micro)))
     assert plan.pipeline is not None
     program = program_of(plan.pipeline.micro)

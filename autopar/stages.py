@@ -14,18 +14,17 @@ from autopar import passes
 from autopar.capture import compiled
 from autopar.costmodel import rules
 from autopar.costmodel.stage_plans import stage_plans
-from autopar.errors import BatchError, PlanError, ScheduleError
+from autopar.errors import BatchError, PlanError
 from autopar.graph import BACKWARD, FORWARD, Program, Sink
 from autopar.mesh import Mesh
-from autopar.pipeline.checks import check
-from autopar.pipeline.comms import forwards, has_comms, with_comms
 from autopar.pipeline.cut import Stage, cut
 from autopar.pipeline.plans import OWN, inner
 from autopar.pipeline.regions import Regions, nbytes, regions_of
-from autopar.pipeline.schedules import schedule, stage_homes
-from autopar.pipeline.table import Table, from_csv, homes
-from autopar.pipeline.weights import divisor
-from autopar.plan import Pipeline, Plan
+from autopar.pipeline.schedules import schedule
+from autopar.pipeline.table import homes
+from autopar.pipeline.tables import table_of
+from autopar.pipeline.weights import divisors
+from autopar.plan import Plan
 from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.stage import LoweredStage, form, forms
 
@@ -37,36 +36,6 @@ class Place:
     lane: int
     coordinates: tuple[int, ...]
     group_names: Mapping[str, str]
-
-
-def table_of(pipeline: Pipeline, ranks: int, training: bool = True) -> Table:
-    """The table of a pipeline, with sends and receives.
-
-    Raises:
-        ScheduleError: the schedule does not exist, or does not go with so many ranks or micro-batches.
-    """
-    if pipeline.schedule == OWN:
-        table = from_csv(pipeline.table)
-        check(table, micro=pipeline.micro)
-        if len(table) != ranks:
-            raise ScheduleError(
-                f"the table has rows for {len(table)} ranks; axis {pipeline.axis} has {ranks}: give each rank one row"
-            )
-        if training:
-            return table if has_comms(table) else with_comms(table)
-        home = homes(table)
-        return with_comms(forwards(ranks, pipeline.micro, [home[s] for s in sorted(home)]))
-    if not training:
-        return with_comms(forwards(ranks, pipeline.micro, stage_homes(pipeline.schedule, ranks)))
-    return with_comms(schedule(pipeline.schedule).make(ranks, pipeline.micro))
-
-
-def stages_on(pipeline: Pipeline, ranks: int) -> tuple[int, ...]:
-    """The place in the lane of every stage."""
-    if pipeline.schedule == OWN:
-        home = homes(from_csv(pipeline.table))
-        return tuple(home[s] for s in sorted(home))
-    return stage_homes(pipeline.schedule, ranks)
 
 
 def lower_pipeline(
@@ -108,12 +77,9 @@ def lower_pipeline(
         s: _lower(stages[s], plans[s], place, kinds[s], eager, target) for s, at in home.items() if at == place.lane
     }
     loss = _loss(program)
-    divisors = None
-    if loss is not None:
-        same = next(s for s in whole.sinks if s.kind == "output" and s.name == loss.name)
-        one, all_ = divisor(program, loss), divisor(whole, same)
-        divisors = None if one is None or all_ is None else (one, all_)
     places = _places(stages, home)
+    if pipeline.schedule != OWN and schedule(pipeline.schedule).asynchronous:
+        _refuse_shared(stages, home)
     outputs = {k.name: s.index for s in stages for k in s.program.sinks if _is_output(k) and k.name not in s.sends}
     return Pipelined(
         program=program,
@@ -121,7 +87,7 @@ def lower_pipeline(
         table=table,
         stages=lowered,
         micro=pipeline.micro,
-        divisors=divisors,
+        divisors=None if loss is None else divisors(program, whole, loss.name, pipeline.micro),
         loss=loss.name if loss is not None else "",
         at=outputs,
         batched=frozenset(_batched(program, whole)),
@@ -137,6 +103,20 @@ def lower_pipeline(
     )
 
 
+def _refuse_shared(stages: Sequence[Stage], home: Mapping[int, int]) -> None:
+    """Stages that step on their own cannot have one parameter: their copies would part."""
+    for stage in stages:
+        for source in stage.program.of_kind("param"):
+            at = stage.shared.get(source.name, ())
+            if len({home[s] for s in at}) > 1:
+                names = " and ".join((source.name, *source.aliases))
+                raise PlanError(
+                    f"parameter {names} is used by stages {', '.join(map(str, at))}, which step on their own with this "
+                    "schedule; untie it (for Hugging Face models: config.tie_word_embeddings=False), or take a "
+                    "synchronous schedule"
+                )
+
+
 def _is_output(sink: Sink) -> bool:
     return sink.kind == "output" and not sink.late
 
@@ -144,7 +124,8 @@ def _is_output(sink: Sink) -> bool:
 def _loss(program: Program) -> Sink | None:
     tangents = program.of_kind("tangent")
     if not program.training:
-        return next((s for s in program.sinks if s.kind == "output" and s.node is not None and _scalar(program, s)), None)
+        outputs = (s for s in program.sinks if s.kind == "output" and s.node is not None)
+        return next((s for s in outputs if _scalar(program, s)), None)
     found = next((s for s in program.sinks if s.kind == "output" and tangents and s.name == tangents[0].name), None)
     if len(tangents) != 1 or found is None or not _scalar(program, found):
         raise BatchError(
@@ -156,7 +137,7 @@ def _loss(program: Program) -> Sink | None:
 
 
 def _scalar(program: Program, sink: Sink) -> bool:
-    val = program.node(str(sink.node)).meta["val"]
+    val = _val(program, sink)
     return isinstance(val, torch.Tensor) and val.dim() == 0 and val.is_floating_point()
 
 
@@ -207,8 +188,8 @@ def stage_of_parameters(program: Program, starts: Sequence[str]) -> dict[str, in
 def starts_again(program: Program, starts: Sequence[str], stage_of: Mapping[str, int]) -> list[str]:
     """Where stages begin in another program of the same model, so that parameters stay where they are.
 
-    The places of the first program where they are there and right, else the gap with the fewest bytes between the last op
-    that needs an earlier stage and the first that needs a later one.
+    The places of the first program where they are there and right, else the gap with the fewest bytes between the last
+    op that needs an earlier stage and the first that needs a later one.
 
     Raises:
         PlanError: the new program reads the parameters in another order.
@@ -294,5 +275,5 @@ def inner_place(mesh: Mesh, rank: int, axis: str, group_names: Mapping[str, str]
 
 
 __all__ = [
-    "Place", "inner_place", "lower_pipeline", "stage_of_parameters", "stages_on", "starts_again", "table_of",
+    "Place", "inner_place", "lower_pipeline", "stage_of_parameters", "starts_again",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ messages cost nothing; the column "formula" is the closed form of `autopar.pipel
 for zb-v with fewer micro-batches than ranks, where it is a bound. The unit is the shortest one at which a sleep is at
 most 1 % too long, which is measured first. PACI is measured from the end of its fill (the first backward of stage 0)
 until stage 0 begins its last forward: in between no rank waits, so 1 is expected. 2bw and async-1f1b have its tables.
+What comes out too low is measured again, up to `TRIES` times, and the best counts: other programs can only lower it.
 
 Part `cost`: the executor on stages that do nothing. Without messages in microseconds an action; with messages as the
 ratio to a bare loop of isend, irecv and wait with the same messages in the same order on the same ranks, both in the
@@ -59,6 +60,8 @@ BARE = 1.10
 OVERSHOOT = 0.01
 UNITS = (0.05, 0.06, 0.08, 0.1)  # seconds
 TIMEOUT = 60.0
+TRIES = 3
+MANY = 32  # micro-batches of a run whose cost is measured
 SMALL = Form(torch.float32, (1024,))  # 4 kB
 LARGE = Form(torch.float32, (1 << 18,))  # 1 MB
 #: Seconds of an action, in units.
@@ -331,22 +334,26 @@ def work(rank: int, count: int, folder: str, wanted: Wanted) -> None:
     meet = f"file://{folder}/meet{count}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=count, timeout=limit)
     say = print if rank == 0 else (lambda *_, **__: None)
-    late = overshoot()
+    late = min(overshoot() for _ in range(TRIES))
     unit = next((u for u in UNITS if late / u <= OVERSHOOT), UNITS[-1])
     say(f"  a sleep is {1e3 * late:.2f} ms too long: unit {1e3 * unit:.0f} ms, {late / unit:.1%} of it", flush=True)
     rows = []
     for name, micro, table in cases(count, wanted.micros):
-        rows.append(measure(name, micro, table, unit))
-        say(f"  {name} m={micro}: {rows[-1].measured:.3f} ({rows[-1].seconds:.1f} s)", flush=True)
+        found, tries = measure(name, micro, table, unit), 1
+        while found.ratio < 1 - NEAR and tries < TRIES:
+            found, tries = max(found, measure(name, micro, table, unit), key=lambda m: m.ratio), tries + 1
+        rows.append(found)
+        words = "" if tries == 1 else f", best of {tries}"
+        say(f"  {name} m={micro}: {found.measured:.3f} ({found.seconds:.1f} s{words})", flush=True)
     costs = []
     if wanted.turns:
-        table = with_comms(one_f_one_b(count, 2 * count))
+        table = with_comms(one_f_one_b(count, MANY))
         for words, form in (("4 kB", SMALL), ("1 MB", LARGE)):
             costs.append(Cost(count, "1f1b", words, *beside(table, form, wanted.turns)))
             say(f"  beside a bare loop, {words}: {costs[-1].ratio:.3f}", flush=True)
     if rank == 0:
-        found = {"late": late / unit, "rows": [asdict(r) for r in rows], "costs": [asdict(c) for c in costs]}
-        Path(folder, f"found{count}.json").write_text(json.dumps(found), encoding="utf-8")
+        result = {"late": late / unit, "rows": [asdict(r) for r in rows], "costs": [asdict(c) for c in costs]}
+        Path(folder, f"found{count}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """A program as a chain of pieces that pipeline stages are made of: where it may be cut, and what each piece costs.
 
-Places to cut at are the gaps of the forward's sequence over which few bytes go: those that no gap in the neighbourhood (a
-quarter of a stage's computation to either side) beats, so that blocks are not cut in the middle for the last per cent
+Places to cut at are the gaps of the forward's sequence over which few bytes go: those that no gap in the neighbourhood
+(a quarter of a stage's computation to either side) beats, so that no block is cut in the middle for the last per cent
 of balance. What a piece costs is priced as the planner prices: seconds of its ops and of the communication that they
 wait for, bytes by the specs of its tensors. All of it is of one micro-batch under one plan of the ranks of a stage.
 """
@@ -61,7 +61,7 @@ def pieces_of(
 ) -> Pieces:
     """The pieces of `program`, which is of one micro-batch, under `plan`, of the mesh of a stage.
 
-    stages: how many stages there will be at most: places to cut at are chosen for that. micro: micro-batches of a batch.
+    stages: how many there will be at most: places to cut at are chosen for that. micro: micro-batches of a batch.
     starts: addresses at which pieces begin, if that is settled.
     """
     return _Pieces(program, plan, device, stages, micro, policy or Policy(program.training), links, starts).run()
@@ -154,7 +154,7 @@ class _Pieces:
     def _parts(
         self, where: Assignment, count: int, seconds: Mapping[str, float], late: Mapping[str, tuple[float, float]]
     ) -> list[Option]:
-        parts = [Option(*[0.0] * 8) for _ in range(count)]
+        parts = [Option(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0) for _ in range(count)]
 
         def add(at: int, **more: float) -> None:
             old = parts[at]

@@ -53,8 +53,8 @@ from autopar.costmodel.stages_answer import (
     why,
 )
 from autopar.costmodel.stages_chain import Additive, Chain, Link, Option, edges
+from autopar.costmodel.stages_layers import EQUAL, Way
 from autopar.costmodel.stages_pairs import Pair
-from autopar.costmodel.stages_search import EQUAL, Way
 from autopar.costmodel.stages_table import SEGMENT
 from autopar.errors import ScheduleError
 from autopar.pipeline.schedules import SCHEDULES, schedule

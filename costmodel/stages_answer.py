@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from autopar.costmodel.stages_chain import PENDING, SAVED, SEND_B, SEND_F, STATIC, TRANSIENT, Option
+from autopar.costmodel.stages_layers import Way
 from autopar.costmodel.stages_pairs import Pair
-from autopar.costmodel.stages_search import Least, Way
+from autopar.costmodel.stages_search import Least
 from autopar.costmodel.stages_table import costs
 from autopar.errors import InfeasibleError
 from autopar.pipeline.clock import run

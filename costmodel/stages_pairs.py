@@ -21,12 +21,11 @@ from autopar.costmodel.stages_chain import (
     Floats,
     Ints,
 )
-from autopar.costmodel.stages_search import EQUAL, Layers, Least, Rows, Way, minimise
+from autopar.costmodel.stages_layers import EQUAL, Layers, Rows, Way
+from autopar.costmodel.stages_search import Least, minimise
 from autopar.costmodel.stages_table import Shape, shape
 from autopar.pipeline.schedules import schedule
 
-#: Stages made slower by so much, one rank after the other, to learn paths that matter: a little, and beyond all others.
-SLOWER = (1.25, 100.0)
 #: Of ways judged together, how many are remembered.
 REMEMBERED = 16
 _TIMES = [FORWARD, INPUT, WEIGHT, UPDATE]
@@ -94,12 +93,29 @@ class Pair:
         self.ranks, self.overlap, self.cuts = ranks, overlap, cuts
         self.way: Way | None = None
         self.seconds = np.inf
-        self.bound = micro * edges.least_work / ranks
+        self.bound = self._simple()
         self.judged = 0
         self.fits = True
         self._begun: Floats | None = None
         self._unit = 1.0
         self._met: dict[Way, float] = {}  # seconds of the best ways judged
+
+    def _simple(self) -> float:
+        """A bound that needs no table: (5).
+
+        On a line, rank r begins behind the forwards of the ranks before it, and ends before their backwards, unless
+        these are split: T >= m w[r] + sum_{s<r} f w[s], w being the work of a stage, and f the least share of it that is
+        forward, or all. These rows at weights of (1 - f/m)^(R-1-r) sum to w alike for all stages.
+        """
+        known, work = schedule(self.name), self.edges.least_work
+        if known.placement != "line" or known.asynchronous or not work < np.inf:
+            return self.micro * work / self.ranks
+        share = 1.0
+        if known.splits:
+            share = float((self.edges.numbers[:, FORWARD] / np.maximum(self.edges.work, 1e-300)).min())
+        if share < EQUAL:
+            return self.micro * work / self.ranks
+        return share * work / (1 - (1 - share / self.micro) ** self.ranks)
 
     @cached_property
     def shape(self) -> Shape:
@@ -116,7 +132,7 @@ class Pair:
 
     def quickest(self, stage: int, way: Way) -> float:
         """Seconds that a stage of a way would keep its rank busy in a step, in its quickest option."""
-        return float(self._busy[stage][self.edges.of(*self.span(way[stage]))].min())
+        return float(self._busy[self.edges.of(*self.span(way[stage]))].min())
 
     @property
     def other(self) -> Way | None:
@@ -128,24 +144,9 @@ class Pair:
     # ---- the stages there may be -----------------------------------------------------------------------------------
 
     @cached_property
-    def _busy(self) -> list[Floats]:
-        """Per stage, [edges]: seconds that it keeps its rank busy in a step."""
-        passes = self.shape.passes.sum(0)
-        found: dict[bytes, Floats] = {}
-        return [found.setdefault(line.tobytes(), self.edges.numbers[:, _TIMES] @ line[_TIMES]) for line in passes]
-
-    @cached_property
-    def _fitting(self) -> list[NDArray[np.bool_]]:
-        """Per stage, [edges]: whether it alone keeps the limit."""
-        everything = np.ones(len(self.edges), dtype=bool)
-        if self.limit is None:
-            return [everything] * self.shape.stages
-        top = self.limit * (1 + EQUAL)
-        found: dict[bytes, NDArray[np.bool_]] = {}
-        for rows in self._own:
-            if rows.tobytes() not in found:
-                found[rows.tobytes()] = (self.edges.numbers[:, _BYTES] @ rows.T <= top).all(1)
-        return [found[rows.tobytes()] for rows in self._own]
+    def _busy(self) -> Floats:
+        """[edges]: seconds that an edge keeps its rank busy in a step, whichever stage it is."""
+        return self.micro * self.edges.work + self.edges.numbers[:, UPDATE]
 
     @cached_property
     def _own(self) -> list[Floats]:
@@ -157,19 +158,34 @@ class Pair:
         return found
 
     @cached_property
-    def _cut(self) -> list[NDArray[np.bool_]]:
-        """Per stage, [edges]: whether it is of the cut asked for, if one is."""
-        if self.cuts is None:
-            return [np.ones(len(self.edges), dtype=bool)] * self.shape.stages
-        return [(self.edges.first == a) & (self.edges.last == b) for a, b in zip(self.cuts, self.cuts[1:])]
+    def _alone(self) -> list[Floats]:
+        """Per stage, [edges]: the most that it alone holds. Stages that hold alike share one array."""
+        found = {rows.tobytes(): rows for rows in self._own}
+        most = {k: (self.edges.numbers[:, _BYTES] @ rows.T).max(1) for k, rows in found.items()}
+        return [most[rows.tobytes()] for rows in self._own]
 
     def _layers(self, seconds: float) -> Layers:
         """Stages that alone keep the limit, and keep their rank busy for `seconds` at most."""
-        masks = [f & c & (b <= seconds) for f, c, b in zip(self._fitting, self._cut, self._busy)]
-        layers = Layers.of(self.edges, masks)
-        if self.limit is None or not self._together:  # then bytes are no matter any more
-            layers.keep = [_unbeaten(self.edges, keep, self._times) for keep in layers.keep]
-        return layers
+        quick = self._busy <= seconds
+        if self.limit is None:
+            return self._of([quick] * self.shape.stages, self._times)
+        top = self.limit * (1 + EQUAL)
+        masks = {id(most): quick & (most <= top) for most in self._alone}
+        # Where no stages share a rank, bytes are no matter any more.
+        return self._of([masks[id(most)] for most in self._alone], None if self._together else self._times)
+
+    def _of(self, masks: Sequence[NDArray[np.bool_]], numbers: Floats | None) -> Layers:
+        """Stages as masked, without options that others equal or beat in all numbers [edges, numbers]."""
+        found: dict[int, Ints] = {}
+        for mask in masks:
+            if id(mask) not in found:
+                keep = np.flatnonzero(mask)
+                found[id(mask)] = keep if numbers is None else _unbeaten(self.edges, keep, numbers)
+        allowed = [found[id(mask)] for mask in masks]
+        if self.cuts is not None:
+            spans = zip(allowed, self.cuts, self.cuts[1:])
+            allowed = [k[(self.edges.first[k] == a) & (self.edges.last[k] == b)] for k, a, b in spans]
+        return Layers.of(self.edges, allowed)
 
     @cached_property
     def _times(self) -> Floats:
@@ -198,15 +214,15 @@ class Pair:
 
     def begin(self) -> None:
         """A first way, with stages as level as they can be."""
-        top = 1.3 * self.shape.steps * self.micro * self.edges.least_work / self.shape.stages
+        top = 1.3 * self.micro * self.edges.least_work / self.shape.stages
         layers = self._layers(top)
-        while layers.empty and top < max(b.max(initial=0.0) for b in self._busy):
+        while layers.empty and top < self._busy.max(initial=0.0):
             top = max(2 * top, 1e-300)
             layers = self._layers(top)
         if layers.empty:
             self.fits, self.bound = False, np.inf
             return
-        way = layers.levelled([b[k] for b, k in zip(self._busy, layers.keep)])
+        way = layers.levelled([self._busy[keep] for keep in layers.keep])
         self._begun = self.numbers(way)
         self._unit = float(self.shape.makespans(self._begun[None])[0])
         self._offer(way, self._unit)
@@ -226,11 +242,8 @@ class Pair:
         assert self._begun is not None and below < np.inf
         layers = self._layers(below)
         judge = _Time(self.shape, self.edges, self._unit, self._met)
-        numbers = np.repeat(self._begun[None], 1 + len(SLOWER) * self.ranks, 0)
-        for k, line in enumerate(numbers[1:]):
-            rank, factor = k // len(SLOWER), SLOWER[k % len(SLOWER)]
-            line[np.ix_([s for s, h in enumerate(self.shape.home) if h == rank], _TIMES)] *= factor
-        rows = judge.rows(numbers).joined(Rows.of(self.shape.passes / self._unit, self._limits(layers)))
+        known = judge.rows(self._begun[None])
+        rows = known.joined(Rows.of(self.shape.passes / self._unit, self._limits(layers)))
         found = minimise(layers, rows, judge, below / self._unit, start=self.way, work=work)
         self.judged += found.judged
         self.bound = max(self.bound, found.bound * self._unit)
@@ -248,18 +261,16 @@ class Pair:
 
     def least_bytes(self, work: int) -> Least:
         """The way whose fullest rank holds least, however long it takes; value and bound in bytes."""
-        bytes_ = self.edges.numbers[:, _BYTES]
-        alone = [(bytes_ @ rows.T).max(1) for rows in self._own]
-        top = max(min(line[c].min(initial=np.inf) for line, c in zip(alone, self._cut)), 1.0)
+        top = max(max(most.min(initial=np.inf) for most in self._alone), 1.0)
         while True:
-            layers = Layers.of(self.edges, [c & (line <= top) for line, c in zip(alone, self._cut)])
+            masks = {id(most): most <= top for most in self._alone}
+            layers = self._of([masks[id(most)] for most in self._alone], self.edges.numbers[:, _BYTES])
             if not layers.empty:
                 break
-            if top >= max(line.max(initial=0.0) for line in alone):
+            if top >= max(most.max(initial=0.0) for most in self._alone):
                 return Least(None, np.inf, np.inf)
             top *= 2
-        layers.keep = [_unbeaten(self.edges, keep, bytes_) for keep in layers.keep]
-        way = layers.levelled([line[keep] for line, keep in zip(alone, layers.keep)])
+        way = layers.levelled([most[keep] for most, keep in zip(self._alone, layers.keep)])
         unit = float(self.shape.peaks(self.numbers(way)).max())
         every = Rows.of(self.shape.memory / unit, _none(self.shape.stages))
         found = minimise(layers, every, _Bytes(self.edges, every), 1.0, start=way, work=work)

@@ -29,7 +29,8 @@ class Reduction:
 
 def reduction(local: LocalProgram, plan: Plan) -> Reduction | None:
     """What is left to do for a local program that was made with `defer`; None if there is nothing."""
-    graph, outputs, found = fx.Graph(), [], []
+    graph, outputs = fx.Graph(), []
+    found: list[str] = []
     for sink, spec in zip(local.program.sinks, local.sink_specs):
         if sink.kind != "grad" or sink.node is None:
             continue

@@ -22,7 +22,7 @@ from torch import Tensor
 from autopar.errors import AutoparError, PipelineError, RuntimeUseError, ScheduleError
 from autopar.pipeline.clock import Span
 from autopar.pipeline.comms import sending
-from autopar.pipeline.table import Action, Table, excerpt, homes
+from autopar.pipeline.table import Action, Row, Table, excerpt, homes
 from autopar.runtime.alarm import MOMENT, Failure
 from autopar.runtime.lineup import compare, introduce
 from autopar.runtime.loopback import Loopback
@@ -119,6 +119,7 @@ class Executor:
         self._agreed = False
         self._links: list[tuple[int, int]] = []
         self._stopped = ""
+        self._endless = False
         self._home = homes(table)
         try:
             self._built = self._build()
@@ -194,15 +195,32 @@ class Executor:
             RankMismatchError: before the first action of the first run: tables or forms of messages differ.
             PipelineError: this rank or another has failed, or a message did not come in time.
         """
-        alarm = self._transport.alarm
         self.begin()
+        self._walk(last=True)
+
+    def resume(self, row: Row, last: bool) -> None:
+        """Go on with `row`: more of a row that is not known as a whole. `last`: nothing is to be in flight behind it.
+
+        The table is that of the first actions, and says what ranks compare. Raises as `run`.
+        """
+        if not self._agreed:
+            self.begin()
+        self.row = row
+        self._acts = [(HANDLERS[kind](self._built[stage]), index) for stage, kind, index in row]
+        self._endless = True
+        self._walk(last)
+
+    def _walk(self, last: bool) -> None:
+        alarm = self._transport.alarm
         try:
             with alarm.listening(self._transport.close) if alarm else nullcontext():
                 self._transport.meet(self._links)
+                self._links = []
                 for step, (act, index) in enumerate(self._acts):
                     self.step = step
                     act(index)
-                self.end()
+                if last:
+                    self.end()
         except BaseException as error:
             told = self._failed(error)
             if told is error:
@@ -296,6 +314,9 @@ class Executor:
             return error
         if alarm is not None:
             alarm.stay()
+        if self._endless:  # steps are those of a portion
+            done = [f">>{a}<<" if i == self.step else str(a) for i, a in enumerate(self.row)]
+            return PipelineError(f"{own.text}\n  row: {' '.join(done[max(0, self.step - 6) : self.step + 6])}")
         return PipelineError(f"{own.text}\n{excerpt(self.table, mark)}")
 
 

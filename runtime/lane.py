@@ -1,7 +1,7 @@
 """This process's place in a pipeline: the ranks along the pipeline's axis, and the grid of its own stage.
 
-The ranks of a mesh that differ only on the pipeline's axis are one *lane*: stages pass on to their neighbours of the same
-lane. Those that differ only on the other axes are together one stage, with a grid of their own.
+The ranks of a mesh that differ only on the pipeline's axis are one *lane*: stages pass on to their neighbours of the
+same lane. Those that differ only on the other axes are together one stage, with a grid of their own.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class Lane:
         """The tensor of the rank at place `owner`, on every rank of the lane. A collective call of the lane."""
         if self.group is None or self.size == 1:
             return tensor
-        there = (tensor.cpu() if self.grid.staged else tensor).contiguous()
+        if owner == self.rank:
+            there = (tensor.cpu() if self.grid.staged else tensor).contiguous()
+        else:  # what the others pass only says what comes
+            there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if self.grid.staged else tensor.device)
         # As bytes: every dtype travels, also those the backend does not know.
         dist.broadcast(there.reshape(-1).view(torch.uint8), group_src=owner, group=self.group)
         return there.to(tensor.device)

@@ -34,9 +34,10 @@ from autopar.runtime.storage import (
     scatter,
     whole,
 )
+from autopar.runtime.training import Trainable, asynchronous, missing_text
 
 
-class ParallelModule(nn.Module):
+class ParallelModule(Trainable):
     """A compiled model. Made by `autopar.compile`; used like the model it was made from.
 
     Parameters are DTensors under the model's own names, buffers are whole on every rank. The first call (or
@@ -141,14 +142,20 @@ class ParallelModule(nn.Module):
             RankMismatchError: another rank failed, or runs another step.
             RuntimeUseError: parameters without values.
         """
+        self.settle()
         state = self._state
+        if asynchronous(state.plan) and torch.is_grad_enabled() and self.training:
+            raise RuntimeUseError(
+                "the pipeline's schedule steps the optimizer on its way: call pm.train_step(batch) in place of the "
+                "module, or compile with a synchronous schedule"
+            )
         call: Call | None = None
         failure: Exception | None = None
-        step: Step | None = None
+        step: Step | PipelineStep | None = None
         inputs: list[torch.Tensor] = []
         try:
             if state.missing:
-                raise RuntimeUseError(_missing_text(state.missing))
+                raise RuntimeUseError(missing_text(state.missing))
             call, key = self._describe(args, kwargs)
             step = state.steps.get(key)
             inputs = step.program.flatten(args, kwargs) if step is not None else []
@@ -173,7 +180,7 @@ class ParallelModule(nn.Module):
             if step.uses_seed:
                 seed = state.control.agree(_with_seed(call), check=False)
             if state.missing:
-                raise RuntimeUseError(_missing_text(state.missing))
+                raise RuntimeUseError(missing_text(state.missing))
             inputs = step.program.flatten(args, kwargs)
         state.last = step
         params, buffers = state.tensors()
@@ -224,6 +231,7 @@ class ParallelModule(nn.Module):
             RuntimeUseError: before the first plan.
         """
         self.plan  # noqa: B018
+        self.settle()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -351,7 +359,7 @@ class ParallelModule(nn.Module):
         return (ours.get(name, p) for name, p in state.skeleton.named_parameters())
 
     @torch.inference_mode(False)
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step:
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Step | PipelineStep:
         state = self._state
         for module, shell in zip(state.skeleton.modules(), state.shells.values()):
             module.training = shell.training
@@ -367,17 +375,19 @@ class ParallelModule(nn.Module):
             if changed := self._changed(call):
                 raise CaptureError(f"{error}. It was captured again because {'; '.join(changed)}") from error
             raise
-        piped = isinstance(lowered, Pipelined)
-        if piped and state.lane is None:
-            assert lowered.plan.pipeline is not None
-            state.lane = lane_of(state.grid, lowered.plan.pipeline.axis)
-        if piped:
-            assert state.lane is not None
+        plan = lowered.plan
+        if isinstance(lowered, Pipelined):
+            assert plan.pipeline is not None
+            state.lane, plan = state.lane or lane_of(state.grid, plan.pipeline.axis), inner(plan)
             state.lane.share(lowered.shared)
+        step: Step | PipelineStep
         with state.control.together("lowering"):
-            step = PipelineStep(lowered, state.lane) if piped else Step(lowered, state.grid, state.options.data_axes)
+            if isinstance(lowered, Pipelined):
+                assert state.lane is not None
+                step = PipelineStep(lowered, state.lane)
+            else:
+                step = Step(lowered, state.grid, state.options.data_axes)
         if state.plan is None:
-            plan = inner(lowered.plan) if piped else lowered.plan
             with state.control.together("reading the plan"):
                 for storage in plan.storage.values():
                     placements(storage.spec)
@@ -385,7 +395,7 @@ class ParallelModule(nn.Module):
             assert state.model is not None
             with state.control.together("taking the values"):
                 _check_unchanged(state.skeleton, state.model)
-            if piped:
+            if isinstance(lowered, Pipelined):
                 state.places = lowered.places
             fill_tree(state.shells, state.skeleton, state.model, plan, loader, state.elsewhere())
             watch(state.local.device_mesh)
@@ -467,12 +477,3 @@ def _with_seed(call: Call | None) -> Call | None:
         return None
     seed = int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
     return Call(call.arguments, call.mode, seed, call.part, call.parts)
-
-
-def _missing_text(missing: set[str]) -> str:
-    names = sorted(missing)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"{len(names)} parameters or buffers have no values (the model was on the meta device): {', '.join(names[:3])}"
-        f"{more}; call pm.load_state_dict(...) first, or pass init=function(name, shape, dtype) to autopar.compile"
-    )

@@ -7,6 +7,7 @@ Messages are called by their sends: 1SF3 are the activations of micro-batch 3 of
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -165,12 +166,12 @@ class Sends:
 
     def __init__(self, limit: int, timeout: float) -> None:
         self._limit, self._timeout = limit, timeout
-        self._going: deque[tuple[Sent, str]] = deque()
+        self._going: deque[tuple[Sent, Callable[[int], str], int]] = deque()
 
-    def add(self, sent: Sent, what: str) -> None:
-        """One more. `what`: the send and the rank, for the text of an error."""
+    def add(self, sent: Sent, what: Callable[[int], str], micro: int) -> None:
+        """One more. `what(micro)`: the send and the rank, for the text of an error."""
         going = self._going
-        going.append((sent, what))
+        going.append((sent, what, micro))
         while going[0][0].done():
             going.popleft()
             if not going:
@@ -184,11 +185,11 @@ class Sends:
             self._wait()
 
     def _wait(self) -> None:
-        sent, what = self._going[0]
+        sent, what, micro = self._going[0]
         try:
             sent.wait(self._timeout)
         except Lost as lost:
-            raise Lost(lost.why, f"waits for {what}") from lost
+            raise Lost(lost.why, what(micro)) from lost
         self._going.popleft()
 
 
@@ -214,12 +215,14 @@ class FarOut(Outlet):
             raise ScheduleError(f"has nothing to send: {self._name(micro)} is not made before it")
         if not self._message.size:
             return
-        what = f"rank {self._peer} to take {self._name(micro)}"
         try:
             sent = self._transport.send(self._message.pack(tensors), self._peer, self._way)
         except Lost as lost:
-            raise Lost(lost.why, f"waits for {what}") from lost
-        self._sends.add(sent, what)
+            raise Lost(lost.why, self._what(micro)) from lost
+        self._sends.add(sent, self._what, micro)
+
+    def _what(self, micro: int) -> str:
+        return f"waits for rank {self._peer} to take {self._name(micro)}"
 
     def _name(self, micro: int) -> str:
         return str(self._send._replace(index=micro))

@@ -1,8 +1,8 @@
 """A step of a model that is cut into stages: all micro-batches through the table, then the gradients.
 
-What `Step` is for a program in one piece. The user's loop stays: calling the module in training runs the whole schedule,
-backwards too, with a gradient of one for the loss; `loss.backward()` hands the gradients over, times the gradient that
-arrives. What is returned is the same on every rank.
+What `Step` is for a program in one piece. The user's loop stays: calling the module in training runs the whole
+schedule, backwards too, with a gradient of one for the loss; `loss.backward()` hands the gradients over, times the
+gradient that arrives. What is returned is the same on every rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import RuntimeUseError
 from autopar.graph import Program, Sink
-from autopar.pipeline.table import Table, homes
+from autopar.pipeline.table import Row, Table, homes
 from autopar.pipeline.weights import Divisor
 from autopar.plan import Plan
 from autopar.runtime.executor import Executor
@@ -96,7 +96,7 @@ class PipelineStep:
         """The user's outputs, flat, in the order of the output sinks; None for those that are not wanted."""
         if gate is not None:
             gate()
-        batch = self._batch(params, buffers, inputs, seed)
+        batch = self.batch(params, buffers, inputs, seed)
         if self.training:
             names = [n for n, p in params.items() if p.requires_grad and n in self._trained()]
             found = iter(_Run.apply(self, batch, names, *(params[n] for n in names)))
@@ -116,13 +116,14 @@ class PipelineStep:
     def _trained(self) -> set[str]:
         return {s.name for work in self.works.values() for s in work.lowered.stage.program.sinks if s.kind == "grad"}
 
-    def _batch(
+    def batch(
         self,
         params: Mapping[str, torch.Tensor],
         buffers: Mapping[str, torch.Tensor],
         inputs: Sequence[torch.Tensor],
         seed: int,
     ) -> Batch:
+        """A batch, as the stages of this rank take it."""
         count, mesh = self.lowered.micro, self.grid.mesh
         given = dict(zip((s.name for s in self.program.of_kind("input")), inputs))
         rows = [
@@ -130,7 +131,7 @@ class PipelineStep:
             for k in range(count)
         ]
         weights = [1.0 / count] * count
-        if self.lowered.divisors is not None and self.training:
+        if self.lowered.divisors is not None:
             one, all_ = self.lowered.divisors
             whole = all_(given, buffers)
             weights = [_part(one(row, buffers), whole) for row in rows]
@@ -151,6 +152,21 @@ class PipelineStep:
             work.start(batch)
         with torch.autocast(self.grid.device.type, enabled=False):
             self.executor.run()
+
+    def go(self, row: Row, last: bool) -> None:
+        """More of a row that has no end, as `Executor.resume`."""
+        with torch.autocast(self.grid.device.type, enabled=False):
+            self.executor.resume(row, last)
+
+    def loss(self, batch: Batch, first: int) -> torch.Tensor | None:
+        """The loss of the micro-batches from `first` on, where this rank has it."""
+        owner = self.lowered.at[self.lowered.loss]
+        if self.home[owner] != self.lane.rank:
+            return None
+        sink = next(s for s in self.wanted if s.name == self.lowered.loss)
+        found = self._joined(sink, batch, first)
+        self.works[owner].outputs.clear()
+        return found
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Local gradients by name, after `run`; what several stages have is added up between them."""
@@ -192,9 +208,9 @@ class PipelineStep:
             work.outputs.clear()
         return tuple(out)
 
-    def _joined(self, sink: Sink, batch: Batch) -> torch.Tensor:
+    def _joined(self, sink: Sink, batch: Batch, first: int = 0) -> torch.Tensor:
         work = self.works[self.lowered.at[sink.name]]
-        parts = [work.outputs[k][sink.name] for k in range(self.lowered.micro)]
+        parts = [work.outputs[first + k][sink.name] for k in range(self.lowered.micro)]
         if sink.name in self.lowered.batched:
             return torch.cat(parts)
         if not parts[0].is_floating_point() or parts[0].dim():
@@ -202,7 +218,8 @@ class PipelineStep:
         weights = batch.weights if sink.name == self.lowered.loss else [1.0 / len(parts)] * len(parts)
         total = torch.zeros_like(parts[0])
         for part, weight in zip(parts, weights):
-            total += part * weight
+            if weight:  # without labels a part is 0 / 0, and no part of the sum
+                total += part * weight
         return total
 
     def _empty(self, sink: Sink) -> torch.Tensor:

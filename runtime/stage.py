@@ -1,8 +1,8 @@
 """One pipeline stage on this rank: its graphs, what they save between forward and backward, and its gradients.
 
-A stage is a `Work` for the executor. Per micro-batch it runs the forward graph, keeps what the backward reads, and later
-the backward graph, or its two halves; gradients of parameters are added up. Parameters are read as they are when a graph
-runs: with a schedule that steps the optimizer on the way, a backward sees the current ones.
+A stage is a `Work` for the executor. Per micro-batch it runs the forward graph, keeps what the backward reads, and
+later the backward graph, or its two halves; gradients of parameters are added up. Parameters are read as they are when
+a graph runs: with a schedule that steps the optimizer on the way, a backward sees the current ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.errors import PipelineError
+from autopar.errors import PipelineError, RuntimeUseError
 from autopar.graph import BACKWARD, FORWARD
 from autopar.pipeline.cut import Stage
 from autopar.plan import Plan
@@ -92,12 +92,25 @@ class StageWork:
         self._sources = [s for s in program.sources if s.phase == FORWARD]
         self._received = [received.get(s.name, -1) if s.kind == "input" else -1 for s in self._sources]
         self._late = [(s, returned.get(s.name, -1)) for s in program.sources if s.phase == BACKWARD]
+        self._has_loss = any(s.kind == "tangent" for s, _ in self._late)
         self._values = [s for s in program.sinks if s.phase == FORWARD]
         at = {s.name: i for i, s in enumerate(self._values) if s.kind == "output"}
         self._sent = [at[name] for name in stage.sends]
         self._ends = [s for s in program.sinks if s.phase == BACKWARD]
         self._grads = [s.name for s in self._ends if s.kind == "grad"]
         self._replaced = [s.name for s in self._values if s.kind == "buffer" and s.node is not None]
+        self._params = [
+            (k, self._sources[i].name) for k, i in enumerate(lowered.saved_inputs) if self._sources[i].kind == "param"
+        ]
+        #: With a schedule that steps the optimizer: what U calls with the gradients, reduced.
+        self.on_update: Callable[[dict[str, torch.Tensor]], None] | None = None
+        #: Whether a backward reads the weights of its forward, of which copies are then kept.
+        self.stash = False
+        #: Updates between forward and backward of micro-batches: their sum, number and most.
+        self.drift_sum, self.drift_count, self.drift_most = 0, 0, 0
+        self._version = 0
+        self._seen: dict[int, int] = {}  # micro-batch in flight -> version of its forward
+        self._first = 0
         self.batch: Batch | None = None
         self.grads: dict[str, torch.Tensor] = {}
         self.outputs: dict[int, dict[str, torch.Tensor]] = {}
@@ -108,8 +121,12 @@ class StageWork:
 
     def start(self, batch: Batch) -> None:
         """What the micro-batches are. Forgets what a run that failed has left."""
-        self.batch = batch
+        self.feed(batch, 0)
         self.grads, self.outputs, self._flights = {}, {}, {}
+
+    def feed(self, batch: Batch, first: int) -> None:
+        """Micro-batches from number `first` on; others may be in flight."""
+        self.batch, self._first = batch, first
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Local gradients by parameter name, reduced; those that stages share hold this stage's part.
@@ -140,7 +157,7 @@ class StageWork:
 
     def forward(self, micro: int, received: list[torch.Tensor]) -> list[torch.Tensor]:
         """F: run the forward graph, keep what the backward reads."""
-        batch = self._given()
+        batch, place = self._given(), micro - self._first
         buffers = batch.buffers
         if self._replaced:
             buffers = {**buffers, **{name: buffers[name].clone() for name in self._replaced}}
@@ -153,15 +170,16 @@ class StageWork:
             elif source.kind == "buffer":
                 flat.append(buffers[source.name])
             elif source.kind == "seed":
-                flat.append(torch.full((), batch.seeds[micro], dtype=torch.int64, device=self.device))
+                flat.append(torch.full((), batch.seeds[place], dtype=torch.int64, device=self.device))
             else:
-                flat.append(batch.inputs[micro][source.name])
+                flat.append(batch.inputs[place][source.name])
         saved = [flat[i] for i in self.lowered.saved_inputs]
         results = list(self._graphs["forward"](flat))
         count = len(self._values)
         values = results[:count]
         if self.lowered.training:
             self._flights[micro] = saved + results[count:]
+            self._seen[micro] = self._version
         del results
         kept = {}
         for sink, value in zip(self._values, values):
@@ -175,6 +193,10 @@ class StageWork:
 
     def backward(self, micro: int, received: list[torch.Tensor]) -> list[torch.Tensor]:
         """B: run the backward graph, add up gradients."""
+        self._note_drift(micro)
+        if self._idle(micro):
+            self._flights.pop(micro)
+            return self._nothing()
         box = self._backward_box(micro, received)
         held = Taken(box)
         results = list(self._graphs["backward"](box))
@@ -186,6 +208,10 @@ class StageWork:
 
     def input_grads(self, micro: int, received: list[torch.Tensor]) -> list[torch.Tensor]:
         """I: gradients that are sent back; what W needs stays."""
+        self._note_drift(micro)
+        if self._idle(micro):
+            self._flights[micro] = []
+            return self._nothing()
         box = self._backward_box(micro, received)
         kept = [box[i] for i in self.lowered.weight_reads]
         mine = [box[i] for i in self.lowered.input_reads]
@@ -199,21 +225,56 @@ class StageWork:
     def weight_grads(self, micro: int) -> None:
         """W: the rest of the backward."""
         box = self._flights.pop(micro)
+        if self._idle(micro):
+            return
         held = Taken(box[: len(self.lowered.weight_reads)])
         self._add(list(self._graphs["weights"](box)), held)
 
     def update(self, number: int) -> None:
-        """U: there is none in a schedule that ends with the batch."""
-        raise PipelineError(
-            f"the schedule steps the optimizer of stage {self.lowered.stage.index} (update {number}), but no optimizer "
-            "was given; pass optimizer= to autopar.compile, or take a synchronous schedule"
-        )
+        """U: step the optimizer with what has been added up.
+
+        Raises:
+            RuntimeUseError: no optimizer was given.
+        """
+        if self.on_update is None:
+            raise RuntimeUseError(
+                f"the schedule steps the optimizer of stage {self.lowered.stage.index} (update {number}), and there is "
+                "none; pass optimizer= to autopar.compile and call pm.train_step, or take a synchronous schedule"
+            )
+        if self.stash:
+            self._keep_weights()
+        self.reduce()
+        grads, self.grads = self.grads, {}
+        self.on_update(grads)
+        self._version += 1
+
+    def _keep_weights(self) -> None:
+        """Give micro-batches in flight copies of the weights that are about to change."""
+        copies: dict[str, torch.Tensor] = {}
+        for micro, box in self._flights.items():
+            if self._seen[micro] == self._version:
+                for at, name in self._params:
+                    if name not in copies:
+                        copies[name] = box[at].clone()
+                    box[at] = copies[name]
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _given(self) -> Batch:
         assert self.batch is not None, "no batch: start() comes first"
         return self.batch
+
+    def _note_drift(self, micro: int) -> None:
+        drift = self._version - self._seen.pop(micro)
+        self.drift_sum, self.drift_count = self.drift_sum + drift, self.drift_count + 1
+        self.drift_most = max(self.drift_most, drift)
+
+    def _idle(self, micro: int) -> bool:
+        """Whether the loss of a micro-batch counts for nothing: it has no labels, its mean is 0 / 0, its gradient 0."""
+        return self._has_loss and self._given().weights[micro - self._first] == 0
+
+    def _nothing(self) -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=dtype, device=self.device) for dtype, shape in self.sends_backward]
 
     def _backward_box(self, micro: int, received: list[torch.Tensor]) -> list[Any]:
         batch = self._given()
@@ -223,7 +284,7 @@ class StageWork:
                 box.append(received[at])
                 continue
             like = self.lowered.stage.program.node(source.node).meta["val"]
-            weight = batch.weights[micro]
+            weight = batch.weights[micro - self._first]
             box.append(torch.full(tuple(like.shape), weight, dtype=like.dtype, device=self.device))
         return box
 

@@ -18,6 +18,7 @@ from autopar.runtime.lane import Lane
 from autopar.runtime.pipeline import Pipelined, PipelineStep
 from autopar.runtime.step import Lowered, Step
 from autopar.runtime.storage import Init
+from autopar.runtime.training import Recipe, Trainer
 
 #: Captures, plans and lowers one call, the same on every rank: (skeleton, args, kwargs, with backward, first plan).
 Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered | Pipelined]
@@ -33,6 +34,7 @@ class Options:
         data_axes: mesh axes over which each rank brings its own piece of the batch; empty for global batches.
         init: values for parameters without any.
         shared: names of arguments that are no piece of a local batch.
+        recipe: how the module trains itself (`train_step`).
     """
 
     check: bool = True
@@ -40,6 +42,7 @@ class Options:
     data_axes: tuple[str, ...] = ()
     init: Init | None = None
     shared: tuple[str, ...] = ()
+    recipe: Recipe | None = None
 
 
 #: Name, the dict that holds the tensor, and its key there.
@@ -68,6 +71,7 @@ class State:
     parts: tuple[int, ...] = ()  # which piece of the batch every rank brings
     holders: tuple[list[_Place], list[_Place]] | None = None  # of parameters and buffers; see `tensors`
     lane: Lane | None = None  # with a pipeline
+    trainer: Trainer | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as of `Pipelined`
 
     @property

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -226,10 +227,15 @@ def _begun(function: Callable[..., dist.Work | None], *args: Any, **kwargs: Any)
     return work
 
 
+@lru_cache
+def _limit(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)
+
+
 def _wait(work: dist.Work, seconds: float) -> None:
     """Let the host wait; gloo."""
     try:
-        work.wait(timedelta(seconds=seconds))
+        work.wait(_limit(seconds))
     except RuntimeError as error:
         late = "timed out" in str(error).lower()
         raise Lost(f"not within {seconds:g} s" if late else _reason(error)) from error

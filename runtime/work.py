@@ -123,7 +123,8 @@ class Message:
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """What is sent: contiguous; the tensor itself if it is one, and contiguous."""
         if len(tensors) == 1:
-            return tensors[0].detach().contiguous()
+            (tensor,) = tensors
+            return (tensor.detach() if tensor.requires_grad else tensor).contiguous()
         buffer = torch.empty(self.size, dtype=torch.uint8, device=tensors[0].device)
         for tensor, place in zip(tensors, self.unpack(buffer)):
             place.copy_(tensor.detach())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections import defaultdict
 
 import pytest
@@ -559,6 +561,23 @@ def test_however_messages_travel(ranks, name, options):
 
 def _trained_with(name, options):
     return trained(name, 4, 4, True, **options)
+
+
+def listeners():
+    """Threads that listen for failures: while a pipeline lives, and when nobody has it any more."""
+    gc.collect()
+    kept = connect(lines(4), timeout=60.0)
+    table, rank = made("1f1b", 4, 4), kept.alarm.rank
+    Executor(table, rank, {rank: toys(4)[rank]}, kept, timeout=60.0, record=True).run()
+    during = [t.name for t in threading.enumerate()].count("autopar-alarm")
+    del kept
+    gc.collect()
+    return during, [t.name for t in threading.enumerate()].count("autopar-alarm")
+
+
+def test_nobody_listens_for_a_pipeline_that_is_gone(ranks):
+    for during, after in ranks.run(listeners):
+        assert (during, after) == (1, 0)
 
 
 # ---- NCCL, as far as it goes without a GPU ---------------------------------------------------------------------------

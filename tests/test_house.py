@@ -45,9 +45,15 @@ FRONT = {
     **dict.fromkeys(CAPTURE, CAPTURE),
     "autopar.options": {f"autopar.{m}" for m in ("call", "checks", "programs", "costmodel")},
     "autopar.driver": {
-        f"autopar.{m}" for m in ("capture", "checks", "options", "programs", "costmodel", "passes", "runtime")
+        f"autopar.{m}"
+        for m in (
+            "capture", "checks", "options", "programs", "costmodel", "passes", "runtime", "stages", "stage_search",
+        )
     },
+    "autopar.stages": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
+    "autopar.stage_search": {"autopar.options", "autopar.costmodel"},
     "autopar.report": set(),
+    "autopar.report_pipeline": {"autopar.report"},
     "autopar.targets": set(),
     "autopar.shrink": {"autopar.targets"},
     "autopar.verify": {"autopar.targets", "autopar.shrink", "autopar.driver", "autopar.capture", "autopar.costmodel"},
@@ -57,13 +63,16 @@ FRONT = {
     "autopar.cli_tools": {"autopar.report"},
     "autopar.cli_explain": {"autopar.cli_tools", "autopar.questions", "autopar.report", "autopar.words"},
     "autopar.cli_calibrate": {"autopar.costmodel", "autopar.runtime"},
+    "autopar.cli_simulate": {"autopar.cli_tools", "autopar.report_pipeline"},
     "autopar.cli": {
         "autopar.cli_calibrate",
         "autopar.cli_explain",
+        "autopar.cli_simulate",
         "autopar.cli_tools",
         "autopar.driver",
         "autopar.options",
         "autopar.report",
+        "autopar.report_pipeline",
         "autopar.targets",
         "autopar.verify",
     },

@@ -62,7 +62,7 @@ def killed():
 
 
 def hangs():
-    time.sleep(3 * SHORT)
+    time.sleep(2.5 * SHORT)
     return [torch.zeros(STATE.shape, dtype=STATE.dtype)]
 
 
@@ -87,7 +87,7 @@ def piped(where, method, micro, failure, timeout=NEVER, table=None, change=None)
 def texts(outcomes, skip=()):
     """The PipelineErrors of the ranks."""
     for rank, outcome in enumerate(outcomes):
-        assert rank in skip or (isinstance(outcome, Failure) and outcome.kind == "PipelineError"), outcome
+        assert rank in skip or (isinstance(outcome, Failure) and outcome.kind == "PipelineError"), str(outcome)
     return [o.message if isinstance(o, Failure) else "" for o in outcomes]
 
 

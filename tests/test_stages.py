@@ -12,7 +12,9 @@ import pytest
 from autopar.costmodel.stages import SYNCHRONOUS, Additive, Choice, Link, Option, choose
 from autopar.costmodel.stages_chain import OWN, TRANSIENT, edges
 from autopar.costmodel.stages_pairs import Pair
-from autopar.costmodel.stages_search import Layers, Rows, beam, dual
+from autopar.costmodel.stages_layers import Layers, Rows
+from autopar.costmodel.stages_prices import price
+from autopar.costmodel.stages_search import beam
 from autopar.costmodel.stages_table import compiled, costs, shape
 from autopar.errors import InfeasibleError, ScheduleError
 from autopar.pipeline.clock import Costs, run
@@ -299,7 +301,7 @@ def test_bounds_of_rows_alone(seed):
     """Prices bound the least of the largest row, removal keeps the best way, and the beam says what it left."""
     rng = np.random.default_rng(seed)
     table = edges(a_chain(random.Random(seed), 7, 2), FREE, 3)
-    layers = Layers.of(table, [np.ones(len(table), dtype=bool)] * 3)
+    layers = Layers.of(table, [np.arange(len(table))] * 3)
     ways = [
         way
         for way in itertools.product(*(k.tolist() for k in layers.keep))

@@ -8,8 +8,8 @@ back. (As each value is sent once, however many read it, values are the vertices
 Queyranne, "On the structure of all minimum cuts", 1980, for the closure of each side.) The boundaries are taken from
 the last to the first, each within what the one before has left.
 
-The gradient of a parameter that several stages use is a sum, whose terms stay where they arise: what is left to do, once
-a step, is to add what its stages have.
+The gradient of a parameter that several stages use is a sum, whose terms stay where they arise: what is left to do,
+once a step, is to add what its stages have.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _where(found: Assignment, node: fx.Node) -> int:
 
 
 def _terms(regions: Regions, sink: Sink, node: fx.Node, sums: set[fx.Node], split: bool) -> tuple[Value, ...]:
-    """The terms of a gradient; those of a parameter in one stage only are left as they are. `sums`: adds taken apart."""
+    """The terms of a gradient; that of a parameter of one stage only is left as it is. `sums`: adds taken apart."""
     top = resolve(node)
     top = Value(top.node, top.index or sink.index)
     terms: list[Value] = []

@@ -1,12 +1,12 @@
 """A program cut into pipeline stages, each a program of its own.
 
-A stage's program has, besides what it takes from the whole one (parameters, buffers, inputs and outputs of its own ops),
+A stage's program has, besides what it takes from the whole one (parameters, buffers, inputs, outputs of its own ops),
 
 * a source of kind input for each activation that it receives, and a late one for each gradient;
 * a sink of kind output for each activation that it sends on, and a late one for each gradient that it sends back.
 
-Their names ("%add_7", "%mul_55") are those of the values in the whole program, the same on both sides of a boundary. What
-crosses several boundaries is handed on by the stages between: they have it as a source and as a sink. So all
+Their names ("%add_7", "%mul_55") are those of the values in the whole program, the same on both sides of a boundary.
+What crosses several boundaries is handed on by the stages between: they have it as a source and as a sink. So all
 communication is between neighbours, and a stage can be planned, lowered and run as any other program.
 """
 
@@ -96,7 +96,8 @@ class _Cutter:
         return [_Maker(self, index).stage() for index in range(self.where.count)]
 
     def _check_buffers(self) -> None:
-        owners = {s.name: self.where.outputs[i] for i, s in enumerate(self.program.sinks) if s.kind == "buffer" and i in self.where.outputs}
+        sinks = ((s.name, self.where.outputs.get(i)) for i, s in enumerate(self.program.sinks) if s.kind == "buffer")
+        owners = {name: at for name, at in sinks if at is not None}
         places = {self.nodes[s.node]: s.name for s in self.program.of_kind("buffer") if s.name in owners}
         for node, stage in {**self.where.forward, **self.where.backward}.items():
             for other in node.all_input_nodes:
@@ -144,7 +145,7 @@ class _Maker:
         back = cutter.returning(index) if index < where.count - 1 else []
         sends_back = cutter.returning(index - 1) if index else []
         own = [i for i, at in where.outputs.items() if at == index]
-        terms = {name: [v for v in values if where.backward.get(v.node) == index] for name, values in where.terms.items()}
+        terms = {n: [v for v in values if where.backward.get(v.node) == index] for n, values in where.terms.items()}
         params = [name for name, stages in where.params.items() if index in stages]
 
         needed = self._needed([self._sink_value(i).node for i in own])
@@ -155,8 +156,8 @@ class _Maker:
         sinks, results = self._sinks(own, sends, sends_back, {n: t for n, t in terms.items() if n in params})
         self.graph.output(tuple(results))
         shared = {name: where.params[name] for name in params if len(where.params[name]) > 1}
-        names = [tuple(map(name_of, values)) for values in (receives, sends, back, sends_back)]
-        return Stage(self._program(sinks), index, where.count, *names, shared)
+        a, b, c, d = (tuple(map(name_of, values)) for values in (receives, sends, back, sends_back))
+        return Stage(self._program(sinks), index, where.count, a, b, c, d, shared)
 
     # ---- what is in it -----------------------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class _Maker:
         tangents = [s for s in self.whole.sources if s.kind == "tangent"]
         for source in before:
             node = self.cutter.nodes[source.node]
-            if (source.kind == "param" and source.name in params) or (source.kind != "param" and self._has(source, node, needed)):
+            if source.name in params if source.kind == "param" else self._has(source, node, needed):
                 self.env[node] = self._place(source, node, node.meta["val"])
         for value in receives:
             self.given[value] = self._place(Source("input", name_of(value), ""), value.node, value.val)
@@ -209,8 +210,8 @@ class _Maker:
     def _has(self, source: Source, node: fx.Node, needed: set[fx.Node]) -> bool:
         if node in needed:
             return True
-        mine = (i for i, at in self.where.outputs.items() if at == self.index)
-        return source.kind == "buffer" and any(self.whole.sinks[i].name == source.name and self.whole.sinks[i].kind == "buffer" for i in mine)
+        mine = (self.whole.sinks[i] for i, at in self.where.outputs.items() if at == self.index)
+        return source.kind == "buffer" and any(s.kind == "buffer" and s.name == source.name for s in mine)
 
     def _place(self, source: Source, like: fx.Node, val: Any) -> fx.Node:
         name = like.name if like.op == "placeholder" else f"from_{source.name[1:].replace('.', '_')}"

@@ -62,8 +62,10 @@ class Regions:
                 if other in self.parameter:
                     found.params[self.parameter[other]] = None
                 elif value.node in self.helpers:
-                    for mine, its in zip(found, self.reads(value.node)):
-                        mine.update(its)
+                    through = self.reads(value.node)
+                    found.values.update(through.values)
+                    found.grads.update(through.grads)
+                    found.params.update(through.params)
                 elif value.node in self.late:
                     found.grads[value] = None
                 elif value.node not in self.free and value.node.op == "call_function":
