@@ -85,6 +85,7 @@ def open_program(
     Raises:
         PlanError: the plan was made for another program, or is not legal.
     """
+    _refuse_stages(plan)
     where = device if isinstance(device, Device) else device_of(plan, device)
     if constraints is None:
         constraints = dict(plan.solver.get("constraints", {}))
@@ -101,6 +102,7 @@ def rebuild(plan: Plan, tell: Tell = silent) -> Program:
     Raises:
         PlanError: it was made in Python. TargetError, CaptureError: its model cannot be built any more.
     """
+    _refuse_stages(plan)
     if not plan.target:
         raise PlanError(
             "the plan does not say how to build its model: it was made in Python; ask in Python, "
@@ -111,6 +113,14 @@ def rebuild(plan: Plan, tell: Tell = silent) -> Program:
     built = targets.build(target)
     tell(f"capturing {target.text} ...")
     return capture(built.model, built.args, built.kwargs, loss=built.loss)
+
+
+def _refuse_stages(plan: Plan) -> None:
+    if plan.pipeline is not None:
+        raise PlanError(
+            f"the plan has pipeline stages along {plan.pipeline.axis}; `autopar show` and `autopar simulate` say why "
+            "they are cut so, with what else was found; questions on ops are for plans without such an axis yet"
+        )
 
 
 def open_plan(plan: Plan, tell: Tell = silent, *, device: str | None = None) -> Opened:

@@ -115,6 +115,11 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         VerifyError: a process failed.
         AutoparError: the small model cannot be built, captured or run.
     """
+    if plan.pipeline is not None:
+        raise PlanError(
+            f"the plan has pipeline stages along {plan.pipeline.axis}, which `autopar verify` cannot scale down yet; "
+            "compare with the plain model in your own script: autopar.compile(model, mesh, plan=FILE) in float64"
+        )
     if not plan.target:
         raise PlanError(
             "the plan does not say how to build its model: it was made in Python; "

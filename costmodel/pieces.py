@@ -98,7 +98,8 @@ class _Pieces:
             gaps = [i for i, n in enumerate(sequence) if n.meta["address"] in self.starts]
         else:
             found = candidates([nbytes(v) for v in live], [len(v) for v in live], ends, self.stages)
-            gaps = self._trained(found)
+            apart = self._apart()
+            gaps = self._trained([gap for gap in found if gap not in apart])
         where = assign(self.regions, gaps)
         parts = self._parts(where, len(gaps) + 1, seconds, late)
         back = self._returning(where)
@@ -110,6 +111,19 @@ class _Pieces:
         crossing = tuple(tuple((v.node.name, nbytes([v])) for v in live[gap]) for gap in gaps)
         starts = tuple(sequence[gap].meta["address"] for gap in gaps)
         return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro), starts, crossing)
+
+    def _apart(self) -> set[int]:
+        """Gaps that would part a buffer that changes from one of its readers: one stage has it."""
+        nodes = {n.name: n for n in self.program.gm.graph.nodes}
+        at = {n: i for i, n in enumerate(self.regions.sequence)}
+        sources = {s.name: nodes[s.node] for s in self.program.of_kind("buffer")}
+        found: set[int] = set()
+        for sink in self.program.sinks:
+            if sink.kind == "buffer" and sink.node is not None and sink.name in sources:
+                ends = (resolve(nodes[sink.node]).node, *sources[sink.name].users)
+                places = [at[n] for n in ends if n in at]
+                found.update(range(min(places, default=0) + 1, max(places, default=0) + 1))
+        return found
 
     def _trained(self, gaps: Sequence[int]) -> list[int]:
         """The gaps between which every piece has something to train: every rank steps an optimizer."""

@@ -98,8 +98,8 @@ class Choice:
         return "\n".join(lines)
 
 
-def candidate(pair: Pair, way: Way, options: Sequence[Option]) -> Candidate:
-    """A way of a pair, run by the clock."""
+def candidate(pair: Pair, way: Way, options: Sequence[Option], quickest: Sequence[Option]) -> Candidate:
+    """A way of a pair, run by the clock. options: of its stages; quickest: those that would take least time."""
     numbers, shape = pair.numbers(way), pair.shape
     timeline = run(shape.table, costs(numbers), shape.overlap)
     seconds = timeline.makespan / shape.steps
@@ -108,7 +108,7 @@ def candidate(pair: Pair, way: Way, options: Sequence[Option]) -> Candidate:
     silent[:, [SEND_F, SEND_B]] = 0.0
     quiet = float(shape.makespans(silent[None])[0])
     busy = (shape.passes * numbers).sum((1, 2))
-    quickest = sum(pair.quickest(stage, way) for stage in range(shape.stages)) / shape.ranks
+    least = sum(pair.micro * o.work + o.update for o in quickest) / shape.ranks
     mean, most = float(busy.mean()), float(busy.max())
     first, last = pair.edges.first[list(way)], pair.edges.last[list(way)]
     return Candidate(
@@ -119,7 +119,7 @@ def candidate(pair: Pair, way: Way, options: Sequence[Option]) -> Candidate:
         tuple(options),
         seconds,
         tuple(map(float, timeline.peak_bytes)),
-        Parts(quickest, mean - quickest, most - mean, quiet - most, seconds - quiet),
+        Parts(least, mean - least, most - mean, quiet - most, seconds - quiet),
     )
 
 

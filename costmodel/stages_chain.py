@@ -138,7 +138,8 @@ class Additive:
         sums = (self._prefix[k, last] - self._prefix[k, first]).tolist()
         names = Counter(self.parts[i][self.policies[k][i]].name for i in range(first, last))
         name = next(iter(names)) if len(names) == 1 else ", ".join(f"{n or 'plain'} x{c}" for n, c in names.items())
-        return Option(*sums[:TRANSIENT], float(self._transient[k, first:last].max()), name)
+        f, i, w, u, static, saved, pending = sums[:TRANSIENT]
+        return Option(f, i, w, u, static, saved, pending, float(self._transient[k, first:last].max()), name)
 
     @cached_property
     def policies(self) -> tuple[tuple[int, ...], ...]:
@@ -148,8 +149,8 @@ class Additive:
         for held in self.held:
             points = [[(o.work + o.update / self.micro, self._bytes(o, held)) for o in part] for part in self.parts]
             for price in (0.0, *self._prices(points)):
-                found[tuple(min(_dearness(line, price))[-1] for line in points)] = None
-            smallest.append(tuple(min(_dearness(line, np.inf))[-1] for line in points))
+                found[tuple(int(min(_dearness(line, price))[-1]) for line in points)] = None
+            smallest.append(tuple(int(min(_dearness(line, np.inf))[-1]) for line in points))
         ranked = sorted(
             {**found, **dict.fromkeys(smallest)}, key=lambda c: sum(p[j].work for p, j in zip(self.parts, c))
         )
@@ -259,24 +260,33 @@ class Edges:
         return span[self.last[span] == last]
 
 
-def edges(chain: Chain, link: Link, stages: int) -> Edges:
-    """All stages of a chain that is cut in `stages` or more: the others have at least one piece each."""
+def edges(chain: Chain, link: Link, stages: int, limit: float | None = None) -> Edges:
+    """All stages of a chain that is cut in `stages` or more: the others have at least one piece each.
+
+    limit: bytes; what holds more with one micro-batch in flight is left out.
+    """
     longest = chain.pieces - stages + 1
     firsts, lasts, options, numbers = [], [], [], []
     for first, block in chain.stages() if isinstance(chain, Additive) else _asked(chain, longest):
         for_stage = block[:longest]
-        kept = _undominated(for_stage)
+        kept = np.isfinite(for_stage[..., FORWARD])
+        if limit is not None:
+            held = for_stage[..., STATIC] + for_stage[..., SAVED] + for_stage[..., TRANSIENT]
+            kept &= held <= limit * _SAME
         at, option = np.nonzero(kept)
         firsts.append(np.full(len(at), first))
         lasts.append(first + 1 + at)
         options.append(option)
         numbers.append(for_stage[at, option])
-    first_of = np.concatenate(firsts).astype(np.int64)
+    first_of, last_of = np.concatenate(firsts).astype(np.int64), np.concatenate(lasts).astype(np.int64)
+    own = np.concatenate(numbers)
+    kept = unbeaten(first_of, last_of, own)
+    first_of, last_of = first_of[kept], last_of[kept]
     sends = np.zeros((chain.pieces, 2))
-    for at in range(1, chain.pieces):
-        sends[at] = [link.seconds(size) for size in chain.gap_bytes(at)]
-    table = np.concatenate([np.concatenate(numbers), sends[first_of]], axis=1)
-    return Edges(chain.pieces, first_of, np.concatenate(lasts).astype(np.int64), np.concatenate(options), table)
+    for gap in range(1, chain.pieces):
+        sends[gap] = [link.seconds(size) for size in chain.gap_bytes(gap)]
+    table = np.concatenate([own[kept], sends[first_of]], axis=1)
+    return Edges(chain.pieces, first_of, last_of, np.concatenate(options).astype(np.int64)[kept], table)
 
 
 def _asked(chain: Chain, longest: int) -> Iterator[tuple[int, Floats]]:
@@ -292,14 +302,28 @@ def _asked(chain: Chain, longest: int) -> Iterator[tuple[int, Floats]]:
         yield first, block
 
 
-def _undominated(block: Floats) -> NDArray[np.bool_]:
-    """[stages, options]: those that are there, and that no other of the same stage equals or beats in every number."""
-    kept = np.isfinite(block[..., FORWARD])
-    above = block * _ROUNDED  # sums of the same numbers in another order are equal
-    for o in range(block.shape[1]):
-        for p in range(block.shape[1]):
-            if o != p:
-                no_worse = kept[:, p] & (block[:, p] <= above[:, o]).all(-1)
-                better = (above[:, p] < block[:, o]).any(-1) | (p < o)
-                kept[:, o] &= ~(no_worse & better)
-    return kept
+def unbeaten(first: Ints, last: Ints, numbers: Floats) -> NDArray[np.bool_]:
+    """[edges]: those that no other of the same stage equals or beats in every number [edges, numbers].
+
+    The edges of a stage must stand together. Of equal ones the first stays.
+    """
+    columns = np.ascontiguousarray(numbers.T)
+    above = columns * _ROUNDED  # sums of the same numbers in another order are equal
+    beaten = np.zeros(len(first), dtype=bool)
+    for shift in range(1, len(first)):
+        a, b = slice(None, -shift), slice(shift, None)
+        same = (first[a] == first[b]) & (last[a] == last[b])
+        if not same.any():
+            break
+        ahead, behind = same.copy(), same  # a is no worse anywhere, and b
+        better = np.zeros(len(same), dtype=bool)  # b, somewhere
+        for column, top in zip(columns, above):
+            ahead &= column[a] <= top[b]
+            behind &= column[b] <= top[a]
+            better |= top[b] < column[a]
+        beaten[b] |= ahead
+        beaten[a] |= behind & better
+    return ~beaten
+
+
+__all__ = ["COLUMNS", "Additive", "Chain", "Edges", "Floats", "Ints", "Link", "Option", "edges", "unbeaten"]

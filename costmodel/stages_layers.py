@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autopar.costmodel.stages_chain import Edges, Floats, Ints
 
 #: Relative: values closer than this are equal.
 EQUAL = 1e-9
-#: Rows closer than this, in units of the value looked for, are one row.
-_ROUND = 12
+#: Rows closer than this, relative to the largest number in them, are one row.
+_ALIKE = 1e-12
 #: A way: the edge of every stage.
 Way = tuple[int, ...]
 
@@ -46,13 +45,16 @@ class Rows:
         return len(self.share)
 
     def joined(self, other: Rows) -> Rows:
-        """Both, each row once."""
-        every = np.concatenate([self.coefficients, other.coefficients])
+        """These, and those of the others that are new, in order."""
         share, fixed = np.concatenate([self.share, other.share]), np.concatenate([self.fixed, other.fixed])
-        keys = np.concatenate([every.reshape(len(every), -1), share[:, None], fixed[:, None]], 1)
-        top = np.abs(every).max() if every.size else 1.0
-        once = np.sort(np.unique(np.round(keys / (top or 1.0), _ROUND), axis=0, return_index=True)[1])
-        return Rows(every[once], share[once], fixed[once])
+        every = np.concatenate([self.coefficients, other.coefficients])
+        flat = np.concatenate([every.reshape(len(every), -1), share[:, None], fixed[:, None]], 1)
+        near = _ALIKE * max(np.abs(flat).max(initial=0.0), 1e-300)
+        keep = list(range(len(self)))
+        for k in range(len(self), len(every)):
+            if not (np.abs(flat[keep] - flat[k]).max(1, initial=0.0) <= near).any():
+                keep.append(k)
+        return Rows(every[keep], share[keep], fixed[keep])
 
     def part(self, begin: int) -> Rows:
         """Those from number `begin` on."""
@@ -118,6 +120,11 @@ class Layers:
         return [self.edges.numbers[k] for k in self.keep]
 
     @cached_property
+    def _columns(self) -> list[Floats]:
+        """Per stage: [COLUMNS, edges], which is twice as quick to sum up for one row."""
+        return [np.ascontiguousarray(self.edges.numbers[k].T) for k in self.keep]
+
+    @cached_property
     def first(self) -> list[Ints]:
         """Per stage: first piece of every edge."""
         return [self.edges.first[k] for k in self.keep]
@@ -181,7 +188,7 @@ class Layers:
 
     def shortest(self, coefficients: Floats) -> tuple[float, Way]:
         """(value, way) of one row [stages, COLUMNS]; there must be a way."""
-        return self._shortest([self.numbers[i] @ coefficients[i] for i in range(len(self))])
+        return self._shortest([line @ columns for line, columns in zip(coefficients, self._columns)])
 
     def _shortest(self, costs: Sequence[Floats]) -> tuple[float, Way]:
         """The same from what every edge costs, per stage [edges]."""

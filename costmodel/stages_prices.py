@@ -1,8 +1,8 @@
 """Prices of the rows: a bound on the least of the largest row, and mixtures of ways that show which rows are missing.
 
-Equation (6) of `costmodel.stages`. Its best value is that of a game: one side picks a row, the other a way, and what the
-row comes to on the way is paid. Only the ways met so far are played with; the best answer to the prices that come out is
-a shortest way, which joins them, and proves a bound (Dantzig and Wolfe 1960; Kelley 1960 for the rows).
+Equation (6) of `costmodel.stages`. Its best value is that of a game: one side picks a row, the other a way, and what
+the row comes to on that way is paid. Only ways met so far are played with; the best answer to the prices that come out
+is a shortest way, which joins them and proves a bound (Dantzig and Wolfe 1960; for the rows, Kelley 1960).
 """
 
 from __future__ import annotations
@@ -145,10 +145,12 @@ class _Game:
         for turn in range(1, _PLAYS + 1):
             x = _shares(rows)
             paid = x @ pays
-            ways = np.maximum(ways + (paid @ y - paid), 0.0)
+            ways += paid @ y - paid
+            np.maximum(ways, 0.0, out=ways)
             y = _shares(ways)
             paid = pays @ y
-            rows = np.maximum(rows + (paid - x @ paid), 0.0)
+            rows += paid - x @ paid
+            np.maximum(rows, 0.0, out=rows)
             weights += turn * x
             mix += turn * y
         self.regret_rows, self.regret_ways, self.mix = rows, ways, _shares(mix)
@@ -165,7 +167,7 @@ class _Game:
 
 
 def _shares(numbers: Floats) -> Floats:
-    total = numbers.sum()
+    total = np.add.reduce(numbers)
     return numbers / total if total > 0 else np.full(len(numbers), 1 / max(len(numbers), 1))
 
 

@@ -80,18 +80,39 @@ class Least:
         return self.bound >= self.value * (1 - EQUAL)
 
 
-def minimise(layers: Layers, rows: Rows, judge: Judge, value: float, *, start: Way | None, work: int) -> Least:
+def minimise(
+    layers: Layers,
+    rows: Rows,
+    judge: Judge,
+    value: float,
+    *,
+    start: Way | None,
+    work: int,
+    glance: bool = False,
+    enough: float = -np.inf,
+) -> Least:
     """The way of least value below `value`: (9).
 
     Args:
-        start: a way to begin with, if one is known. work: numbers that a beam may keep.
+        start: a way to begin with, if one is known. work: numbers that a beam may keep. glance: look only where good
+            ways are near; nothing much will be proved. enough: stop at a way of this value or less.
     """
-    return _Minimum(layers, rows, judge, value, start, work).run()
+    minimum = _Minimum(layers, rows, judge, value, start, work, enough)
+    return minimum.glance() if glance else minimum.run()
 
 
 class _Minimum:
-    def __init__(self, layers: Layers, rows: Rows, judge: Judge, value: float, start: Way | None, work: int):
-        self.layers, self.rows, self.judge, self.work = layers, rows, judge, work
+    def __init__(
+        self,
+        layers: Layers,
+        rows: Rows,
+        judge: Judge,
+        value: float,
+        start: Way | None,
+        work: int,
+        enough: float,
+    ):
+        self.layers, self.rows, self.judge, self.work, self.enough = layers, rows, judge, work, enough
         self.least = Least(None, value, -np.inf)
         self.start = start
         self.seen: set[Way] = set()
@@ -104,14 +125,20 @@ class _Minimum:
         if not self._price(FIRST):
             self._narrow()
             if not self._price(TURNS):
-                self._nearby()
+                self._nearby(NEARBY)
                 self._everywhere()
+        return self.least
+
+    def glance(self) -> Least:
+        """See `minimise`."""
+        if not self._price(AGAIN):
+            self._nearby(len(REACH))
         return self.least
 
     def _done(self) -> bool:
         if self.layers.empty:
             self._prove(np.inf)
-        return self.least.proved
+        return self.least.proved or self.least.value <= self.enough
 
     def _prove(self, bound: float) -> None:
         self.least.bound = min(max(self.least.bound, bound), self.least.value)
@@ -132,24 +159,31 @@ class _Minimum:
             self._prove(found.bound)
         return self._done()
 
-    def _nearby(self) -> None:
+    def _nearby(self, turns: int) -> None:
         """Look for better ways near the best known, and near the mean of the ways that the prices point to."""
         edges = self.layers.edges
         missed = 0
-        for turn in range(NEARBY):
+        for turn in range(turns):
             value = self.least.value
             best = self.least.way or self.start
-            around = [self.mean] if turn == 0 or best is None else []
+            around = [self.mean] if turn < len(REACH) or best is None else []
             if best is not None:
                 around.append([*edges.first[list(best)].tolist(), edges.pieces])
             for cuts in around:
-                near = self.layers.near(cuts, REACH[turn % len(REACH)])
-                if not near.empty:
-                    ways, _, _ = beam(near, self.rows, self.least.value, self.work // len(REACH) ** 2)
-                    self._judged(ways[: AT_ONCE // 2])
+                self._near(self.layers.near(cuts, REACH[turn % len(REACH)]))
             missed = missed + 1 if self.least.value > value * (1 - 1e-4) else 0
-            if missed == len(REACH):
+            if missed == len(REACH) or self._done():
                 break
+
+    def _near(self, near: Layers) -> None:
+        if near.empty:
+            return
+        found = price(near, self.rows, self.judge, self.least.value, AGAIN, [self.start] if self.start else [])
+        self.rows = found.rows
+        if found.bound < self.least.value * (1 - EQUAL):
+            rows = self.rows.joined(found.row)
+            ways, _, _ = beam(near, rows, self.least.value, self.work // len(REACH) ** 2)
+            self._judged(ways[: AT_ONCE // 2])
 
     def _everywhere(self) -> None:
         """Enumerate what is left, if it is not hopelessly much."""

@@ -244,7 +244,12 @@ class ParallelModule(Trainable):
             raise RuntimeUseError(
                 "assign=True would replace the sharded parameters; use load_state_dict(..., assign=False)"
             )
-        elsewhere = self._state.elsewhere()
+        elsewhere, like = self._state.elsewhere(), self._state.skeleton.state_dict()
+        entire = any(k in state_dict for k in elsewhere)  # not what this rank's own state_dict() gives
+        lost = sorted(k for k in elsewhere if k in like and k not in state_dict) if strict and entire else []
+        wrong = sorted(k for k in elsewhere if k in like and k in state_dict and state_dict[k].shape != like[k].shape)
+        if lost or wrong:  # of other stages, whose ranks say so too: none of them goes on alone
+            raise RuntimeError(f"Error(s) in loading state_dict: missing keys {lost}, sizes differ for {wrong}")
         return super().load_state_dict({k: v for k, v in state_dict.items() if k not in elsewhere}, strict=strict)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -310,6 +315,8 @@ class ParallelModule(Trainable):
         pieces = tree.batched(shapes, state.options.shared) if state.options.data_axes else frozenset()
         found = (self._argument(leaf.path, leaf.value, leaf.path in pieces) for leaf in leaves)
         arguments = tuple(sorted(found, key=lambda a: a.name))
+        if state.lane is not None:
+            self._check_frozen()
         flags = tuple(m.training for m in state.shells.values())
         trainable = tuple(p.requires_grad for p in self._any_parameters())
         grads = torch.is_grad_enabled() and any(trainable)
@@ -348,6 +355,15 @@ class ParallelModule(Trainable):
         text = repr(value)
         return Argument(name, type(value).__name__ if " at 0x" in text else text)
 
+    def _check_frozen(self) -> None:
+        first = dict(self._state.skeleton.named_parameters())
+        for name, p in self._state.tensors()[0].items():
+            if name in first and p.requires_grad != first[name].requires_grad:
+                raise RuntimeUseError(
+                    f"requires_grad of {name} has changed since autopar.compile, which other stages cannot see; "
+                    "freeze parameters of the model before compiling it"
+                )
+
     def _any_parameters(self) -> Iterator[nn.Parameter]:
         """Ours, or the skeleton's where we have none (before the first plan; those of other stages); tied ones once."""
         state = self._state
@@ -363,7 +379,7 @@ class ParallelModule(Trainable):
         state = self._state
         for module, shell in zip(state.skeleton.modules(), state.shells.values()):
             module.training = shell.training
-        if state.plan is not None:
+        if state.plan is not None and state.lane is None:
             have = state.tensors()[0]
             for name, parameter in state.skeleton.named_parameters(remove_duplicate=False):
                 if name in have:

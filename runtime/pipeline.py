@@ -7,6 +7,7 @@ gradient that arrives. What is returned is the same on every rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from autopar.errors import RuntimeUseError
 from autopar.graph import Program, Sink
 from autopar.pipeline.table import Row, Table, homes
 from autopar.pipeline.weights import Divisor
+from autopar.pipeline.weights import weights as micro_weights
 from autopar.plan import Plan
 from autopar.runtime.executor import Executor
 from autopar.runtime.handshake import answered
@@ -73,6 +75,7 @@ class PipelineStep:
         self.program, self.plan = lowered.program, lowered.plan
         self.uses_seed = bool(self.program.of_kind("seed"))
         self.saved_bytes = 0
+        self._told = False
         self.wraps: dict[str, Callable[[torch.Tensor], DTensor]] = {}
         self.training = any(s.training for s in lowered.stages.values())
         self.works = {number: StageWork(stage, self.grid.device) for number, stage in lowered.stages.items()}
@@ -132,9 +135,15 @@ class PipelineStep:
         ]
         weights = [1.0 / count] * count
         if self.lowered.divisors is not None:
-            one, all_ = self.lowered.divisors
-            whole = all_(given, buffers)
-            weights = [_part(one(row, buffers), whole) for row in rows]
+            exact = micro_weights(self.lowered.divisors, rows, given, buffers)
+            weights = exact if exact is not None else weights
+            if exact is None and not self._told and self.lane.rank == 0:
+                self._told = True
+                warnings.warn(
+                    "the terms of the loss are divided by different numbers of labels, so that the micro-batches' "
+                    "losses count as their mean: a term over labels is that of the whole batch only if all have as many",
+                    stacklevel=2,
+                )
         whole_spec = (R,) * len(mesh.sizes)
         specs = {name: spec for work in self.works.values() for name, spec in work.lowered.plan.inputs.items()}
         at = mesh.coordinates(self.grid.rank)
@@ -206,6 +215,8 @@ class PipelineStep:
                 out.append(self.lane.broadcast(value, owner))
         for work in self.works.values():
             work.outputs.clear()
+            if not self.training:
+                work.batch = None
         return tuple(out)
 
     def _joined(self, sink: Sink, batch: Batch, first: int = 0) -> torch.Tensor:
@@ -264,11 +275,6 @@ class _Run(torch.autograd.Function):
                 grad = grad * scale.to(grad.dtype)
             out.append(grad if grad is None or name not in step.wraps else step.wraps[name](grad))
         return (None, None, None, *(out if scale is not None else [None] * len(out)))
-
-
-def _part(one: float, whole: float) -> float:
-    """A batch without any label has no loss: as the whole does, its parts divide by zero."""
-    return one / whole if whole else float("nan")
 
 
 def _signed(x: int) -> int:

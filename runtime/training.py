@@ -206,7 +206,8 @@ class Trainable(nn.Module):
         if trainer.step is not step:
             trainer.rest()
             trainer.follow(step)
-        return trainer.window(*state.tensors(), step.pieces(inputs))
+        params, buffers = state.tensors()
+        return trainer.window(params, buffers, step.pieces(inputs))
 
     def drain(self) -> Drained | None:
         """Empty the pipeline: every micro-batch to its end, every stage at the same update. A collective call.
@@ -264,9 +265,9 @@ class Trainable(nn.Module):
         parts = torch.stack([state.lane.broadcast(mine, place) for place in range(state.lane.size)])
         total = torch.linalg.vector_norm(parts, norm_type)
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for p in params:
-            grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-            grad.mul_(scale.to(grad.dtype))
+        for grad in (p.grad for p in params if p.grad is not None):
+            local = grad.to_local() if isinstance(grad, DTensor) else grad
+            local.mul_(scale.to(local.dtype))
         return total.to(norm.dtype)
 
     # ---- inside ------------------------------------------------------------------------------------------------
