@@ -141,7 +141,7 @@ class PipelineStep:
                 self._told = True
                 warnings.warn(
                     "the terms of the loss are divided by different numbers of labels, so that the micro-batches' "
-                    "losses count as their mean: a term over labels is that of the whole batch only if all have as many",
+                    "losses count as their mean: a term over labels is that of the whole batch if all have as many",
                     stacklevel=2,
                 )
         whole_spec = (R,) * len(mesh.sizes)
