@@ -53,8 +53,8 @@ from autopar.costmodel.stages_answer import (
     why,
 )
 from autopar.costmodel.stages_chain import Additive, Chain, Link, Option, edges
-from autopar.costmodel.stages_layers import EQUAL, Way
 from autopar.costmodel.stages_pairs import Pair
+from autopar.costmodel.stages_search import EQUAL, Way
 from autopar.costmodel.stages_table import SEGMENT
 from autopar.errors import ScheduleError
 from autopar.pipeline.schedules import SCHEDULES, schedule
@@ -168,7 +168,7 @@ class _Search:
                 else:
                     names.append(name)
             stages = [question.ranks * schedule(name).chunks for name in names]
-            table = edges(chain, question.link, min(stages), question.limit) if stages else None
+            table = edges(chain, question.link, min(stages)) if stages else None
             for name, many in zip(names, stages):
                 assert table is not None
                 cuts = question.cuts(many, chain.pieces)
@@ -179,19 +179,17 @@ class _Search:
         top = self.question.top
         for pair in sorted(self.pairs, key=lambda p: p.bound):
             if pair.bound < self._seconds(top):
-                pair.begin(self._seconds(top))
+                pair.begin()
         if self._seconds(0) == math.inf:
             for pair in self.pairs:
                 pair.fit(WORK)
         if self._seconds(0) == math.inf:
             return None
         for pair in sorted(self.pairs, key=lambda p: (p.seconds, p.bound)):
-            if pair.bound < self._seconds(0):
-                pair.fit(WORK)
             pair.improve(self._seconds(0), WORK)
         ranked = sorted((p for p in self.pairs if p.way is not None), key=lambda p: p.seconds)
         for pair in ranked[1 : top + 1]:  # of these it is only known that they cannot beat the best
-            pair.improve(pair.seconds, WORK, glance=True)
+            pair.improve(pair.seconds, WORK // 4)
         return self._choice(ranked[0], sorted(ranked[1:], key=lambda p: p.seconds)[:top])
 
     def _seconds(self, place: int) -> float:
@@ -221,10 +219,8 @@ class _Search:
     def _candidate(self, pair: Pair, way: Way | None) -> Candidate:
         assert way is not None
         chain = self.question.chains[pair.micro]
-        choices = [chain.options(*pair.span(edge)) for edge in way]
-        options = [given[int(pair.edges.option[edge])] for given, edge in zip(choices, way)]
-        quickest = [min(given, key=lambda o: pair.micro * o.work + o.update) for given in choices]
-        return candidate(pair, way, options, quickest)
+        options = [chain.options(*pair.span(edge))[int(pair.edges.option[edge])] for edge in way]
+        return candidate(pair, way, options)
 
 
 def _answer(question: _Question, spare: Mapping[int, Chain]) -> Choice:
@@ -238,8 +234,7 @@ def _answer(question: _Question, spare: Mapping[int, Chain]) -> Choice:
     choice = search.run()
     if choice is not None:
         return choice
-    free = _Search(replace(question, limit=None))  # all that was left out because it cannot fit
-    least = [(pair, pair.least_bytes(WORK)) for pair in free.pairs]
+    least = [(pair, pair.least_bytes(WORK)) for pair in search.pairs]
     pair, found = min(least, key=lambda p: p[1].value)
     if found.way is None or question.limit is None:
         raise ScheduleError(

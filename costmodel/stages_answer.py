@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from autopar.costmodel.stages_chain import PENDING, SAVED, SEND_B, SEND_F, STATIC, TRANSIENT, Option
-from autopar.costmodel.stages_layers import Way
 from autopar.costmodel.stages_pairs import Pair
-from autopar.costmodel.stages_search import Least
+from autopar.costmodel.stages_search import Least, Way
 from autopar.costmodel.stages_table import costs
 from autopar.errors import InfeasibleError
 from autopar.pipeline.clock import run
@@ -98,8 +97,8 @@ class Choice:
         return "\n".join(lines)
 
 
-def candidate(pair: Pair, way: Way, options: Sequence[Option], quickest: Sequence[Option]) -> Candidate:
-    """A way of a pair, run by the clock. options: of its stages; quickest: those that would take least time."""
+def candidate(pair: Pair, way: Way, options: Sequence[Option]) -> Candidate:
+    """A way of a pair, run by the clock."""
     numbers, shape = pair.numbers(way), pair.shape
     timeline = run(shape.table, costs(numbers), shape.overlap)
     seconds = timeline.makespan / shape.steps
@@ -108,7 +107,7 @@ def candidate(pair: Pair, way: Way, options: Sequence[Option], quickest: Sequenc
     silent[:, [SEND_F, SEND_B]] = 0.0
     quiet = float(shape.makespans(silent[None])[0])
     busy = (shape.passes * numbers).sum((1, 2))
-    least = sum(pair.micro * o.work + o.update for o in quickest) / shape.ranks
+    quickest = sum(pair.quickest(stage, way) for stage in range(shape.stages)) / shape.ranks
     mean, most = float(busy.mean()), float(busy.max())
     first, last = pair.edges.first[list(way)], pair.edges.last[list(way)]
     return Candidate(
@@ -119,7 +118,7 @@ def candidate(pair: Pair, way: Way, options: Sequence[Option], quickest: Sequenc
         tuple(options),
         seconds,
         tuple(map(float, timeline.peak_bytes)),
-        Parts(least, mean - least, most - mean, quiet - most, seconds - quiet),
+        Parts(quickest, mean - quickest, most - mean, quiet - most, seconds - quiet),
     )
 
 

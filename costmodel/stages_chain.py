@@ -260,33 +260,24 @@ class Edges:
         return span[self.last[span] == last]
 
 
-def edges(chain: Chain, link: Link, stages: int, limit: float | None = None) -> Edges:
-    """All stages of a chain that is cut in `stages` or more: the others have at least one piece each.
-
-    limit: bytes; what holds more with one micro-batch in flight is left out.
-    """
+def edges(chain: Chain, link: Link, stages: int) -> Edges:
+    """All stages of a chain that is cut in `stages` or more: the others have at least one piece each."""
     longest = chain.pieces - stages + 1
     firsts, lasts, options, numbers = [], [], [], []
     for first, block in chain.stages() if isinstance(chain, Additive) else _asked(chain, longest):
         for_stage = block[:longest]
-        kept = np.isfinite(for_stage[..., FORWARD])
-        if limit is not None:
-            held = for_stage[..., STATIC] + for_stage[..., SAVED] + for_stage[..., TRANSIENT]
-            kept &= held <= limit * _SAME
+        kept = _undominated(for_stage)
         at, option = np.nonzero(kept)
         firsts.append(np.full(len(at), first))
         lasts.append(first + 1 + at)
         options.append(option)
         numbers.append(for_stage[at, option])
-    first_of, last_of = np.concatenate(firsts).astype(np.int64), np.concatenate(lasts).astype(np.int64)
-    own = np.concatenate(numbers)
-    kept = unbeaten(first_of, last_of, own)
-    first_of, last_of = first_of[kept], last_of[kept]
+    first_of = np.concatenate(firsts).astype(np.int64)
     sends = np.zeros((chain.pieces, 2))
     for gap in range(1, chain.pieces):
         sends[gap] = [link.seconds(size) for size in chain.gap_bytes(gap)]
-    table = np.concatenate([own[kept], sends[first_of]], axis=1)
-    return Edges(chain.pieces, first_of, last_of, np.concatenate(options).astype(np.int64)[kept], table)
+    table = np.concatenate([np.concatenate(numbers), sends[first_of]], axis=1)
+    return Edges(chain.pieces, first_of, np.concatenate(lasts).astype(np.int64), np.concatenate(options), table)
 
 
 def _asked(chain: Chain, longest: int) -> Iterator[tuple[int, Floats]]:
@@ -302,28 +293,14 @@ def _asked(chain: Chain, longest: int) -> Iterator[tuple[int, Floats]]:
         yield first, block
 
 
-def unbeaten(first: Ints, last: Ints, numbers: Floats) -> NDArray[np.bool_]:
-    """[edges]: those that no other of the same stage equals or beats in every number [edges, numbers].
-
-    The edges of a stage must stand together. Of equal ones the first stays.
-    """
-    columns = np.ascontiguousarray(numbers.T)
-    above = columns * _ROUNDED  # sums of the same numbers in another order are equal
-    beaten = np.zeros(len(first), dtype=bool)
-    for shift in range(1, len(first)):
-        a, b = slice(None, -shift), slice(shift, None)
-        same = (first[a] == first[b]) & (last[a] == last[b])
-        if not same.any():
-            break
-        ahead, behind = same.copy(), same  # a is no worse anywhere, and b
-        better = np.zeros(len(same), dtype=bool)  # b, somewhere
-        for column, top in zip(columns, above):
-            ahead &= column[a] <= top[b]
-            behind &= column[b] <= top[a]
-            better |= top[b] < column[a]
-        beaten[b] |= ahead
-        beaten[a] |= behind & better
-    return ~beaten
-
-
-__all__ = ["COLUMNS", "Additive", "Chain", "Edges", "Floats", "Ints", "Link", "Option", "edges", "unbeaten"]
+def _undominated(block: Floats) -> NDArray[np.bool_]:
+    """[stages, options]: those that are there, and that no other of the same stage equals or beats in every number."""
+    kept = np.isfinite(block[..., FORWARD])
+    above = block * _ROUNDED  # sums of the same numbers in another order are equal
+    for o in range(block.shape[1]):
+        for p in range(block.shape[1]):
+            if o != p:
+                no_worse = kept[:, p] & (block[:, p] <= above[:, o]).all(-1)
+                better = (above[:, p] < block[:, o]).any(-1) | (p < o)
+                kept[:, o] &= ~(no_worse & better)
+    return kept

