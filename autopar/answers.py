@@ -36,7 +36,7 @@ def explain(
         PlanError: the plan is for another model, or nothing has that name. BatchError: a model without an example.
     """
     if model is None:
-        opened = questions.open_plan(plan)
+        opened = questions.open_plan(plan, stages=True)
     else:
         call = options.arguments(example)
         if call is None:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from autopar import questions, report, words
+from autopar import questions, report, report_pipeline, words
 from autopar.cli_tools import emit, emit_json, positive
 from autopar.errors import PlanError
 from autopar.plan import Plan, Storage
@@ -50,7 +50,10 @@ def add(commands: Any) -> None:
         "  autopar explain plan.json 'fwd:model.layers.*.mlp.up_proj/mm#0' --json",
     )  # fmt: skip
     plan_argument(made, ", perhaps edited")
-    made.add_argument("name", metavar="NAME", help="parameter, module or op address, or a part or glob of it")
+    made.add_argument(
+        "name", metavar="NAME", nargs="?",
+        help="parameter, module or op address, or a part or glob of it; without it: why the pipeline is cut so",
+    )  # fmt: skip
     made.add_argument("--all", action="store_true", help="every parameter and op that NAME means, backward too")
     made.add_argument(
         "--quick", action="store_true", help="with everything else as it is only: no solving, no `next`, a second"
@@ -123,13 +126,31 @@ def _open(args: argparse.Namespace, tell: questions.Tell) -> Opened:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    plan = Plan.load(args.plan)
+    if args.name is None:
+        return _explain_stages(plan, args.json)
     with Console(stderr=True).status("reading the plan ...") as spinner:
-        opened = _open(args, spinner.update)
+        opened = questions.open_plan(plan, spinner.update, device=args.device, stages=True)
         found = questions.ask(opened, args.name, solved=not args.quick, everything=args.all, tell=spinner.update)
     if args.json:
         emit_json(explanation_data(opened, found))
+        return 0
+    if plan.pipeline is not None:
+        for about, _ in found.subjects:
+            at = questions.stages_of(opened, plan.pipeline, about)
+            emit([Text(f"{about.name}: in stage " + ", ".join(f"{s} ({n})" for s, n in at.items()))])
+    emit(words.explanation(opened, found))
+    return 0
+
+
+def _explain_stages(plan: Plan, json: bool) -> int:
+    """Why a pipeline has these stages and this schedule, with what else was found."""
+    if plan.pipeline is None:
+        raise PlanError("name what to explain: a parameter, a module or an op; the plan has no pipeline stages")
+    if json:
+        emit_json({"pipeline": asdict(plan.pipeline), "found": plan.solver.get("stages", [])})
     else:
-        emit(words.explanation(opened, found))
+        emit(report_pipeline.stages(plan))
     return 0
 
 
@@ -158,6 +179,8 @@ def _diff(args: argparse.Namespace) -> int:
     bills: tuple[Bill, Bill] | None = None
     if not args.no_model:
         with Console(stderr=True).status("reading the plans ...") as spinner:
+            for plan in (a, b):
+                questions.refuse_stages(plan)
             program = questions.rebuild(a, spinner.update)
             again = program if b.fingerprint == a.fingerprint else questions.rebuild(b, spinner.update)
             device = (args.device and questions.device_of(a, args.device)) or None

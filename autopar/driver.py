@@ -22,6 +22,7 @@ from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
+from autopar.mesh_search import search_meshes
 from autopar.options import Asked, Example, arguments, ask, batch_rows
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
@@ -35,7 +36,7 @@ from autopar.runtime.storage import Init, first_difference, same_fields, skeleto
 from autopar.runtime.training import Recipe
 from autopar.spec import R, Spec, format_spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
-from autopar.stages import inner_place, lower_pipeline, stage_of_parameters, starts_again
+from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again
 
 
 def compile(
@@ -205,20 +206,20 @@ def plan_model(
     began = time.perf_counter()
     captured, pieces = asked.capture(model, *call, training, Programs())
     seconds = time.perf_counter() - began
+    whole, micros = captured.program, Programs()
+
+    def program_of(micro: int) -> Program:
+        return asked.micro(model, *call, whole, micro, micros)
+
     if asked.pipelined:
-        whole, micros = captured.program, Programs()
         found = plan_pipeline(
-            lambda micro: asked.micro(model, *call, whole, micro, micros),
-            batch_rows(whole),
-            asked,
-            lambda program: _planner_options(program, asked),
-            progress=progress,
+            program_of, batch_rows(whole), asked, lambda program: _planner_options(program, asked), progress=progress
         )
     elif count is None:
-        found = _plan(captured.program, asked, pieces, progress=progress)
+        found = _plan(whole, asked, pieces, progress=progress)
     else:
-        options = _planner_options(captured.program, asked)
-        found = search.best_plan(search.search(captured.program, count, **options, progress=progress))
+        tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
+        found = search.best_plan(tried)
     return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
 
 
@@ -287,7 +288,7 @@ class _Builder:
         self.control, self.asked, self.given, self.eager = control, asked, given, eager
         self.programs, self.micros = Programs(), Programs()
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
-        self.homes: dict[str, int] = {}  # parameters that one stage of a pipeline has alone -> that stage
+        self.homes: dict[str, int] = {}  # what one stage of a pipeline has alone -> that stage
         # The same on every rank: what ranks compute alike must stay alike to the last bit.
         self.linear_from = control.share("reading the profile", lambda: _linear_from(asked.device))
 
@@ -351,7 +352,7 @@ class _Builder:
                 program, whole, plan, place, full=asked.outputs == "full", eager=self.eager,
                 target=target_of(grid, self.linear_from), starts=starts, news=_NEWS[captured.how],
             )  # fmt: skip
-            self.homes = self.homes or stage_of_parameters(program, starts)
+            self.homes = {**stage_of_state(program, starts), **self.homes}
         control.same(
             "the captured program",
             program.digest(),

@@ -7,6 +7,7 @@ an `Opened`, on which everything else works.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,7 +23,9 @@ from autopar.costmodel.formula import Formula, formula
 from autopar.costmodel.tally import compute_seconds, movements, update_seconds
 from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.graph import FORWARD, Program, pattern
-from autopar.plan import Plan, Storage
+from autopar.pipeline.cut import cut
+from autopar.pipeline.plans import inner
+from autopar.plan import Pipeline, Plan, Storage
 from autopar.plan import fold as fold_choices
 from autopar.rule import Choice
 
@@ -85,7 +88,7 @@ def open_program(
     Raises:
         PlanError: the plan was made for another program, or is not legal.
     """
-    _refuse_stages(plan)
+    refuse_stages(plan)
     where = device if isinstance(device, Device) else device_of(plan, device)
     if constraints is None:
         constraints = dict(plan.solver.get("constraints", {}))
@@ -102,30 +105,52 @@ def rebuild(plan: Plan, tell: Tell = silent) -> Program:
     Raises:
         PlanError: it was made in Python. TargetError, CaptureError: its model cannot be built any more.
     """
-    _refuse_stages(plan)
     if not plan.target:
         raise PlanError(
             "the plan does not say how to build its model: it was made in Python; ask in Python, "
             "autopar.explain(plan, NAME, model, example=...), or make it with `autopar plan TARGET -o FILE`"
         )
     target = targets.Target.from_dict(plan.target)
+    if plan.pipeline is not None:  # its decisions are about a micro-batch
+        target = replace(target, batch=target.batch // plan.pipeline.micro)
     tell(f"building {target.text} ...")
     built = targets.build(target)
     tell(f"capturing {target.text} ...")
     return capture(built.model, built.args, built.kwargs, loss=built.loss)
 
 
-def _refuse_stages(plan: Plan) -> None:
+def refuse_stages(plan: Plan) -> None:
+    """Raise PlanError for a plan with pipeline stages."""
     if plan.pipeline is not None:
         raise PlanError(
-            f"the plan has pipeline stages along {plan.pipeline.axis}; `autopar show` and `autopar simulate` say why "
-            "they are cut so, with what else was found; questions on ops are for plans without such an axis yet"
+            f"the plan has pipeline stages along {plan.pipeline.axis}; `autopar explain` says why they are cut so and "
+            "explains parameters and ops; what solves or prices whole plans again is for plans without such an axis: "
+            "plan again with other options"
         )
 
 
-def open_plan(plan: Plan, tell: Tell = silent, *, device: str | None = None) -> Opened:
-    """As `open_program`, with the program built again from the plan's target."""
-    return open_program(rebuild(plan, tell), plan, device=device)
+def open_plan(plan: Plan, tell: Tell = silent, *, device: str | None = None, stages: bool = False) -> Opened:
+    """As `open_program`, with the program built again from the plan's target.
+
+    stages: a plan with pipeline stages is laid out as what it says of the ranks of a stage, for a micro-batch.
+    """
+    if not stages:
+        refuse_stages(plan)
+    program = rebuild(plan, tell)
+    if plan.pipeline is None:
+        return open_program(program, plan, device=device)
+    return open_program(program, inner(plan), device=device, memory_limit=UNLIMITED)
+
+
+def stages_of(opened: Opened, pipeline: Pipeline, about: Subject) -> dict[int, int]:
+    """How many of what a subject means are in each stage of a pipeline."""
+    found: Counter[int] = Counter()
+    for stage in cut(opened.program, pipeline.starts):
+        nodes = stage.program.gm.graph.nodes
+        names = {n.meta["address"] for n in nodes if "address" in n.meta}
+        names |= {s.name for s in stage.program.sources if s.kind in ("param", "buffer", "input")}
+        found[stage.index] = sum(about.name in (name, pattern(name)) for name in names)
+    return {stage: count for stage, count in found.items() if count}
 
 
 # ---- one place -----------------------------------------------------------------------------------------------------
@@ -441,6 +466,7 @@ def formula_of(plan: Plan, device: str | None = None, tell: Tell = silent) -> Fo
     Raises:
         PlanError: as `costmodel.formula.formula`, or the plan was made in Python.
     """
+    refuse_stages(plan)
     first = rebuild(plan, tell)
     driver.check_plan(first, plan)
     target = targets.Target.from_dict(plan.target)

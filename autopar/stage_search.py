@@ -1,33 +1,40 @@
 """Choosing stages, micro-batches and schedule of a pipeline: the planner for meshes with an axis of stages.
 
-The ranks of a stage run one plan, found by the planner for the program of a micro-batch on the mesh of a stage. Its
-prices per piece of the program are what the stages are then chosen by (`costmodel.stages`), for every number of
-micro-batches.
+The ranks of a stage run a plan that the planner finds for the program of a micro-batch on the mesh of a stage: the
+quickest, or, where memory decides, one that holds less; stages need not run the same. What the plans cost per piece of
+the program is what stages are then chosen by (`costmodel.stages`), for every number of micro-batches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 from autopar.costmodel import planner, stages
-from autopar.costmodel.devices import machine
-from autopar.costmodel.pieces import pieces_of
+from autopar.costmodel.devices import Device, machine
+from autopar.costmodel.pieces import Pieces, pieces_of
 from autopar.errors import BatchError, InfeasibleError, PlanError, ScheduleError
 from autopar.graph import Program
+from autopar.mesh import Mesh
 from autopar.options import Asked
 from autopar.pipeline.checks import check
 from autopar.pipeline.clock import Costs, run
 from autopar.pipeline.comms import has_comms, with_comms
+from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import AXIS, OWN, inner, inner_mesh, outer
 from autopar.pipeline.table import from_csv, homes
 from autopar.plan import Pipeline, Plan, Storage
+from autopar.rule import Choice
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane.
 _MULTIPLES = (1, 2, 4)
+#: Bytes that no plan needs.
+UNLIMITED = 1 << 60
+#: Plans that hold less are made for so much of a rank's memory, if every stage held as much.
+SHARES = (1.0, 0.5)
 
 
 def micro_choices(rows: int, ranks: int, asked: Asked) -> list[int]:
@@ -95,49 +102,148 @@ def plan_pipeline(
     where = machine(asked.device, mesh)
     device, own = where.device, where.links[mesh.axis(AXIS)]
     limit = asked.memory_limit if asked.memory_limit is not None else device.memory and device.memory * planner.USABLE
-    best: tuple[float, Plan] | None = None
-    starts: dict[int, tuple[str, ...]] = {}
-    refused: Exception | None = None
-    # What the ranks of a stage do is planned for all stages alike: as if there were no limit, and for less and less
-    # memory, for what is most in the first stage may be least in the last.
-    for share in (None,) if limit is None else (None, 1.0, 0.5):
-        chains: dict[int, stages.Additive] = {}
-        plans: dict[int, Plan] = {}
-        try:
-            for micro in counts:
-                program = program_of(micro)
-                wanted = {**_free(options(program)), **given}
-                if share is not None:
-                    assert limit is not None
-                    wanted["memory_limit"] = limit * ranks * share
-                plans[micro] = planner.plan(program, alone, **wanted)
-                pieces = pieces_of(
-                    program, plans[micro], asked.device, stages=2 * ranks, micro=micro, starts=starts.get(micro, ())
-                )
-                chains[micro], starts[micro] = pieces.chain, pieces.starts
-            link = stages.Link(latency=own.latency, bandwidth=own.bandwidth)
-            if asked.schedule == OWN:
-                return _own(asked, plans[counts[0]], chains[counts[0]], starts[counts[0]], link)
-            choice = stages.choose(chains, ranks=ranks, link=link, limit=limit, schedules=_schedules(asked))
-        except InfeasibleError as error:
-            refused = refused or error
-            continue
-        found = choice.best
-        if best is None or found.seconds < best[0]:
-            cuts = tuple(starts[found.micro][c - 1] for c in found.cuts[1:-1])
-            made = Pipeline(AXIS, cuts, found.micro, found.schedule)
-            costs = _costs(found.options, [chains[found.micro].gap_bytes(c) for c in found.cuts[1:-1]], link)
-            best = found.seconds, _told(outer(plans[found.micro], mesh, made), choice, device.name, limit, costs)
-    if best is None:
-        assert refused is not None
-        raise refused
-    plan = best[1]
+    link = stages.Link(latency=own.latency, bandwidth=own.bandwidth)
+    proposals = {
+        micro: Proposal.first(
+            program_of(micro), micro, ranks, asked.device, {**options(program_of(micro)), **given}, alone
+        )
+        for micro in counts
+    }
+    if asked.schedule == OWN:
+        return _own(asked, proposals[counts[0]], link)
+    judged = {"ranks": ranks, "link": link, "schedules": _schedules(asked)}
+    choice = best_choice(proposals, limit, judged)
+    best = choice.best
+    chosen = proposals[best.micro]
+    costs = _costs(best.options, [chosen.chain.gap_bytes(c) for c in best.cuts[1:-1]], link)
+    plan = _told(chosen.plan(best, mesh), choice, device.name, limit, costs)
     return replace(plan, solver={**plan.solver, "stages_s": round(time.perf_counter() - began, 3)})
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What stages may be made of, for one size of micro-batch.
+
+    Attributes:
+        program: of a micro-batch. plans: of it, on the mesh of a stage; a stage runs what one of them says.
+        pieces: of each plan, all with the same beginnings.
+        again: makes another plan, for a limit of bytes, and its pieces.
+    """
+
+    program: Program
+    plans: tuple[Plan, ...]
+    pieces: tuple[Pieces, ...]
+    again: Callable[[float, Sequence[str]], tuple[Plan, Pieces]]
+
+    @classmethod
+    def first(
+        cls, program: Program, micro: int, ranks: int, device: str | Device, options: Mapping[str, Any], mesh: Mesh
+    ) -> Proposal:
+        """With the plan that is quickest if memory is no matter."""
+
+        def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
+            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit})
+            return plan, pieces_of(program, plan, device, stages=2 * ranks, micro=micro, starts=starts)
+
+        plan, pieces = again(UNLIMITED, ())
+        return cls(program, (plan,), (pieces,), again)
+
+    def with_smaller(self, limits: Sequence[float]) -> Proposal:
+        """With plans for less memory, as far as there are any."""
+        plans, pieces = list(self.plans), list(self.pieces)
+        for limit in limits:
+            try:
+                plan, found = self.again(limit, self.starts)
+            except InfeasibleError:
+                break
+            if (plan.choices, plan.storage) != (plans[-1].choices, plans[-1].storage):
+                plans.append(plan)
+                pieces.append(found)
+        return replace(self, plans=tuple(plans), pieces=tuple(pieces))
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Addresses at which pieces begin, but for the first."""
+        return self.pieces[0].starts
+
+    @property
+    def chain(self) -> stages.Chain:
+        """The pieces as what stages are cut from."""
+        return self.pieces[0].chain if len(self.pieces) == 1 else stages.Alternatives([p.chain for p in self.pieces])
+
+    def plan(self, found: stages.Candidate, mesh: Mesh) -> Plan:
+        """The plan of a candidate: every stage as the plan says that it chose."""
+        cuts = tuple(self.starts[c - 1] for c in found.cuts[1:-1])
+        chosen = [self.plans[k] for k in found.choices]
+        made = Pipeline(AXIS, cuts, found.micro, found.schedule)
+        return outer(_merged(self.program, chosen, cuts), mesh, made)
+
+
+def best_choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+    """Stages, micro-batches and schedule. Where memory decides, `proposals` get plans that hold less.
+
+    judged: of `stages.choose`: ranks, link, schedules.
+
+    Raises:
+        As `stages.choose`.
+    """
+    refused: InfeasibleError | None = None
+    try:
+        choice = stages.choose(chains_of(proposals), limit=limit, **judged)
+        if limit is None or not _binds(choice, chains_of(proposals), judged):
+            return choice
+    except InfeasibleError as error:
+        refused = error
+    assert limit is not None
+    for micro, proposal in proposals.items():
+        proposals[micro] = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
+    try:
+        return stages.choose(chains_of(proposals), limit=limit, **judged)
+    except InfeasibleError as error:
+        raise error if any(len(p.plans) > 1 for p in proposals.values()) or refused is None else refused from None
+
+
+def _merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Plan:
+    """One plan of the whole program that is in every stage what the stage's plan is."""
+    if all(plan is plans[0] for plan in plans):
+        return plans[0]
+    choices: dict[str, tuple[Choice, ...]] = {}
+    storage: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    for stage, plan in zip(cut(program, starts), plans):
+        names = {s.name for s in stage.program.sources} | {s.name for s in stage.program.sinks}
+        addresses = (n.meta["address"] for n in stage.program.gm.graph.nodes if "address" in n.meta)
+        # What several stages have, masks and shared parameters, is as in the first of them.
+        choices.update({a: plan.choice(a) for a in addresses if a not in choices})
+        for found, given in ((storage, plan.storage), (inputs, plan.inputs), (outputs, plan.outputs)):
+            found.update({k: v for k, v in given.items() if k in names and k not in found})
+    first = plans[0]
+    merged = replace(
+        first,
+        choices={**first.choices, **choices},
+        storage={**first.storage, **storage},
+        inputs={**first.inputs, **inputs},
+        outputs={**first.outputs, **outputs},
+    )
+    planner.check_plan(program, merged)
+    return merged
+
+
+def chains_of(proposals: Mapping[int, Proposal]) -> dict[int, stages.Chain]:
+    """Number of micro-batches -> what stages are cut from."""
+    return {micro: proposal.chain for micro, proposal in proposals.items()}
+
+
+def _binds(choice: stages.Choice, chains: Mapping[int, stages.Chain], judged: Mapping[str, Any]) -> bool:
+    """Whether more memory would make the step quicker."""
+    free = stages.choose(chains, limit=None, top=0, **judged)
+    return free.bound < choice.best.seconds * (1 - 1e-9)
 
 
 def _free(options: Mapping[str, Any]) -> dict[str, Any]:
     """The planner's options without a limit: that is a stage's, and the planner sees all stages in one."""
-    return {**options, "memory_limit": 1 << 60}
+    return {**options, "memory_limit": UNLIMITED}
 
 
 def _costs(options: Sequence[stages.Option], gaps: Sequence[tuple[float, float]], link: stages.Link) -> Costs:
@@ -180,8 +286,9 @@ def _told(
     return replace(plan, predicted=predicted, solver=solver)
 
 
-def _own(asked: Asked, plan: Plan, chain: stages.Additive, starts: Sequence[str], link: stages.Link) -> Plan:
+def _own(asked: Asked, proposal: Proposal, link: stages.Link) -> Plan:
     """The plan with the user's own table: it says how many stages there are, and how they are cut is settled here."""
+    (plan, *_), chain, starts = proposal.plans, proposal.chain, proposal.starts
     table = from_csv(asked.table)
     home = homes(table)
     check(table)
@@ -255,4 +362,6 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
     return plan
 
 
-__all__ = ["check_pipeline", "fitting", "micro_choices", "plan_pipeline"]
+__all__ = [
+    "Proposal", "best_choice", "chains_of", "check_pipeline", "fitting", "micro_choices", "plan_pipeline",
+]  # fmt: skip

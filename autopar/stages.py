@@ -76,8 +76,10 @@ def lower_pipeline(
     lowered = {
         s: _lower(stages[s], plans[s], place, kinds[s], eager, target) for s, at in home.items() if at == place.lane
     }
-    loss = _loss(program)
+    loss = loss_of(program)
+    wanted = full or loss is None or not program.training
     places = _places(stages, home)
+    trained = {k.name for s in stages for k in s.program.sinks if k.kind == "grad" and k.node is not None}
     if pipeline.schedule != OWN and schedule(pipeline.schedule).asynchronous:
         _refuse_shared(stages, home)
     outputs = {k.name: s.index for s in stages for k in s.program.sinks if _is_output(k) and k.name not in s.sends}
@@ -90,14 +92,14 @@ def lower_pipeline(
         divisors=None if loss is None else divisors(program, whole, loss.name, pipeline.micro),
         loss=loss.name if loss is not None else "",
         at=outputs,
-        batched=frozenset(_batched(program, whole)),
-        full=full or loss is None or not program.training,
+        batched=frozenset(_batched(program, whole, loss, wanted)),
+        full=wanted,
         places=places,
         shared={
             name: tuple(sorted({home[i] for i in at}))
             for s in stages
             for name, at in s.shared.items()
-            if len({home[i] for i in at}) > 1
+            if len({home[i] for i in at}) > 1 and name in trained
         },
         news=news,
     )
@@ -121,7 +123,12 @@ def _is_output(sink: Sink) -> bool:
     return sink.kind == "output" and not sink.late
 
 
-def _loss(program: Program) -> Sink | None:
+def loss_of(program: Program) -> Sink | None:
+    """The loss among the outputs; of a program without a backward the first that can be one, if there is any.
+
+    Raises:
+        BatchError: there is none that a backward could start from.
+    """
     tangents = program.of_kind("tangent")
     if not program.training:
         outputs = (s for s in program.sinks if s.kind == "output" and s.node is not None)
@@ -141,8 +148,12 @@ def _scalar(program: Program, sink: Sink) -> bool:
     return isinstance(val, torch.Tensor) and val.dim() == 0 and val.is_floating_point()
 
 
-def _batched(program: Program, whole: Program) -> list[str]:
-    """Outputs whose dim 0 grows with the batch."""
+def _batched(program: Program, whole: Program, loss: Sink | None, wanted: bool) -> list[str]:
+    """Outputs whose dim 0 grows with the batch. `wanted`: all of them, beside the loss, are to be put together.
+
+    Raises:
+        BatchError: one of them cannot be.
+    """
     out = []
     for one, all_ in zip(program.sinks, whole.sinks):
         if one.kind != "output" or one.node is None or all_.node is None:
@@ -155,7 +166,27 @@ def _batched(program: Program, whole: Program) -> list[str]:
                 f"output {one.name} has shape {tuple(b.shape)} for the whole batch and {tuple(a.shape)} for a "
                 "micro-batch: micro-batches are joined along dim 0; return it with the batch first"
             )
+        elif wanted and (loss is None or one.name != loss.name) and _follows_batch(program, one.node):
+            raise BatchError(
+                f"output {one.name} depends on the batch and has no row for each of its rows (shape {tuple(a.shape)}): "
+                "from micro-batches it cannot be put together, for they may be to be added, averaged, or neither; "
+                "return a value for each row, and reduce it behind the module"
+            )
     return out
+
+
+def _follows_batch(program: Program, node: str) -> bool:
+    """Whether a value is computed from arguments that are divided into micro-batches."""
+    divided = {s.node for s in program.of_kind("input") if s.name in program.batch_dims}
+    stack, seen = [program.node(node)], set()
+    while stack:
+        found = stack.pop()
+        if found.name in divided:
+            return True
+        if found not in seen:
+            seen.add(found)
+            stack.extend(found.all_input_nodes)
+    return False
 
 
 def _val(program: Program, sink: Sink) -> torch.Tensor:
@@ -175,18 +206,19 @@ def _places(stages: Sequence[Stage], home: Mapping[int, int]) -> dict[str, tuple
     return {name: tuple(sorted(at)) for name, at in found.items()}
 
 
-def stage_of_parameters(program: Program, starts: Sequence[str]) -> dict[str, int]:
-    """Parameters that one stage has alone -> that stage."""
-    return {
-        s.name: stage.index
-        for stage in cut(program, starts)
-        for s in stage.program.of_kind("param")
-        if s.name not in stage.shared
-    }
+def stage_of_state(program: Program, starts: Sequence[str]) -> dict[str, int]:
+    """Parameters, and buffers that change, that one stage has alone -> that stage."""
+    found: dict[str, int] = {}
+    for stage in cut(program, starts):
+        changed = {s.name for s in stage.program.sinks if s.kind == "buffer" and s.node is not None}
+        for source in stage.program.sources:
+            if (source.kind == "param" and source.name not in stage.shared) or source.name in changed:
+                found[source.name] = stage.index
+    return found
 
 
 def starts_again(program: Program, starts: Sequence[str], stage_of: Mapping[str, int]) -> list[str]:
-    """Where stages begin in another program of the same model, so that parameters stay where they are.
+    """Where stages begin in another program of the same model, so that its state stays where it is (`stage_of_state`).
 
     The places of the first program where they are there and right, else the gap with the fewest bytes between the last
     op that needs an earlier stage and the first that needs a later one.
@@ -196,7 +228,15 @@ def starts_again(program: Program, starts: Sequence[str], stage_of: Mapping[str,
     """
     regions = regions_of(program)
     at = {n.meta["address"]: i for i, n in enumerate(regions.sequence)}
-    needs = [[stage_of[p] for p in regions.reads(n).params if p in stage_of] for n in regions.sequence]
+    buffers = {s.node: s.name for s in program.of_kind("buffer") if s.name in stage_of}
+    needs = [
+        [
+            stage_of[name]
+            for name in (*regions.reads(n).params, *(buffers[o.name] for o in n.all_input_nodes if o.name in buffers))
+            if name in stage_of
+        ]
+        for n in regions.sequence
+    ]
     out: list[int] = []
     live: list[int] | None = None
     for stage, address in enumerate(starts, 1):
@@ -205,8 +245,9 @@ def starts_again(program: Program, starts: Sequence[str], stage_of: Mapping[str,
         low = max(low, out[-1] + 1 if out else 1)
         if low > high:
             raise PlanError(
-                f"the model now uses its parameters in another order than in its first call: stage {stage} cannot keep "
-                "its own; compile another module for this kind of call"
+                f"the model now uses its parameters in another order than in its first call, or others: stage {stage} "
+                "cannot keep its own; let the first call (or example=) be one of training, or compile another module "
+                "for this kind of call"
             )
         place = at.get(address, -1)
         if not low <= place <= high:
@@ -275,5 +316,5 @@ def inner_place(mesh: Mesh, rank: int, axis: str, group_names: Mapping[str, str]
 
 
 __all__ = [
-    "Place", "inner_place", "lower_pipeline", "stage_of_parameters", "starts_again",
+    "Place", "inner_place", "loss_of", "lower_pipeline", "stage_of_state", "starts_again",
 ]  # fmt: skip

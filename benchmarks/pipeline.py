@@ -1,8 +1,8 @@
-"""Schedules on real processes: utilisation beside what is predicted, and what the executor itself costs.
+"""Schedules on real processes: utilisation beside what is predicted, what the executor itself costs, a real model.
 
-    python benchmarks/pipeline.py            # 4 and 8 gloo processes on this machine
-    python benchmarks/pipeline.py --quick    # 4 processes, fewer micro-batches and repeats
-    python benchmarks/pipeline.py --parts cost
+    python benchmarks/pipeline.py            # 2, 4 and 8 gloo processes on this machine
+    python benchmarks/pipeline.py --quick    # fewer processes, micro-batches and repeats
+    python benchmarks/pipeline.py --parts gpt
 
 Part `schedules`: stages that sleep (F = I = W = one unit, B = two), so that more processes than cores are no matter.
 The utilisation, seconds of work in the table over ranks x makespan, is compared with `autopar.pipeline.clock` where
@@ -16,8 +16,11 @@ Part `cost`: the executor on stages that do nothing. Without messages in microse
 ratio to a bare loop of isend, irecv and wait with the same messages in the same order on the same ranks, both in the
 same processes, by turns; what counts is the median over the turns of the ratios.
 
+Part `gpt`: a GPT in 2 and 4 stages beside torch.distributed.pipelining (`pipeline_peers.py`).
+
 The last line is the verdict: utilisation within `NEAR` of what is expected, PACI's at least `STEADY` and `GAIN` times
-that of 1F1B at N = m = 8, an action at most `ACTION_US`, the ratio at most `BARE`.
+that of 1F1B at N = m = 8, an action at most `ACTION_US`, the ratio at most `BARE`, and no step of the GPT slower than
+the peer's.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
+import pipeline_peers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pipeline_peers import Beside
 from rich import box
 from rich.console import Console
 from rich.table import Table as Printed
@@ -61,11 +66,13 @@ OVERSHOOT = 0.01
 UNITS = (0.05, 0.06, 0.08, 0.1)  # seconds
 TIMEOUT = 60.0
 TRIES = 3
+STEPS = 3  # of the real model in a turn
 MANY = 32  # micro-batches of a run whose cost is measured
 SMALL = Form(torch.float32, (1024,))  # 4 kB
 LARGE = Form(torch.float32, (1 << 18,))  # 1 MB
 #: Seconds of an action, in units.
 UNITS_OF = {"F": 1, "B": 2, "I": 1, "W": 1, "U": 0}
+PARTS = ("schedules", "cost", "gpt")
 NAMES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v", "paci")
 
 
@@ -321,10 +328,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the processes are to do. `turns`: of the cost with messages; 0: not asked for."""
+    """What the processes are to do. `turns`: of the cost with messages, `gpt`: of the real model; 0: not asked for."""
 
     micros: list[int]
     turns: int
+    gpt: int
 
 
 def work(rank: int, count: int, folder: str, wanted: Wanted) -> None:
@@ -334,10 +342,11 @@ def work(rank: int, count: int, folder: str, wanted: Wanted) -> None:
     meet = f"file://{folder}/meet{count}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=count, timeout=limit)
     say = print if rank == 0 else (lambda *_, **__: None)
-    late = min(overshoot() for _ in range(TRIES))
-    unit = next((u for u in UNITS if late / u <= OVERSHOOT), UNITS[-1])
-    say(f"  a sleep is {1e3 * late:.2f} ms too long: unit {1e3 * unit:.0f} ms, {late / unit:.1%} of it", flush=True)
-    rows = []
+    rows, late, unit = [], 0.0, UNITS[-1]
+    if wanted.micros:
+        late = min(overshoot() for _ in range(TRIES))
+        unit = next((u for u in UNITS if late / u <= OVERSHOOT), UNITS[-1])
+        say(f"  a sleep is {1e3 * late:.2f} ms too long: unit {1e3 * unit:.0f} ms, {late / unit:.1%} of it", flush=True)
     for name, micro, table in cases(count, wanted.micros):
         found, tries = measure(name, micro, table, unit), 1
         while found.ratio < 1 - NEAR and tries < TRIES:
@@ -351,8 +360,12 @@ def work(rank: int, count: int, folder: str, wanted: Wanted) -> None:
         for words, form in (("4 kB", SMALL), ("1 MB", LARGE)):
             costs.append(Cost(count, "1f1b", words, *beside(table, form, wanted.turns)))
             say(f"  beside a bare loop, {words}: {costs[-1].ratio:.3f}", flush=True)
+    peers = []
+    if wanted.gpt:
+        peers = pipeline_peers.compare(wanted.gpt, STEPS, lambda text: say(text, flush=True))
     if rank == 0:
-        result = {"late": late / unit, "rows": [asdict(r) for r in rows], "costs": [asdict(c) for c in costs]}
+        result = {"late": late / unit, **{k: [asdict(x) for x in v] for k, v in
+                  (("rows", rows), ("costs", costs), ("peers", peers))}}  # fmt: skip
         Path(folder, f"found{count}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
@@ -385,7 +398,21 @@ def costs_table(costs: list[Cost]) -> Printed:
     return out
 
 
-def judge(rows: list[Measured], costs: list[Cost], actions: dict[str, float], late: list[float]) -> list[Check]:
+def peers_table(peers: list[Beside]) -> Printed:
+    """One line for every comparison with torch.distributed.pipelining."""
+    out = Printed(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("N", "autopar", "cut", "peer", "autopar ms", "peer ms", "ratio", "loss differs by", ""):
+        out.add_column(name, justify="left" if name in ("autopar", "cut", "peer", "") else "right")
+    for r in peers:
+        numbers = (f"{1e3 * r.ours_s:.1f}", f"{1e3 * r.peer_s:.1f}", f"{r.ratio:.3f}", f"{r.loss_error:.0e}")
+        verdict = ("good" if r.good else "BAD") if r.counts else ""
+        out.add_row(str(r.ranks), r.ours, r.cut, r.peer, *numbers, verdict)
+    return out
+
+
+def judge(
+    rows: list[Measured], costs: list[Cost], actions: dict[str, float], late: list[float], peers: list[Beside]
+) -> list[Check]:
     """Everything that the verdict is made of."""
     inf = float("inf")
     checks = [Check("schedules", f"a sleep of one unit is too long by {x:.1%}", x, -inf, OVERSHOOT) for x in late]
@@ -402,17 +429,22 @@ def judge(rows: list[Measured], costs: list[Cost], actions: dict[str, float], la
         checks.append(Check("schedules", "utilisation of paci / 1f1b, N=8, m=8", gain, GAIN, inf))
     checks += [Check("cost", f"us an action, {words}", us, -inf, ACTION_US) for words, us in actions.items()]
     checks += [Check("cost", f"executor / bare loop, N={c.ranks}, {c.message}", c.ratio, -inf, BARE) for c in costs]
+    for r in peers:
+        where = f"{r.ours} ({r.cut} cut), N={r.ranks}"
+        checks.append(Check("gpt", f"loss of {where} differs by", r.loss_error, 0.0, pipeline_peers.LOSS_RTOL))
+        if r.counts:
+            checks.append(Check("gpt", f"{where} / {r.peer}", r.ratio, -inf, pipeline_peers.BAR))
     return checks
 
 
 def main() -> int:
     """Run the benchmark; 0 if everything is within the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 processes, m = 4 and 8, and a third of the turns")
-    parser.add_argument("--parts", nargs="+", choices=("schedules", "cost"), default=["schedules", "cost"])
-    parser.add_argument("--processes", nargs="+", type=int)
+    parser.add_argument("--quick", action="store_true", help="4 processes (GPT: 2), m = 4 and 8, a third of the turns")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--processes", nargs="+", type=int, help="default: 4 and 8, for the GPT 2 and 4")
     parser.add_argument("--micro", nargs="+", type=int)
-    parser.add_argument("--turns", type=int, help="of the executor beside a bare loop (default: 31)")
+    parser.add_argument("--turns", type=int, help="of the executor and the GPT beside their peers (default: 31, 15)")
     args = parser.parse_args()
     console = Console(width=120, highlight=False)
     began = time.perf_counter()
@@ -426,19 +458,27 @@ def main() -> int:
     rows: list[Measured] = []
     costs: list[Cost] = []
     late: list[float] = []
+    peers: list[Beside] = []
+    with_gpt = (args.processes or ([2] if args.quick else [2, 4])) if "gpt" in args.parts else []
+    without = (args.processes or ([4] if args.quick else [4, 8])) if micros or turns else []
     with tempfile.TemporaryDirectory() as folder:
-        for count in args.processes or ([4] if args.quick else [4, 8]):
+        for count in sorted({*with_gpt, *without}):
             console.print(f"{count} processes ...")
-            mp.spawn(work, (count, folder, Wanted(micros, turns)), nprocs=count)
+            gpt = (args.turns or (5 if args.quick else 15)) if count in with_gpt else 0
+            wanted = Wanted(micros, turns, gpt) if count in without else Wanted([], 0, gpt)
+            mp.spawn(work, (count, folder, wanted), nprocs=count)
             found = json.loads(Path(folder, f"found{count}.json").read_text(encoding="utf-8"))
             rows += [Measured(**r) for r in found["rows"]]
             costs += [Cost(**c) for c in found["costs"]]
-            late += [found["late"]] * bool(micros)
+            peers += [Beside(**p) for p in found["peers"]]
+            late += [found["late"]] * bool(found["rows"])
     if rows:
         console.print(schedules_table(rows))
     if costs:
         console.print(costs_table(costs))
-    checks = judge(rows, costs, actions, late)
+    if peers:
+        console.print(peers_table(peers))
+    checks = judge(rows, costs, actions, late, peers)
     bad = [c for c in checks if not c.good]
     for c in bad:
         console.print(f"BAD {c.part}: {c.what}: {c.value:.3f}, wanted {c.least:g} to {c.most:g}")
@@ -453,6 +493,10 @@ def main() -> int:
         numbers.append(f"{max(actions.values()):.2f} us an action")
     if costs:
         numbers.append(f"executor / bare loop {max(c.ratio for c in costs):.3f}")
+    if counted := [p for p in peers if p.counts]:
+        slowest = max(counted, key=lambda p: p.ratio)
+        where = f"{slowest.ours}, {slowest.cut} cut, N={slowest.ranks}"
+        numbers.append(f"GPT / torch at most {slowest.ratio:.3f} ({where})")
     console.print(f"{time.perf_counter() - began:.0f} s")
     console.print(f"{'BAD' if bad else 'good'}: {len(checks) - len(bad)} of {len(checks)} checks; {'; '.join(numbers)}")
     return 1 if bad else 0

@@ -35,6 +35,8 @@ SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
 QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
 #: Sides of the square products on a processor.
 SIDES = (32, 96, 256, 384, 512)
+COLD = 1 << 27  # bytes that an update moves, so that none of them is in a cache
+MOST_UPDATED = 200  # parameters of it
 CHAIN = 40  # ops in the graph that shows what one launch costs
 
 
@@ -154,6 +156,8 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
             moved, work = TRAFFIC[name](torch.ones(rows, 256, device=device))
             points.append((moved, moved / net(work)))
         memory[name] = curve(points)
+    tell("memory: update", 0.55)
+    memory["update"] = _updates(ruler, (8, 128, 1024, 8192) if not big else (128, 4096, 65536, 1 << 19), launch)
     rates = {k: c.points[-1][1] for k, c in matmul.items() if k != "convolution"}
     memory_bytes = float(torch.cuda.get_device_properties(device).total_memory) if big else None
     nothing = Link(1e9, 1e-4)
@@ -237,11 +241,29 @@ def _lookup(x: torch.Tensor) -> tuple[float, Work]:
     return 2.0 * x.nbytes, lambda: nn.functional.embedding(rows, x)
 
 
-def _update(x: torch.Tensor) -> tuple[float, Work]:
-    """A step of AdamW: parameter and two moments read and written, gradient read, as `Policy.update_bytes` counts."""
-    weight = nn.Parameter(x.clone())
-    weight.grad = x.clone()
-    return 7.0 * x.nbytes, torch.optim.AdamW([weight]).step
+def _updates(ruler: _Ruler, rows: Sequence[int], launch: float) -> Curve:
+    """Bytes/s of a step of AdamW by bytes of one parameter: it and two moments are read and written, its gradient read.
+
+    As `Policy.update_bytes` counts. A step comes to every parameter once, when what the last one has left of it in
+    caches is long gone: so there are as many parameters as caches do not hold.
+    """
+    points = []
+    for count in rows:
+        x = torch.ones(count, 256, device=ruler.device)
+        size = 7.0 * x.nbytes
+        many = int(max(1, min(MOST_UPDATED, COLD // size)))
+        step = _update(x, many)
+        step()
+        each = statistics.median(ruler.over(step, 1) for _ in range(3)) / many
+        points.append((size, size / max(each - launch, each / 10)))
+    return curve(points)
+
+
+def _update(x: torch.Tensor, many: int) -> Work:
+    weights = [nn.Parameter(x.clone()) for _ in range(many)]
+    for weight in weights:
+        weight.grad = x.clone()
+    return torch.optim.AdamW(weights).step
 
 
 #: Class of op -> (tensor [rows, 256]) -> (bytes read and written, the work).
@@ -253,7 +275,6 @@ TRAFFIC: dict[str, Callable[[torch.Tensor], tuple[float, Work]]] = {
     "softmax": lambda x: (2.0 * x.nbytes, lambda: x.log_softmax(-1)),
     "copy": lambda x: (2.0 * x.nbytes, lambda: x.view(-1, 8, 4, 64).transpose(1, 2).contiguous()),
     "lookup": _lookup,
-    "update": _update,
 }
 
 
@@ -261,7 +282,7 @@ TRAFFIC: dict[str, Callable[[torch.Tensor], tuple[float, Work]]] = {
 
 
 def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Crowd, ...]:
-    """A matmul, a product of large tensors, and a chain of small ops, on 1, 2, 4 ... ranks at once.
+    """A matmul, a product of large tensors, a chain of small ops, and an update, on 1, 2, 4 ... ranks at once.
 
     Factors are the time that passes over the time that one rank alone is busy with it, so that they also hold what
     else runs on the machine.
@@ -269,10 +290,14 @@ def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Cr
     a = torch.ones(256, 256)
     x = torch.ones(2048, 256)
     small = torch.ones(16)
-    works: Sequence[Work] = (lambda: a @ a, lambda: x * x.detach(), lambda: [small * 1.5 for _ in range(50)])
+    works: Sequence[Work] = (
+        lambda: a @ a, lambda: x * x.detach(), lambda: [small * 1.5 for _ in range(50)],
+        _update(torch.ones(1024, 256), 16),
+    )  # fmt: skip
     counts = [n for n in (1, 2, 4, 8) if n <= world.num]
     once = [world.largest(alone(work) if world.rank == 0 else 0.0) for work in works]
     repeats = [max(1, int(ruler.budget / max(seconds, 1e-7))) for seconds in once]
+    repeats[-1] = 1  # long enough
     found: dict[int, list[list[float]]] = {n: [[] for _ in works] for n in counts}
     for _ in range(rounds):
         for count in counts:

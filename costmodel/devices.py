@@ -33,6 +33,7 @@ class Crowd:
     matmul: float
     memory: float
     launch: float
+    update: float = 1.0  # of the optimizer, all of whose memory is cold
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Device:
         # Between and beyond what was measured, slowness follows the number of ranks per core.
         near = min(crowds, key=lambda c: abs(math.log(c.ranks / ranks)))
         more = ranks / near.ranks if ranks > near.ranks else 1.0
-        matmul, memory, launch = near.matmul * more, near.memory * more, near.launch * more
+        matmul, memory, launch, update = (n * more for n in (near.matmul, near.memory, near.launch, near.update))
         own = self.measured
         return replace(
             self,
@@ -122,7 +123,7 @@ class Device:
                 own,
                 matmul={k: c.scaled(1 / matmul) for k, c in own.matmul.items()},
                 attention=own.attention and own.attention.scaled(1 / matmul),
-                memory={k: c.scaled(1 / memory) for k, c in own.memory.items()},
+                memory={k: c.scaled(1 / (update if k == "update" else memory)) for k, c in own.memory.items()},
                 crowds=(),
                 view=own.view * launch,
             ),

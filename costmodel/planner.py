@@ -219,12 +219,21 @@ class _Planner:
         fixed = [a for a in axes if a in self.strategies]
         orders = [axes] if len(axes) < 2 else [fixed + free, fixed[::-1] + free[::-1]]
         search = self.search()
-        best = search.run(orders)
+        best = search.run(orders) if self._hopeful() else None
         if best is None:
             best = search.least(orders)
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
+
+    def _hopeful(self) -> bool:
+        """Whether the limit holds parameters, gradients and optimizer state if all are cut into equal pieces."""
+        if self.memory_limit is None:
+            return True
+        whole: Spec = (R,) * len(self.mesh.sizes)
+        policy = self.prices.policy
+        held = (policy.stored(i, whole, self.mesh.sizes) for i in self.items.items if i.kind == "param")
+        return sum(sum(kinds.values()) for kinds in held) / self.mesh.num_devices <= self.memory_limit
 
     def search(self) -> Search:
         """A search over what has been prepared."""

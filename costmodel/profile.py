@@ -17,7 +17,7 @@ from autopar.costmodel.curve import Curve
 from autopar.costmodel.devices import Crowd, Device, Link, Measured
 from autopar.errors import ProfileError
 
-SCHEMA = 3
+SCHEMA = 4
 #: Environment variable with the path of the profile; empty: there is none.
 PROFILE = "AUTOPAR_PROFILE"
 
@@ -220,7 +220,8 @@ def _measured(value: Any) -> Measured | None:
     if value is None:
         return None
     crowds = (
-        Crowd(_count(c["ranks"]), *(_above_zero(c[k]) for k in ("matmul", "memory", "launch"))) for c in value["crowds"]
+        Crowd(_count(c["ranks"]), *(_above_zero(c[k]) for k in ("matmul", "memory", "launch", "update")))
+        for c in value["crowds"]
     )
     return Measured(
         matmul=_table(_curve)(value["matmul"]),

@@ -9,7 +9,7 @@ all shapes of one and two axes are planned, then the finer ones of the best few.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,12 +90,12 @@ def search(
     coarse = [m for m in _shapes(count, min(axes, 2)) if _has_axes(m, constraints, axes)]
     attempt(coarse, 0.0, 0.6)
     if axes > 2:
-        best = [t.mesh for t in _sorted(tried.values()) if t.plan is not None and len(t.mesh.sizes) == 2]
+        best = [t.mesh for t in ranked(tried.values()) if t.plan is not None and len(t.mesh.sizes) == 2]
         finer = [m for m in _shapes(count, 3) if any(_refines(m, b) for b in best[:FINER])]
         if not best:  # nothing coarse fits or may be used
             finer = [m for m in _shapes(count, 3) if len(m.sizes) == 3]
         attempt([m for m in finer if _has_axes(m, constraints, axes)], 0.6, 1.0)
-    found = _sorted(tried.values())
+    found = ranked(tried.values())
     if not found or found[0].plan is None:
         if errors:
             raise min(errors, key=lambda e: isinstance(e, ConstraintError))
@@ -116,7 +116,8 @@ def best_plan(found: list[Tried]) -> Plan:
     return replace(plan, solver={**plan.solver, "meshes": [t.as_dict() for t in found]})
 
 
-def _sorted(tried: Any) -> list[Tried]:
+def ranked(tried: Iterable[Tried]) -> list[Tried]:
+    """The quickest first, those without a plan last."""
     return sorted(tried, key=lambda t: (t.plan is None, t.plan and t.plan.predicted["step_s"], len(t.mesh.sizes)))
 
 

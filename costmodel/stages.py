@@ -52,7 +52,7 @@ from autopar.costmodel.stages_answer import (
     infeasible,
     why,
 )
-from autopar.costmodel.stages_chain import Additive, Chain, Link, Option, edges
+from autopar.costmodel.stages_chain import Additive, Alternatives, Chain, Link, Option, edges
 from autopar.costmodel.stages_pairs import Pair
 from autopar.costmodel.stages_search import EQUAL, Way
 from autopar.costmodel.stages_table import SEGMENT
@@ -256,6 +256,7 @@ __all__ = [
     "SEGMENT",
     "SYNCHRONOUS",
     "Additive",
+    "Alternatives",
     "Candidate",
     "Chain",
     "Choice",

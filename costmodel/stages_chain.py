@@ -188,6 +188,27 @@ class Additive:
             yield first, np.concatenate([sums, most], axis=2).transpose(1, 0, 2)
 
 
+@dataclass(frozen=True)
+class Alternatives:
+    """A Chain whose stages run one of several plans of the whole, whose pieces begin at the same places.
+
+    Attributes:
+        chains: of every plan, the first of which says what crosses gaps. Of each only the first option is taken.
+    """
+
+    chains: Sequence[Additive]
+
+    @property
+    def pieces(self) -> int:
+        return self.chains[0].pieces
+
+    def options(self, first: int, last: int) -> Sequence[Option]:
+        return [chain.options(first, last)[0] for chain in self.chains]
+
+    def gap_bytes(self, at: int) -> tuple[float, float]:
+        return self.chains[0].gap_bytes(at)
+
+
 def _spread(items: Sequence[Any], room: int) -> Sequence[Any]:
     """So many of the items, evenly."""
     if len(items) <= room:

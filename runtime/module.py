@@ -250,11 +250,13 @@ class ParallelModule(Trainable):
         wrong = sorted(k for k in elsewhere if k in like and k in state_dict and state_dict[k].shape != like[k].shape)
         if lost or wrong:  # of other stages, whose ranks say so too: none of them goes on alone
             raise RuntimeError(f"Error(s) in loading state_dict: missing keys {lost}, sizes differ for {wrong}")
-        return super().load_state_dict({k: v for k, v in state_dict.items() if k not in elsewhere}, strict=strict)
+        return super().load_state_dict(state_dict, strict=strict)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Bring every value into our placements; nn.Module calls it also for a module that holds this one."""
         own, state, loaded = self.state_dict(keep_vars=True), self._state, set()
+        for name in state.elsewhere():  # other stages load them
+            state_dict.pop(prefix + name, None)
         for name, mine in own.items():
             value = state_dict.get(prefix + name)
             if not isinstance(value, torch.Tensor) or value.shape != mine.shape:
@@ -416,6 +418,8 @@ class ParallelModule(Trainable):
             fill_tree(state.shells, state.skeleton, state.model, plan, loader, state.elsewhere())
             watch(state.local.device_mesh)
             state.missing, state.model, state.plan = loader.missing, None, lowered.plan
+        elif isinstance(lowered, Pipelined):
+            state.adopt(lowered.places)
         self._warn_again(call, lowered.news)
         state.forms.append((grads, call.arguments))
         return step

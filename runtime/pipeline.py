@@ -30,6 +30,8 @@ from autopar.runtime.stage import Batch, LoweredStage, StageWork
 from autopar.runtime.storage import rewrap
 from autopar.spec import R, shard
 
+#: How much longer ranks wait for each other where graphs are compiled when they first run, one behind the other.
+COMPILING = 4
 #: Between seeds of micro-batches.
 _STRIDE = 0x9E3779B97F4A7C15
 
@@ -80,9 +82,11 @@ class PipelineStep:
         self.training = any(s.training for s in lowered.stages.values())
         self.works = {number: StageWork(stage, self.grid.device) for number, stage in lowered.stages.items()}
         self.home = homes(lowered.table)
+        compiles = any(s.compiler is not None for s in lowered.stages.values())
         self.executor = Executor(
-            lowered.table, lane.rank, self.works, lane.transport, timeout=self.grid.timeout, record=lane.record
-        )
+            lowered.table, lane.rank, self.works, lane.transport, record=lane.record,
+            timeout=self.grid.timeout * (COMPILING if compiles else 1),
+        )  # fmt: skip
         self.outputs = [s for s in self.program.sinks if s.kind == "output"]
         self.wanted = [s for s in self.outputs if s.node is not None and (lowered.full or s.name == lowered.loss)]
         names = self.program.of_kind("input")

@@ -85,6 +85,17 @@ class State:
             return frozenset()
         return frozenset(name for name, places in self.places.items() if self.lane.rank not in places)
 
+    def adopt(self, places: Mapping[str, tuple[int, ...]]) -> None:
+        """Of buffers that no program has changed before, say which places of the lane have them from now on."""
+        if self.lane is None:
+            return
+        self.tensors()
+        assert self.holders is not None
+        for name, held, key in self.holders[1]:
+            if name in places and name not in self.places and self.lane.rank not in places[name]:
+                held[key] = None  # what is here would grow old
+        self.places = {**places, **self.places}
+
     def from_owner(self, name: str, value: Any, like: torch.Tensor) -> Any:
         """A whole tensor from a stage that has it, on every rank. A collective call with a pipeline.
 

@@ -57,7 +57,7 @@ def found():
 def test_everything_is_measured(found):
     device, world = found
     own = device.measured
-    assert set(own.memory) == set(TRAFFIC) and {"float32", "bfloat16", "convolution"} <= set(own.matmul)
+    assert set(own.memory) == {*TRAFFIC, "update"} and {"float32", "bfloat16", "convolution"} <= set(own.matmul)
     shapes = ((2, 2), (2, 4), (4, 4))
     assert world.asked == {(k, g, w, s) for k in KINDS for g, w in shapes for s in QUICK_SIZES}
     assert set(own.collectives) == {f"{k}/{g}/{w}" for k in KINDS for g, w in shapes}

@@ -22,7 +22,7 @@ MEASURED = Device(
         matmul={"float32": Curve(((1e4, 1e9), (1e6, 1e10)))},
         memory={"elementwise": Curve(((1e3, 1e9), (1e7, 4e9)))},
         collectives={"all_reduce/2/4": Curve(((1e3, 1e-4), (1e6, 1e-3)), grows=True)},
-        crowds=(Crowd(1, 1.0, 1.0, 1.0), Crowd(4, 2.0, 3.0, 1.5)),
+        crowds=(Crowd(1, 1.0, 1.0, 1.0), Crowd(4, 2.0, 3.0, 1.5, 4.0)),
     ),
 )  # fmt: skip
 

@@ -47,9 +47,11 @@ FRONT = {
     "autopar.driver": {
         f"autopar.{m}"
         for m in (
-            "capture", "checks", "options", "programs", "costmodel", "passes", "runtime", "stages", "stage_search",
+            "capture", "checks", "options", "programs", "costmodel", "passes", "runtime", "mesh_search", "stages",
+            "stage_search",
         )
     },
+    "autopar.mesh_search": {f"autopar.{m}" for m in ("costmodel", "options", "stages", "stage_search")},
     "autopar.stages": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
     "autopar.stage_search": {"autopar.options", "autopar.costmodel"},
     "autopar.report": set(),
@@ -61,7 +63,9 @@ FRONT = {
     "autopar.words": {"autopar.costmodel", "autopar.questions", "autopar.report"},
     "autopar.answers": {f"autopar.{m}" for m in ("capture", "options", "questions", "report", "words")},
     "autopar.cli_tools": {"autopar.report"},
-    "autopar.cli_explain": {"autopar.cli_tools", "autopar.questions", "autopar.report", "autopar.words"},
+    "autopar.cli_explain": {
+        f"autopar.{m}" for m in ("cli_tools", "questions", "report", "report_pipeline", "words")
+    },
     "autopar.cli_calibrate": {"autopar.costmodel", "autopar.runtime"},
     "autopar.cli_simulate": {"autopar.cli_tools", "autopar.report_pipeline"},
     "autopar.cli": {

@@ -86,7 +86,7 @@ def test_finer_shapes_of_the_best_are_tried(program):
 def test_a_number_of_devices_is_searched_by_plan_and_compile():
     model, batch = zoo.ZOO["mlp_dropout"](0, 0.0)
     found = autopar.plan(model, 4, example=batch, device="cpu")
-    assert {m["mesh"] for m in found.solver["meshes"]} == {"dp=4", "dp=2,tp=2"}
+    assert {m["mesh"] for m in found.solver["meshes"]} == {"dp=4", "dp=2,tp=2", "pp=4", "pp=2,dp=2"}
     assert autopar.plan(model, 2, example=batch, device="cpu").mesh == Mesh.parse("dp=2")
     with pytest.raises(MeshError, match="how many devices"):
         autopar.plan(model, "auto", example=batch)
