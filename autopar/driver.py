@@ -5,6 +5,7 @@ capture -> plan -> insert collectives and the other passes -> cut forward from b
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -58,11 +59,12 @@ def compile(
     init: Init | None = None,
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]] | None = None,
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     clip: float | None = None,
     weights: str = "current",
     nonfinite: str = "skip",
+    flush_updates: int = 0,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -102,9 +104,13 @@ def compile(
             a CSV file with a table of your own; default: the quickest. "paci", which never empties the pipeline, needs
             `optimizer`, and `pm.train_step(batch)` in place of the loop.
         optimizer: `lambda params: AdamW(params, ...)`: the module makes and steps it itself, in `pm.train_step`.
+            It may make several, in a list, each of some of the parameters.
         lr_scheduler: `lambda optimizer: CosineAnnealingLR(optimizer, ...)`: stepped behind every update.
         clip: largest norm of gradients in `train_step`; with "paci" each stage clips by its own.
-        weights: with "paci", what a backward reads: "current" weights, as published, or "stashed" ones of its forward.
+        weights: with "paci", "current": forward and backward read the weights of now, as published; "stashed": a
+            backward reads its forward's, which are kept; "predicted": a forward reads those that its backward is to
+            find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
+        flush_updates: with "paci", so many updates at the beginning, when weights change most, are as of 1f1b.
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
@@ -137,7 +143,9 @@ def compile(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None,
         )  # fmt: skip
-        recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite) if optimizer is not None else None
+        recipe = None
+        if optimizer is not None:
+            recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite, flush_updates)
         call = arguments(example)
         refuse_old_norms(model)
         empty = skeleton(model)
@@ -204,10 +212,12 @@ def plan_model(
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
     began = time.perf_counter()
-    captured, pieces = asked.capture(model, *call, training, Programs())
+    programs = Programs()
+    captured, pieces = asked.capture(model, *call, training, programs)
     seconds = time.perf_counter() - began
-    whole, micros = captured.program, Programs()
+    whole, micros = captured.program, micro_programs(asked, programs)
 
+    @functools.cache
     def program_of(micro: int) -> Program:
         return asked.micro(model, *call, whole, micro, micros)
 
@@ -221,6 +231,12 @@ def plan_model(
         tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
         found = search.best_plan(tried)
     return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
+
+
+def micro_programs(asked: Asked, programs: Programs) -> Programs:
+    """Where micro-batches are captured: for one size a trace of its own is quickest; several come of one with the batch
+    as a symbol, for which that of the whole batch, in `programs`, is there already."""
+    return Programs() if asked.micro_batches is not None or asked.table else programs
 
 
 def register_rule(op: Any, rule: Any) -> None:
@@ -286,7 +302,8 @@ class _Builder:
 
     def __init__(self, control: Control, asked: Asked, given: Plan | None, eager: bool) -> None:
         self.control, self.asked, self.given, self.eager = control, asked, given, eager
-        self.programs, self.micros = Programs(), Programs()
+        self.programs = Programs()
+        self.micros = micro_programs(asked, self.programs)
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
         self.homes: dict[str, int] = {}  # what one stage of a pipeline has alone -> that stage
         # The same on every rank: what ranks compute alike must stay alike to the last bit.
@@ -321,6 +338,7 @@ class _Builder:
         control, grid, asked, whole = self.control, self.control.grid, self.asked, captured.program
         rows = batch_rows(whole)
 
+        @functools.cache
         def program_of(micro: int) -> Program:
             return asked.micro(model, args, kwargs, whole, micro, self.micros)
 

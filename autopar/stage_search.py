@@ -103,16 +103,12 @@ def plan_pipeline(
     device, own = where.device, where.links[mesh.axis(AXIS)]
     limit = asked.memory_limit if asked.memory_limit is not None else device.memory and device.memory * planner.USABLE
     link = stages.Link(latency=own.latency, bandwidth=own.bandwidth)
-    proposals = {
-        micro: Proposal.first(
-            program_of(micro), micro, ranks, asked.device, {**options(program_of(micro)), **given}, alone
-        )
-        for micro in counts
-    }
+    proposals = proposals_of(
+        counts, ranks, alone, asked.device, program_of, lambda program: {**options(program), **given}
+    )
     if asked.schedule == OWN:
         return _own(asked, proposals[counts[0]], link)
-    judged = {"ranks": ranks, "link": link, "schedules": _schedules(asked)}
-    choice = best_choice(proposals, limit, judged)
+    choice = best_choice(proposals, limit, {"ranks": ranks, "link": link, "schedules": _schedules(asked)})
     best = choice.best
     chosen = proposals[best.micro]
     costs = _costs(best.options, [chosen.chain.gap_bytes(c) for c in best.cuts[1:-1]], link)
@@ -128,28 +124,50 @@ class Proposal:
         program: of a micro-batch. plans: of it, on the mesh of a stage; a stage runs what one of them says.
         pieces: of each plan, all with the same beginnings.
         again: makes another plan, for a limit of bytes, and its pieces.
+        taken: the first plan is that of another size of micro-batch.
     """
 
     program: Program
     plans: tuple[Plan, ...]
     pieces: tuple[Pieces, ...]
     again: Callable[[float, Sequence[str]], tuple[Plan, Pieces]]
+    taken: bool = False
 
     @classmethod
     def first(
-        cls, program: Program, micro: int, ranks: int, device: str | Device, options: Mapping[str, Any], mesh: Mesh
+        cls,
+        program: Program,
+        micro: int,
+        ranks: int,
+        device: str | Device,
+        options: Mapping[str, Any],
+        mesh: Mesh,
+        like: Plan | None = None,
     ) -> Proposal:
-        """With the plan that is quickest if memory is no matter."""
+        """With the plan that is quickest if memory is no matter; or with `like`, of another size, if it is legal."""
+
+        def pieces(plan: Plan, starts: Sequence[str]) -> Pieces:
+            return pieces_of(program, plan, device, stages=2 * ranks, micro=micro, starts=starts)
 
         def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
             plan = planner.plan(program, mesh, **{**options, "memory_limit": limit})
-            return plan, pieces_of(program, plan, device, stages=2 * ranks, micro=micro, starts=starts)
+            return plan, pieces(plan, starts)
 
-        plan, pieces = again(UNLIMITED, ())
-        return cls(program, (plan,), (pieces,), again)
+        known = None if like is None else planner.transfer(program, like, device=device, memory_limit=UNLIMITED)
+        if known is not None:
+            return cls(program, (known,), (pieces(known, ()),), again, True)
+        plan, found = again(UNLIMITED, ())
+        return cls(program, (plan,), (found,), again)
+
+    def own(self) -> Proposal:
+        """With a plan of its own in place of one that is taken from another size."""
+        plan, pieces = self.again(UNLIMITED, self.starts)
+        return Proposal(self.program, (plan,), (pieces,), self.again)
 
     def with_smaller(self, limits: Sequence[float]) -> Proposal:
-        """With plans for less memory, as far as there are any."""
+        """With plans for less memory, as far as there are any and it has none yet."""
+        if len(self.plans) > 1:
+            return self
         plans, pieces = list(self.plans), list(self.pieces)
         for limit in limits:
             try:
@@ -179,14 +197,47 @@ class Proposal:
         return outer(_merged(self.program, chosen, cuts), mesh, made)
 
 
+def proposals_of(
+    counts: Sequence[int],
+    ranks: int,
+    mesh: Mesh,
+    device: str | Device,
+    program_of: Callable[[int], Program],
+    options: Callable[[Program], Mapping[str, Any]],
+) -> dict[int, Proposal]:
+    """Proposals for all numbers of micro-batches. One is solved, the others take its plan over.
+
+    Args:
+        ranks: of the pipeline. mesh: of a stage. program_of: number of micro-batches -> the program of one of them.
+        options: of the planner, for a program.
+    """
+    found: dict[int, Proposal] = {}
+    like: Plan | None = None
+    for micro in sorted(counts, key=lambda m: (abs(counts.index(m) - len(counts) // 2), m)):
+        program = program_of(micro)
+        found[micro] = Proposal.first(program, micro, ranks, device, options(program), mesh, like)
+        like = like or found[micro].plans[0]
+    return {micro: found[micro] for micro in counts}
+
+
 def best_choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
-    """Stages, micro-batches and schedule. Where memory decides, `proposals` get plans that hold less.
+    """Stages, micro-batches and schedule. What is chosen gets a plan of its own, if it has that of another size.
 
     judged: of `stages.choose`: ranks, link, schedules.
 
     Raises:
         As `stages.choose`.
     """
+    while True:
+        choice = _choice(proposals, limit, judged)
+        chosen = proposals[choice.best.micro]
+        if not chosen.taken:
+            return choice
+        proposals[choice.best.micro] = chosen.own()
+
+
+def _choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+    """The best of what is proposed; where memory decides, `proposals` get plans that hold less."""
     refused: InfeasibleError | None = None
     try:
         choice = stages.choose(chains_of(proposals), limit=limit, **judged)
@@ -364,4 +415,5 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
 
 __all__ = [
     "Proposal", "best_choice", "chains_of", "check_pipeline", "fitting", "micro_choices", "plan_pipeline",
+    "proposals_of",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,12 +151,11 @@ def compare(pair: Pair) -> Result:
     axis = mesh.axis("pp")
     ranks, alone, own = mesh.sizes[axis], inner_mesh(mesh, "pp"), machine(pair.device, mesh).links[axis]
     limit = pair.memory or (pair.device.memory or 0) * planner.USABLE
-    proposals = {}
-    for micro in (ranks, 2 * ranks, 4 * ranks):
-        if pair.rows % micro == 0:
-            program = program_of(pair.make(pair.rows // micro))
-            options: Mapping[str, Any] = {"device": pair.device, "output_specs": "replicated"}
-            proposals[micro] = stage_search.Proposal.first(program, micro, ranks, pair.device, options, alone)
+    counts = [micro for micro in (ranks, 2 * ranks, 4 * ranks) if pair.rows % micro == 0]
+    proposals = stage_search.proposals_of(
+        counts, ranks, alone, pair.device, lambda micro: program_of(pair.make(pair.rows // micro)),
+        lambda program: {"device": pair.device, "output_specs": "replicated"},
+    )  # fmt: skip
     judged: dict[str, Any] = {
         "ranks": ranks,
         "link": stages.Link(latency=own.latency, bandwidth=own.bandwidth),

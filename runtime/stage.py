@@ -7,7 +7,7 @@ a graph runs: with a schedule that steps the optimizer on the way, a backward se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,9 @@ class StageWork:
         self.on_update: Callable[[dict[str, torch.Tensor]], None] | None = None
         #: Whether a backward reads the weights of its forward, of which copies are then kept.
         self.stash = False
+        #: Micro-batches to an update, if a forward reads the weights that its backward is to find; 0: those of now.
+        self.window = 0
+        self._moved: dict[str, torch.Tensor] = {}  # what the last update has added to trained parameters
         #: Updates between forward and backward of micro-batches: their sum, number and most.
         self.drift_sum, self.drift_count, self.drift_most = 0, 0, 0
         self._version = 0
@@ -166,7 +169,7 @@ class StageWork:
             if at >= 0:
                 flat.append(received[at])
             elif source.kind == "param":
-                flat.append(local_of(batch.params[source.name]))
+                flat.append(self._weight(source.name, micro))
             elif source.kind == "buffer":
                 flat.append(buffers[source.name])
             elif source.kind == "seed":
@@ -174,6 +177,8 @@ class StageWork:
             else:
                 flat.append(batch.inputs[place][source.name])
         saved = [flat[i] for i in self.lowered.saved_inputs]
+        for at, name in self._params if self._moved else ():
+            saved[at] = local_of(batch.params[name])
         results = list(self._graphs["forward"](flat))
         count = len(self._values)
         values = results[:count]
@@ -245,8 +250,22 @@ class StageWork:
             self._keep_weights()
         self.reduce()
         grads, self.grads = self.grads, {}
+        moved = {name: weight.clone().neg_() for name, weight in self._weights(grads if self.window else ()).items()}
         self.on_update(grads)
         self._version += 1
+        self._moved = {name: moved[name].add_(now) for name, now in self._weights(moved).items()}
+
+    def _weights(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        params = self._given().params
+        return {name: local_of(params[name]).detach() for name in names}
+
+    def _weight(self, name: str, micro: int) -> torch.Tensor:
+        """What the forward of a micro-batch reads: a parameter as it is, or as its backward is to find it."""
+        weight = local_of(self._given().params[name])
+        if not self.window or name not in self._moved:
+            return weight
+        more = micro // self.window - self._version  # updates until then: `laws.backward_version`
+        return torch.add(weight, self._moved[name], alpha=more) if more > 0 else weight
 
     def _keep_weights(self) -> None:
         """Give micro-batches in flight copies of the weights that are about to change."""

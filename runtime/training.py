@@ -12,7 +12,7 @@ are clipped by the norm of one stage, and a stage that meets a gradient which is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,9 @@ from autopar.pipeline.stream import Stream
 from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.storage import rewrap
 
-#: Weights that a backward reads: those of now, as published for PACI, or its forward's, of which copies are kept.
-WEIGHTS = ("current", "stashed")
+#: Weights of forward and backward. "current": those of now, as published for PACI. "stashed": a backward reads its
+#: forward's, of which copies are kept. "predicted": a forward reads what its backward will find, by the last update.
+WEIGHTS = ("current", "stashed", "predicted")
 #: What a stage does with gradients that are not finite.
 NONFINITE = ("skip", "raise")
 
@@ -40,22 +41,26 @@ class Recipe:
     """How the module trains itself.
 
     Attributes:
-        optimizer: makes it of the parameters of this rank's stages.
-        lr_scheduler: makes it of the optimizer; stepped behind every update.
+        optimizer: makes it, or several, of the parameters of this rank's stages.
+        lr_scheduler: makes it of an optimizer; stepped behind every update.
         clip: largest norm of the gradients: of all with a synchronous schedule, of each stage with an asynchronous one.
         weights: one of WEIGHTS. nonfinite: one of NONFINITE.
+        flush: so many updates at the beginning, when weights change most, empty an asynchronous pipeline.
     """
 
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer | Sequence[Optimizer]]
     lr_scheduler: Callable[[Optimizer], Any] | None = None
     clip: float | None = None
     weights: str = "current"
     nonfinite: str = "skip"
+    flush: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (("weights", self.weights, WEIGHTS), ("nonfinite", self.nonfinite, NONFINITE)):
             if value not in known:
                 raise RuntimeUseError(f"{name}={value!r} does not exist; choose one of {', '.join(known)}")
+        if self.flush < 0:
+            raise RuntimeUseError(f"flush_updates={self.flush} is negative; it is a number of updates")
 
 
 @dataclass
@@ -81,8 +86,8 @@ class Trainer:
 
     recipe: Recipe
     params: Mapping[str, nn.Parameter]
-    optimizer: Optimizer
-    scheduler: Any
+    optimizers: Sequence[Optimizer]
+    schedulers: Sequence[Any]
     step: PipelineStep | None = None
     stream: Stream | None = None
     seed: int = 0
@@ -94,9 +99,31 @@ class Trainer:
     def of(cls, recipe: Recipe, params: Mapping[str, nn.Parameter], seed: int) -> Trainer:
         """At work on these parameters, of this rank. `seed`: the same on every rank."""
         own = list({id(p): p for p in params.values() if p.requires_grad}.values())
-        optimizer = recipe.optimizer(own)
-        scheduler = recipe.lr_scheduler(optimizer) if recipe.lr_scheduler is not None else None
-        return cls(recipe, params, optimizer, scheduler, seed=seed)
+        made = recipe.optimizer(own)
+        optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        if not optimizers or not all(isinstance(o, Optimizer) for o in optimizers):
+            raise RuntimeUseError(
+                f"optimizer= has made {made!r}; return a torch.optim.Optimizer, or a list of those that this rank needs"
+            )
+        schedulers = [recipe.lr_scheduler(o) for o in optimizers] if recipe.lr_scheduler is not None else []
+        return cls(recipe, params, optimizers, schedulers, seed=seed)
+
+    def apply(self) -> None:
+        """Step with the gradients that there are, and forget them."""
+        with torch.enable_grad():  # as in a plain loop: some optimizers look
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def advance(self) -> None:
+        """One update has been made, or left out."""
+        for scheduler in self.schedulers:
+            scheduler.step()
 
     # ---- asynchronous ------------------------------------------------------------------------------------------
 
@@ -121,9 +148,11 @@ class Trainer:
             lambda n: with_comms(make(lane.size, pipeline.micro, n)), lane.size, pipeline.micro, lane.rank
         )
         self.stream.given = given
-        for work in step.works.values():
+        for number, work in step.works.items():
             work.on_update = self.update
             work.stash = self.recipe.weights == "stashed"
+            ahead = self.recipe.weights == "predicted" and number < max(step.home)  # the last stage has no drift
+            work.window = pipeline.micro if ahead else 0
 
     def window(self, params: Mapping[str, Any], buffers: Mapping[str, Any], inputs: list[torch.Tensor]) -> Any:
         """Give one window; the loss where this rank knows it."""
@@ -135,6 +164,8 @@ class Trainer:
             work.feed(batch, first)
         with torch.no_grad():
             step.go(stream.more(), last=False)
+        if stream.given <= self.recipe.flush:
+            self.rest()
         self.loss = step.loss(batch, first)
         return self.loss
 
@@ -162,11 +193,8 @@ class Trainer:
                     param.grad = grad
             if self.recipe.clip is not None:
                 nn.utils.clip_grad_norm_([self.params[n] for n in grads], self.recipe.clip)
-            with torch.enable_grad():  # as in a plain loop: some optimizers look
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
-            self.scheduler.step()
+            self.apply()
+        self.advance()
 
 
 class Trainable(nn.Module):
@@ -179,9 +207,17 @@ class Trainable(nn.Module):
         """The optimizer of this rank's parameters, made by `optimizer=` of autopar.compile.
 
         Raises:
-            RuntimeUseError: there was none, or nothing has been planned yet.
+            RuntimeUseError: there was none, there are several (`optimizers`), or nothing has been planned yet.
         """
-        return self._trainer().optimizer
+        found = self.optimizers
+        if len(found) > 1:
+            raise RuntimeUseError(f"optimizer= has made {len(found)} optimizers; they are in pm.optimizers")
+        return found[0]
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The optimizers of this rank's parameters. Raises as `optimizer`."""
+        return tuple(self._trainer().optimizers)
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """One step of training on this batch: forward, backward, update.
@@ -303,15 +339,14 @@ class Trainable(nn.Module):
 
     def _plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         trainer = self._trainer()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.forget()
         out = self(*args, **kwargs)
         loss = loss_of(out)
         loss.backward()
         if trainer.recipe.clip is not None:
             self.clip_grad_norm_(trainer.recipe.clip)
-        trainer.optimizer.step()
-        if trainer.scheduler is not None:
-            trainer.scheduler.step()
+        trainer.apply()
+        trainer.advance()
         return loss.detach()
 
 

@@ -119,7 +119,7 @@ def running(mesh: str, weights: str, clip: float | None) -> dict[str, Any]:
     return {"losses": [None if s is None else float(s) for s in seen], "told": told, "state": state(pm)}
 
 
-@pytest.mark.parametrize("weights", ["current", "stashed"])
+@pytest.mark.parametrize("weights", ["current", "stashed", "predicted"])
 def test_versions_are_those_of_the_laws(four, weights):
     """And what comes out is what one process finds that follows the laws."""
     found = four.run(running, "pp=4", weights, None)
@@ -142,7 +142,44 @@ def test_versions_are_those_of_the_laws(four, weights):
             torch.testing.assert_close(value, want["state"][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def simulated(weights: str) -> dict[str, Any]:
+def flushing(weights: str, flush: int) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    pm = made("pp=4", "paci", weights=weights, flush_updates=flush)
+    for batch in batches():
+        pm.train_step(**batch)
+    told = pm.drain()
+    return state(pm), told.most
+
+
+@pytest.mark.parametrize("weights", ["current", "predicted"])
+def test_the_first_updates_can_be_flushed(four, weights):
+    want = simulated(weights, flush=2)["state"]
+    for values, most in four.run(flushing, weights, 2):
+        assert most == (1, 1, 1, 0)
+        for name, value in values.items():
+            torch.testing.assert_close(value, want[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def two_optimizers() -> tuple[int, bool]:
+    """Parameters of the rank that each of two optimizers moves."""
+
+    def made_of(params: Any) -> list[torch.optim.Optimizer]:
+        kinds = ([p for p in params if p.dim() == 2], [p for p in params if p.dim() != 2])
+        return [torch.optim.SGD(kinds[0], lr=0.1), torch.optim.AdamW(kinds[1], lr=0.1)]
+
+    pm = made("pp=2", "paci", optimizer=made_of, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+    before = state(pm)
+    pm.train_step(**batches(1)[0])
+    pm.drain()
+    rates = [o.param_groups[0]["lr"] for o in pm.optimizers]
+    moved = all(not torch.equal(before[n], p) for n, p in state(pm).items())
+    return len(pm.optimizers), rates == [0.05, 0.05] and moved
+
+
+def test_several_optimizers(two):
+    assert two.run(two_optimizers) == [(2, True)] * 2
+
+
+def simulated(weights: str, flush: int = 0) -> dict[str, Any]:
     """The laws followed by hand, in one process: every version of every stage's weights is kept."""
     model = chain()
     owner = owners()
@@ -159,8 +196,16 @@ def simulated(weights: str) -> dict[str, Any]:
             old, new = {}, {}
             for s in range(4):
                 forward, backward = forward_version(micro, s, 4, WINDOW), backward_version(micro, WINDOW)
-                old.update(versions[s][forward])
-                new.update(versions[s][backward if weights == "current" else forward])
+                if step < flush:
+                    forward = step
+                elif flush:
+                    forward = flush + forward_version(micro - flush * WINDOW, s, 4, WINDOW)
+                expected = versions[s][forward]
+                if weights == "predicted" and forward:
+                    before, more = versions[s][forward - 1], backward - forward
+                    expected = {n: now + more * (now - before[n]) for n, now in expected.items()}
+                old.update(expected)
+                new.update(versions[s][forward if weights == "stashed" else backward])
             loss, grads = by_hand(old, new, x, y, total)
             loss_sum += loss
             for name, grad in grads.items():
@@ -287,7 +332,7 @@ def test_options_of_paci_are_checked():
         autopar.compile(
             copy.deepcopy(model), "pp=1", example=batch, schedule="2bw", micro_batches=4, optimizer=adam
         )
-    with pytest.raises(RuntimeUseError, match="weights='old' does not exist; choose one of current, stashed"):
+    with pytest.raises(RuntimeUseError, match="weights='old' does not exist; choose one of current, stashed, pre"):
         autopar.compile(
             copy.deepcopy(model), "pp=1", example=batch, schedule="paci", micro_batches=4, optimizer=adam, weights="old"
         )
