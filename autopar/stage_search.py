@@ -194,7 +194,7 @@ class Proposal:
         cuts = tuple(self.starts[c - 1] for c in found.cuts[1:-1])
         chosen = [self.plans[k] for k in found.choices]
         made = Pipeline(AXIS, cuts, found.micro, found.schedule)
-        return outer(_merged(self.program, chosen, cuts), mesh, made)
+        return outer(merged(self.program, chosen, cuts), mesh, made)
 
 
 def proposals_of(
@@ -254,7 +254,7 @@ def _choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping
         raise error if any(len(p.plans) > 1 for p in proposals.values()) or refused is None else refused from None
 
 
-def _merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Plan:
+def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Plan:
     """One plan of the whole program that is in every stage what the stage's plan is."""
     if all(plan is plans[0] for plan in plans):
         return plans[0]
@@ -414,6 +414,6 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
 
 
 __all__ = [
-    "Proposal", "best_choice", "chains_of", "check_pipeline", "fitting", "micro_choices", "plan_pipeline",
-    "proposals_of",
+    "Proposal", "best_choice", "chains_of", "check_pipeline", "fitting", "merged", "micro_choices",
+    "plan_pipeline", "proposals_of",
 ]  # fmt: skip

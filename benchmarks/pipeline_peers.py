@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed import pipelining
 
 import autopar
+from autopar.capture import capture
 
 BAR = 1.0
 LAYERS, WIDTH, HEADS, SEQ, VOCAB = 8, 128, 4, 64, 256
@@ -163,7 +164,9 @@ def ours(model: Gpt, batch: dict[str, torch.Tensor], schedule: str | None, cut: 
     if cut:
         assert schedule is not None and pm.plan.pipeline is not None
         each = LAYERS // len(PEERS[schedule].homes(ranks))
-        starts = tuple(_first(pm.plan.choices, f"blocks.{i}") for i in range(each, LAYERS, each))
+        nodes = capture(model, (), {k: v[: ROWS // MICRO] for k, v in batch.items()}).gm.graph.nodes
+        addresses = [n.meta["address"] for n in nodes if "address" in n.meta]
+        starts = tuple(_first(addresses, f"blocks.{i}") for i in range(each, LAYERS, each))
         plan = replace(pm.plan, pipeline=replace(pm.plan.pipeline, starts=starts))
         pm = autopar.compile(model, mesh, device="cpu", plan=plan, **asked)
     optimizer = adam(pm.parameters())
@@ -194,7 +197,7 @@ def asynchronous(model: Gpt, batch: dict[str, torch.Tensor]) -> StepFn:
     return step
 
 
-def _first(addresses: Sequence[str] | Any, module: str) -> str:
+def _first(addresses: Sequence[str], module: str) -> str:
     """The first op of a module's forward."""
     return next(a for a in addresses if a.startswith((f"fwd:{module}/", f"fwd:{module}.")))
 

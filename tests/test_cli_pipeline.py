@@ -43,6 +43,15 @@ def test_a_plan_says_stages_and_schedule(capsys, plan):
     assert Plan.from_json(loaded.to_json()) == loaded
 
 
+def test_explain_says_why_stages_are_cut_so_and_where_things_are(capsys, plan):
+    code, out, _ = call(capsys, "explain", plan)
+    assert code == 0 and "pipeline along pp: 1f1b" in out and "chosen: 1f1b" in out
+    code, out, _ = call(capsys, "explain", plan, "mlp.down_proj.weight")
+    assert code == 0 and "in stage 0 (1), 1 (1)" in out and "dp=2" in out
+    code, _, err = call(capsys, "top", plan)
+    assert code == 2 and "pipeline stages along pp" in err
+
+
 def test_simulate_draws_and_writes_the_table(capsys, plan, tmp_path):
     svg, trace, table = tmp_path / "t.svg", tmp_path / "t.json", tmp_path / "t.csv"
     code, out, _ = call(

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import autopar
+from autopar.capture import capture
 from autopar.errors import RuntimeUseError
+from autopar.pipeline.plans import inner, outer
 from autopar.pipeline.schedules import schedule
 from autopar.pipeline.table import to_csv
+from autopar.stage_search import merged
 from tests.harness import Ranks
 from tests.pipeline_runs import full
 
@@ -177,6 +180,50 @@ def statistics():
         close(value.double(), model.state_dict()[name].double())
 
 
+def evaluated_first():
+    """The stage that changes a buffer is known at the first training step only: from then on it alone has it."""
+    model, pm = made(model=Net(norm=True), example=None)
+    batch = {**data(), "labels": torch.arange(8)}
+    model.eval(), pm.eval()
+    with torch.no_grad():
+        close(pm(**batch)[0], model(**batch)[0])
+    model.train(), pm.train()
+    loss(pm, batch).backward()
+    for k in range(4):
+        model(**{n: t.chunk(4)[k] for n, t in batch.items()})
+    for name, value in pm.full_state_dict().items():
+        close(value.double(), model.state_dict()[name].double())
+    model.eval(), pm.eval()
+    with torch.no_grad():
+        close(pm(**batch)[0], model(**batch)[0])
+
+
+def inside_another_module():
+    model, pm = made()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    outer = nn.ModuleDict({"net": pm})
+    outer.load_state_dict({f"net.{name}": value for name, value in model.state_dict().items()})
+    step(model, pm, data())
+
+
+class Counting(Net):
+    """Says how many labels count: a number that is no row of the batch."""
+
+    def forward(self, ids, labels=None):
+        found, out = super().forward(ids, labels)
+        return found, out, (labels != -100).sum()
+
+
+def counts():
+    _, pm = made(model=Counting())
+    loss(pm, data()).backward()  # in training it is not asked for
+    with torch.no_grad(), pytest.raises(autopar.errors.BatchError, match="has no row for each of its rows"):
+        pm(**data())
+
+
 def frozen():
     model = Net(tied=False)
     for part in (model.embed, *model.layers[:2]):
@@ -262,7 +309,11 @@ def without_values():
 
 
 @pytest.mark.parametrize(
-    "case", [evaluation, accumulation, states, statistics, frozen, outputs, given_loss, without_values],
+    "case",
+    [
+        evaluation, evaluated_first, accumulation, states, inside_another_module, statistics, counts, frozen, outputs,
+        given_loss, without_values,
+    ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_as_the_plain_module(two, case):
@@ -281,3 +332,24 @@ def test_plans_and_tables_from_files(two, tmp_path):
 def test_a_rank_with_other_arguments_is_told_and_a_failure_inside_ends_the_pipeline():
     with Ranks(2, timeout=90) as ranks:  # of its own: a pipeline that has failed stays so
         ranks.run(failure)
+
+
+def mixed_plans():
+    """The first stage shards its parameters, the last has them whole."""
+    torch.manual_seed(0)
+    model, batch = Net(tied=False).double(), data(16)
+    asked = {"example": batch, "device": "cpu", "micro_batches": 4, "schedule": "1f1b"}
+    plans = [autopar.plan(model, "pp=2,dp=2", constraints={"dp": s}, **asked) for s in ("zero3", "ddp")]
+    pipeline = plans[0].pipeline
+    program = capture(model, (), {name: value[:4] for name, value in batch.items()})
+    found = outer(merged(program, [inner(p) for p in plans], pipeline.starts), plans[0].mesh, pipeline)
+    kinds = {tuple(str(p) for p in s.spec) for s in found.storage.values()}
+    assert len(kinds) > 1, "both stages store alike"
+    pm = autopar.compile(copy.deepcopy(model), "pp=2,dp=2", plan=found, timeout=30, **asked)
+    step(model, pm, batch)
+    step(model, pm, data(16, 4))
+
+
+def test_stages_may_run_different_plans():
+    with Ranks(4, timeout=120) as ranks:
+        ranks.run(mixed_plans)
