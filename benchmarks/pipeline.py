@@ -48,6 +48,8 @@ from rich.console import Console
 from rich.table import Table as Printed
 from torch import Tensor
 
+from autopar.cli_calibrate import measure as calibrated
+from autopar.costmodel import profile
 from autopar.pipeline import clock, laws
 from autopar.pipeline.clock import Costs, Timeline
 from autopar.pipeline.comms import with_comms
@@ -66,6 +68,7 @@ OVERSHOOT = 0.01
 UNITS = (0.05, 0.06, 0.08, 0.1)  # seconds
 TIMEOUT = 60.0
 TRIES = 3
+DEVICE = "device.json"  # what calibration has found
 STEPS = 3  # of the real model in a turn
 MANY = 32  # micro-batches of a run whose cost is measured
 SMALL = Form(torch.float32, (1024,))  # 4 kB
@@ -362,7 +365,8 @@ def work(rank: int, count: int, folder: str, wanted: Wanted) -> None:
             say(f"  beside a bare loop, {words}: {costs[-1].ratio:.3f}", flush=True)
     peers = []
     if wanted.gpt:
-        peers = pipeline_peers.compare(wanted.gpt, STEPS, lambda text: say(text, flush=True))
+        device, _ = profile.from_json(Path(folder, DEVICE).read_text(encoding="utf-8"))
+        peers = pipeline_peers.compare(wanted.gpt, STEPS, device, lambda text: say(text, flush=True))
     if rank == 0:
         result = {"late": late / unit, **{k: [asdict(x) for x in v] for k, v in
                   (("rows", rows), ("costs", costs), ("peers", peers))}}  # fmt: skip
@@ -462,6 +466,9 @@ def main() -> int:
     with_gpt = (args.processes or ([2] if args.quick else [2, 4])) if "gpt" in args.parts else []
     without = (args.processes or ([4] if args.quick else [4, 8])) if micros or turns else []
     with tempfile.TemporaryDirectory() as folder:
+        if with_gpt:
+            device = calibrated(max(with_gpt), args.quick, console)
+            Path(folder, DEVICE).write_text(profile.to_json(device), encoding="utf-8")
         for count in sorted({*with_gpt, *without}):
             console.print(f"{count} processes ...")
             gpt = (args.turns or (5 if args.quick else 15)) if count in with_gpt else 0

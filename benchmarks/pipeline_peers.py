@@ -24,6 +24,7 @@ from torch.distributed import pipelining
 
 import autopar
 from autopar.capture import capture
+from autopar.costmodel.devices import Device
 
 BAR = 1.0
 LAYERS, WIDTH, HEADS, SEQ, VOCAB = 8, 128, 4, 64, 256
@@ -155,12 +156,14 @@ def theirs(model: Gpt, batch: dict[str, torch.Tensor], peer: Peer) -> StepFn:
     return step
 
 
-def ours(model: Gpt, batch: dict[str, torch.Tensor], schedule: str | None, cut: bool) -> tuple[StepFn, str]:
+def ours(
+    model: Gpt, batch: dict[str, torch.Tensor], device: Device, schedule: str | None, cut: bool
+) -> tuple[StepFn, str]:
     """A step of autopar, and its schedule. `cut`: at the peer's places, else the planner's own."""
     ranks = dist.get_world_size()
     asked: dict[str, Any] = {"example": batch, "micro_batches": MICRO, "schedule": schedule, "timeout": 120.0}
     mesh = f"pp={ranks}"
-    pm = autopar.compile(model, mesh, device="cpu", **asked)
+    pm = autopar.compile(model, mesh, device=device, **asked)
     if cut:
         assert schedule is not None and pm.plan.pipeline is not None
         each = LAYERS // len(PEERS[schedule].homes(ranks))
@@ -168,7 +171,7 @@ def ours(model: Gpt, batch: dict[str, torch.Tensor], schedule: str | None, cut: 
         addresses = [n.meta["address"] for n in nodes if "address" in n.meta]
         starts = tuple(_first(addresses, f"blocks.{i}") for i in range(each, LAYERS, each))
         plan = replace(pm.plan, pipeline=replace(pm.plan.pipeline, starts=starts))
-        pm = autopar.compile(model, mesh, device="cpu", plan=plan, **asked)
+        pm = autopar.compile(model, mesh, device=device, plan=plan, **asked)
     optimizer = adam(pm.parameters())
     made = pm.plan.pipeline
     assert made is not None
@@ -183,10 +186,10 @@ def ours(model: Gpt, batch: dict[str, torch.Tensor], schedule: str | None, cut: 
     return step, made.schedule
 
 
-def asynchronous(model: Gpt, batch: dict[str, torch.Tensor]) -> StepFn:
+def asynchronous(model: Gpt, batch: dict[str, torch.Tensor], device: Device) -> StepFn:
     """A step of PACI, which never empties the pipeline."""
     pm = autopar.compile(
-        model, f"pp={dist.get_world_size()}", device="cpu", example=batch, micro_batches=MICRO, schedule="paci",
+        model, f"pp={dist.get_world_size()}", device=device, example=batch, micro_batches=MICRO, schedule="paci",
         optimizer=adam, timeout=120.0,
     )  # fmt: skip
 
@@ -251,8 +254,8 @@ def _told(loss: float | None) -> float:
     return float(box)
 
 
-def compare(turns: int, steps: int, say: Callable[[str], object]) -> list[Beside]:
-    """All comparisons on the ranks there are; a collective call."""
+def compare(turns: int, steps: int, device: Device, say: Callable[[str], object]) -> list[Beside]:
+    """All comparisons on the ranks there are; a collective call. `device`: this machine, calibrated."""
     ranks = dist.get_world_size()
     torch.manual_seed(0)
     model, batch = Gpt(), batch_of()
@@ -260,8 +263,8 @@ def compare(turns: int, steps: int, say: Callable[[str], object]) -> list[Beside
     quickest: tuple[float, str, StepFn] | None = None
     for schedule, peer in PEERS.items():
         sides = {peer.kind: theirs(model, batch, peer)}
-        sides["same"], _ = ours(model, batch, schedule, cut=True)
-        sides["own"], _ = ours(model, batch, schedule, cut=False)
+        sides["same"], _ = ours(model, batch, device, schedule, cut=True)
+        sides["own"], _ = ours(model, batch, device, schedule, cut=False)
         times, losses = measured(sides, turns, steps)
         for cut in ("same", "own"):
             rows.append(_row(ranks, schedule, cut, peer.kind, cut, times, losses, True))
@@ -271,8 +274,8 @@ def compare(turns: int, steps: int, say: Callable[[str], object]) -> list[Beside
             quickest = took, peer.kind, sides[peer.kind]
         gc.collect()
     assert quickest is not None
-    free, chosen = ours(model, batch, None, cut=False)
-    sides = {quickest[1]: quickest[2], "free": free, "paci": asynchronous(model, batch)}
+    free, chosen = ours(model, batch, device, None, cut=False)
+    sides = {quickest[1]: quickest[2], "free": free, "paci": asynchronous(model, batch, device)}
     times, losses = measured(sides, turns, steps)
     losses["paci"] = losses["free"] = losses[quickest[1]] = [1.0]  # other steps have been made
     rows.append(_row(ranks, f"free ({chosen})", "own", quickest[1], "free", times, losses, False))

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,11 @@ class Listed:
 
     def gap_bytes(self, at):
         return self.gaps[at - 1]
+
+
+def seeds(few: int, many: int) -> list[Any]:
+    """Seeds of a test, the further ones for the long sweep."""
+    return [*range(few), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(few, many))]
 
 
 def an_option(rng: random.Random, size: float, name: str = "") -> Option:
@@ -148,7 +154,7 @@ def told(ask, **question) -> tuple[float, Choice | None]:
 # ---- against brute force -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(220))
+@pytest.mark.parametrize("seed", seeds(50, 220))
 def test_equals_brute_force(seed):
     chains, ranks, link, limit, names = a_question(seed)
     overlap = seed % 4 > 0
@@ -196,7 +202,7 @@ def test_brute_force_has_met_everything():
     assert outcomes == {"nothing fits", "binds", "is no matter"}
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(10, 40))
 def test_a_search_cut_short_is_honest(seed):
     """With hardly any room the best may be missed, but never lies outside what is told."""
     rng = random.Random(seed)
