@@ -215,7 +215,7 @@ def plan_model(
     programs = Programs()
     captured, pieces = asked.capture(model, *call, training, programs)
     seconds = time.perf_counter() - began
-    whole, micros = captured.program, micro_programs(asked, programs)
+    whole, micros = captured.program, asked.micro_programs(programs)
 
     @functools.cache
     def program_of(micro: int) -> Program:
@@ -231,12 +231,6 @@ def plan_model(
         tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
         found = search.best_plan(tried)
     return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
-
-
-def micro_programs(asked: Asked, programs: Programs) -> Programs:
-    """Where micro-batches are captured: for one size a trace of its own is quickest; several come of one with the batch
-    as a symbol, for which that of the whole batch, in `programs`, is there already."""
-    return Programs() if asked.micro_batches is not None or asked.table else programs
 
 
 def register_rule(op: Any, rule: Any) -> None:
@@ -303,7 +297,7 @@ class _Builder:
     def __init__(self, control: Control, asked: Asked, given: Plan | None, eager: bool) -> None:
         self.control, self.asked, self.given, self.eager = control, asked, given, eager
         self.programs = Programs()
-        self.micros = micro_programs(asked, self.programs)
+        self.micros = asked.micro_programs(self.programs)
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
         self.homes: dict[str, int] = {}  # what one stage of a pipeline has alone -> that stage
         # The same on every rank: what ranks compute alike must stay alike to the last bit.

@@ -115,6 +115,14 @@ class Asked:
         split = tuple(S(0) if name in self.data_axes else R for name in self.mesh.names)
         return found, {name: split if name in local else whole for name in call.names}
 
+    def micro_programs(self, programs: Programs) -> Programs:
+        """Where micro-batches are captured, and those of the whole batch in `programs`.
+
+        For one size a trace of its own is quickest; several come of one with the batch as a symbol, for which that of
+        the whole batch is there already.
+        """
+        return Programs() if self.micro_batches is not None or self.table else programs
+
     def micro(
         self,
         model: nn.Module,

@@ -448,12 +448,12 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--processes", nargs="+", type=int, help="default: 4 and 8, for the GPT 2 and 4")
     parser.add_argument("--micro", nargs="+", type=int)
-    parser.add_argument("--turns", type=int, help="of the executor and the GPT beside their peers (default: 31, 15)")
+    parser.add_argument("--turns", type=int, help="of the executor and the GPT beside their peers (default: 61, 15)")
     args = parser.parse_args()
     console = Console(width=120, highlight=False)
     began = time.perf_counter()
     micros = (args.micro or ([4, 8] if args.quick else [4, 8, 16])) if "schedules" in args.parts else []
-    turns = (args.turns or (11 if args.quick else 31)) if "cost" in args.parts else 0
+    turns = (args.turns or (11 if args.quick else 61)) if "cost" in args.parts else 0
     actions: dict[str, float] = {}
     if turns:
         for words, table in alone().items():

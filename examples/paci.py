@@ -5,10 +5,11 @@
     python examples/paci.py --quick                  one seed, one window, few updates
 
 Both see the same batches in the same order, with the same initial values, optimizer (Muon for the matrices, AdamW for
-the rest) and schedule of learning rates. What 1F1B finds does not depend on how many micro-batches it has, but the time
-that it takes does. Two clocks are printed: that of this machine, whose cores may be fewer than the stages, and that of
-stages with a device each, in units of an update of a full pipeline: 1F1B with m micro-batches takes (m + N - 1) / m,
-PACI takes 1. Under PACI as many updates are made as 1F1B needs time for its own, with the m that is best for it.
+the rest; or AdamW for all) and schedule of learning rates. What 1F1B finds does not depend on how many micro-batches it
+has, but the time that it takes does. Two clocks are printed: that of this machine, whose cores may be fewer than the
+stages, and that of stages with a device each, in units of an update of a full pipeline: 1F1B with m micro-batches takes
+(m + N - 1) / m, PACI takes 1. Under PACI as many updates are made as 1F1B needs time for its own, with the m that is
+best for it.
 
 The text is the source of Python's standard library, a byte a token: nothing is downloaded.
 """
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=400, help="of 1F1B (default 400)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--weights", default="predicted", help='as of autopar.compile; "current": as published')
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices (muon)")
     parser.add_argument("--flush-updates", type=int, default=0, help="as of autopar.compile")
     parser.add_argument("--plot", type=Path, default=Path("paci.svg"), help="where to draw the losses (paci.svg)")
     parser.add_argument("--quick", action="store_true", help="one seed, one window, 60 updates")
@@ -135,10 +137,10 @@ def batch_of(data: torch.Tensor, generator: torch.Generator) -> dict[str, torch.
     return {"ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
 
-def optimizers(params: Iterable[nn.Parameter]) -> list[torch.optim.Optimizer]:
+def optimizers(params: Iterable[nn.Parameter], kind: str) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases, as far as the rank has any."""
     every = list(params)
-    matrices = [p for p in every if p.dim() == 2 and VOCAB not in p.shape]
+    matrices = [p for p in every if kind == "muon" and p.dim() == 2 and VOCAB not in p.shape]
     kept = {id(p) for p in matrices}
     rest = [p for p in every if id(p) not in kept]
     out: list[torch.optim.Optimizer] = []
@@ -191,7 +193,7 @@ def train(args: argparse.Namespace, schedule: str, micro: int, seed: int, update
 
     pm = autopar.compile(
         Gpt(), f"pp={args.stages}", example=judged[0], device="cpu", schedule=schedule, micro_batches=micro,
-        optimizer=optimizers, lr_scheduler=scheduler, **extra,
+        optimizer=lambda params: optimizers(params, args.optimizer), lr_scheduler=scheduler, **extra,
     )  # fmt: skip
     curve = Curve(schedule, seed, micro)
     seconds, spent = 0.0, 0.0
