@@ -50,7 +50,9 @@ def check(ranks: Ranks, name: str, cases: list[Case], micro: int = 4) -> None:
     assert not missing, f"no rank has {missing}"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("gpt2", "resnet", "unet") else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
 def test_a_schedule_on_two_processes(two, name):
     check(two, name, [("pp=2", {"schedule": s}) for s in QUICK[name]])
 

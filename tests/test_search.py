@@ -78,6 +78,7 @@ def test_nothing_fits(program):
         search.search(program, 4, device=PAIRS, memory_limit=1000)
 
 
+@pytest.mark.slow
 def test_finer_shapes_of_the_best_are_tried(program):
     tried = {str(t.mesh) for t in search.search(program, 8, device=PAIRS)}
     assert "dp=2,sp=2,tp=2" in tried and "dp=8" in tried

@@ -100,11 +100,11 @@ def test_more_memory_never_costs_time(seed):
 def test_more_memory_often_saves_time():
     """Or the law above would be none."""
     gained = 0
-    for seed in SEEDS:
+    for seed in range(12):
         question = a_question(seed)
         times = [seconds(question, limit=limit) for limit in (16.0, 24.0, 40.0, None)]
         gained += len({t for t in times if t < math.inf}) > 1
-    assert gained > len(SEEDS) / 2
+    assert gained > 6
 
 
 @pytest.mark.parametrize("seed", SEEDS)
