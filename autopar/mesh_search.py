@@ -90,7 +90,8 @@ def _seconds(tried: Tried) -> float:
 
 
 def meshes(count: int, longest: int, device: str | Device) -> Iterator[Mesh]:
-    """Shapes with stages, farthest apart, as messages between them are few; what a node holds closest together."""
+    """One shape for every number of ranks in a lane: stages farthest apart, as messages between them are few, and the
+    ranks of a stage in one axis, or in two where they are more than a node holds."""
     for ranks in range(2, min(count, longest) + 1):
         if count % ranks:
             continue
@@ -99,10 +100,9 @@ def meshes(count: int, longest: int, device: str | Device) -> Iterator[Mesh]:
             yield Mesh((AXIS,), (ranks,))
             continue
         mesh = Mesh((AXIS, "dp"), (ranks, each))
-        yield mesh
         node = machine(device, mesh).device.node
-        if node > 1 and each % node == 0 and each > node:
-            yield Mesh((AXIS, "dp", "tp"), (ranks, each // node, node))
+        wide = node > 1 and each % node == 0 and each > node
+        yield Mesh((AXIS, "dp", "tp"), (ranks, each // node, node)) if wide else mesh
 
 
 __all__ = ["LONGEST", "meshes", "search_meshes"]

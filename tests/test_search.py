@@ -16,6 +16,7 @@ from autopar.costmodel.planner import plan
 from autopar.costmodel.sweep import GAP
 from autopar.errors import InfeasibleError, MeshError
 from autopar.mesh import Mesh
+from autopar.mesh_search import meshes
 from tests import zoo
 from tests.harness import Ranks
 
@@ -93,6 +94,13 @@ def test_a_number_of_devices_is_searched_by_plan_and_compile():
         autopar.plan(model, "auto", example=batch)
     with pytest.raises(MeshError, match="name the axes"):
         autopar.plan(model, 4, example=batch, batch="local")
+
+
+def test_shapes_with_stages():
+    assert [str(m) for m in meshes(4, 16, "h100")] == ["pp=2,dp=2", "pp=4"]
+    found = [str(m) for m in meshes(64, 16, "h100")]
+    assert found == ["pp=2,dp=4,tp=8", "pp=4,dp=2,tp=8", "pp=8,dp=8", "pp=16,dp=4"]
+    assert [str(m) for m in meshes(12, 3, "h100")] == ["pp=2,dp=6", "pp=3,dp=4"]
 
 
 def _train(mesh):
