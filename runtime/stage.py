@@ -106,8 +106,7 @@ class StageWork:
         self.on_update: Callable[[dict[str, torch.Tensor]], None] | None = None
         #: Whether a backward reads the weights of its forward, of which copies are then kept.
         self.stash = False
-        #: Micro-batches to an update, if a forward reads the weights that its backward is to find; 0: those of now.
-        self.window = 0
+        self._window = 0
         self._moved: dict[str, torch.Tensor] = {}  # what the last update has added to trained parameters
         #: Updates between forward and backward of micro-batches: their sum, number and most.
         self.drift_sum, self.drift_count, self.drift_most = 0, 0, 0
@@ -126,6 +125,13 @@ class StageWork:
         """What the micro-batches are. Forgets what a run that failed has left."""
         self.feed(batch, 0)
         self.grads, self.outputs, self._flights = {}, {}, {}
+
+    def count_from(self, updates: int, window: int) -> None:
+        """So many updates have been made, perhaps by another program of the same parameters; nothing is in flight.
+
+        window: micro-batches to an update, if a forward is to read the weights that its backward will find; else 0.
+        """
+        self._version, self._window = updates, window
 
     def feed(self, batch: Batch, first: int) -> None:
         """Micro-batches from number `first` on; others may be in flight."""
@@ -250,7 +256,7 @@ class StageWork:
             self._keep_weights()
         self.reduce()
         grads, self.grads = self.grads, {}
-        moved = {name: weight.clone().neg_() for name, weight in self._weights(grads if self.window else ()).items()}
+        moved = {name: weight.clone().neg_() for name, weight in self._weights(grads if self._window else ()).items()}
         self.on_update(grads)
         self._version += 1
         self._moved = {name: moved[name].add_(now) for name, now in self._weights(moved).items()}
@@ -262,9 +268,9 @@ class StageWork:
     def _weight(self, name: str, micro: int) -> torch.Tensor:
         """What the forward of a micro-batch reads: a parameter as it is, or as its backward is to find it."""
         weight = local_of(self._given().params[name])
-        if not self.window or name not in self._moved:
+        if not self._window or name not in self._moved:
             return weight
-        more = micro // self.window - self._version  # updates until then: `laws.backward_version`
+        more = micro // self._window - self._version  # updates until then: `laws.backward_version`
         return torch.add(weight, self._moved[name], alpha=more) if more > 0 else weight
 
     def _keep_weights(self) -> None:

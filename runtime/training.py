@@ -152,7 +152,7 @@ class Trainer:
             work.on_update = self.update
             work.stash = self.recipe.weights == "stashed"
             ahead = self.recipe.weights == "predicted" and number < max(step.home)  # the last stage has no drift
-            work.window = pipeline.micro if ahead else 0
+            work.count_from(given, pipeline.micro if ahead else 0)
 
     def window(self, params: Mapping[str, Any], buffers: Mapping[str, Any], inputs: list[torch.Tensor]) -> Any:
         """Give one window; the loss where this rank knows it."""

@@ -159,6 +159,26 @@ def test_the_first_updates_can_be_flushed(four, weights):
             torch.testing.assert_close(value, want[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+def sizes_that_change() -> bool:
+    """With a drain behind every window nothing is to be predicted, whichever program runs."""
+    given = batches(5)
+    given = [{n: v[: 4 if k in (1, 3) else 8] for n, v in batch.items()} for k, batch in enumerate(given)]
+    found = []
+    for weights in ("predicted", "current"):
+        pm = made("pp=2", "paci", weights=weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for batch in given:
+                pm.train_step(**batch)
+                pm.drain()
+        found.append(state(pm))
+    return all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+def test_batches_of_other_sizes_do_not_disturb_predictions(two):
+    assert two.run(sizes_that_change) == [True, True]
+
+
 def two_optimizers() -> tuple[int, bool]:
     """Parameters of the rank that each of two optimizers moves."""
 
