@@ -402,18 +402,6 @@ def costs_table(costs: list[Cost]) -> Printed:
     return out
 
 
-def peers_table(peers: list[Beside]) -> Printed:
-    """One line for every comparison with torch.distributed.pipelining."""
-    out = Printed(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("N", "autopar", "cut", "peer", "autopar ms", "peer ms", "ratio", "loss differs by", ""):
-        out.add_column(name, justify="left" if name in ("autopar", "cut", "peer", "") else "right")
-    for r in peers:
-        numbers = (f"{1e3 * r.ours_s:.1f}", f"{1e3 * r.peer_s:.1f}", f"{r.ratio:.3f}", f"{r.loss_error:.0e}")
-        verdict = ("good" if r.good else "BAD") if r.counts else ""
-        out.add_row(str(r.ranks), r.ours, r.cut, r.peer, *numbers, verdict)
-    return out
-
-
 def judge(
     rows: list[Measured], costs: list[Cost], actions: dict[str, float], late: list[float], peers: list[Beside]
 ) -> list[Check]:
@@ -484,7 +472,7 @@ def main() -> int:
     if costs:
         console.print(costs_table(costs))
     if peers:
-        console.print(peers_table(peers))
+        console.print(pipeline_peers.table(peers))
     checks = judge(rows, costs, actions, late, peers)
     bad = [c for c in checks if not c.good]
     for c in bad:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich import box
+from rich.table import Table
 from torch import nn
 from torch.distributed import pipelining
 
@@ -291,3 +293,15 @@ def _row(
     error = max(abs(a - b) / abs(b) for a, b in zip(losses[side], losses[peer]))
     mine, other = statistics.median(times[side]), statistics.median(times[peer])
     return Beside(ranks, name, cut, peer, mine, other, ratio, error, counts)
+
+
+def table(peers: list[Beside]) -> Table:
+    """One line for every comparison with torch.distributed.pipelining."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("N", "autopar", "cut", "peer", "autopar ms", "peer ms", "ratio", "loss differs by", ""):
+        out.add_column(name, justify="left" if name in ("autopar", "cut", "peer", "") else "right")
+    for r in peers:
+        numbers = (f"{1e3 * r.ours_s:.1f}", f"{1e3 * r.peer_s:.1f}", f"{r.ratio:.3f}", f"{r.loss_error:.0e}")
+        verdict = ("good" if r.good else "BAD") if r.counts else ""
+        out.add_row(str(r.ranks), r.ours, r.cut, r.peer, *numbers, verdict)
+    return out

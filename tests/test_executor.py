@@ -2,120 +2,33 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-from collections import defaultdict
-
 import pytest
 import torch
-import torch.distributed as dist
-from harness import Ranks
+from executor_toys import (
+    ASYNCHRONOUS,
+    ONE,
+    ROWS,
+    SYNCHRONOUS,
+    WIDTH,
+    Noted,
+    Steps,
+    made,
+    plain,
+    same,
+    state,
+    toys,
+    walk,
+)
 
 from autopar.errors import PipelineError, RankMismatchError, RuntimeUseError, ScheduleError
 from autopar.pipeline.clock import Timeline
-from autopar.pipeline.comms import forwards, needed, with_comms
-from autopar.pipeline.schedules import SCHEDULES, one_f_one_b, paci
+from autopar.pipeline.comms import forwards, with_comms
+from autopar.pipeline.schedules import one_f_one_b, paci
 from autopar.pipeline.table import COMPUTE, KINDS, from_csv, homes
 from autopar.runtime.executor import HANDLERS, Executor
 from autopar.runtime.loopback import Loopback
 from autopar.runtime.replay import replay
-from autopar.runtime.transport import GroupTransport, Lost, connect
 from autopar.runtime.work import Form, Message
-
-WIDTH, ROWS, RATE = 5, 3, 0.05
-STATE = Form(torch.float64, (ROWS, WIDTH))
-SIDE = Form(torch.float32, (ROWS,))
-NOTHING = ()
-
-
-class Toy:
-    """tanh(x w), where x are the activations and, if `pair`, a second tensor added to them that has no gradient.
-
-    The loss of a micro-batch is half the sum of squares of the last stage's result.
-    """
-
-    def __init__(self, stage, last, pair=False):
-        made = torch.Generator().manual_seed(stage)
-        self.w = torch.randn(WIDTH, WIDTH, generator=made, dtype=torch.float64) / 2
-        self.grad = torch.zeros_like(self.w)
-        self.first, self.last, self.pair = stage == 0, stage == last, pair
-        forms = (STATE, SIDE) if pair else (STATE,)
-        self.receives_forward = NOTHING if self.first else forms
-        self.sends_forward = NOTHING if self.last else forms
-        self.receives_backward = NOTHING if self.last else (STATE,)
-        self.sends_backward = NOTHING if self.first else (STATE,)
-        self.saved, self.mid = {}, {}
-
-    def forward(self, micro, received):
-        if self.first:
-            x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 + micro), dtype=torch.float64)
-        else:
-            x = received[0] + received[1][:, None] if self.pair else received[0]
-        y = torch.tanh(x @ self.w)
-        self.saved[micro] = x, y
-        if self.last:
-            return []
-        return [y, y.sum(1).float()] if self.pair else [y]
-
-    def _slopes(self, micro, received):
-        x, y = self.saved.pop(micro)
-        return x, (y if self.last else received[0]) * (1 - y * y)
-
-    def backward(self, micro, received):
-        sent = self.input_grads(micro, received)
-        self.weight_grads(micro)
-        return sent
-
-    def input_grads(self, micro, received):
-        x, slopes = self._slopes(micro, received)
-        self.mid[micro] = x, slopes
-        return [] if self.first else [slopes @ self.w.T]
-
-    def weight_grads(self, micro):
-        x, slopes = self.mid.pop(micro)
-        self.grad += x.T @ slopes
-
-    def update(self, number):
-        self.w -= RATE * self.grad
-        self.grad.zero_()
-
-
-def toys(stages, pair=False):
-    return {s: Toy(s, stages - 1, pair) for s in range(stages)}
-
-
-def plain(stages, batches, pair=False):
-    """The same without a pipeline: for every batch of micro-batches all of them through all stages, then a step."""
-    works = toys(stages, pair)
-    for number, micros in enumerate(batches):
-        for micro in micros:
-            sent = []
-            for stage in range(stages):
-                sent = works[stage].forward(micro, sent)
-            for stage in reversed(range(stages)):
-                sent = works[stage].backward(micro, sent)
-        if len(batches) > 1:
-            for work in works.values():
-                work.update(number)
-    return works
-
-
-def made(name, ranks, micro):
-    known = SCHEDULES[name]
-    return with_comms(known.make(ranks, micro, 3) if known.asynchronous else known.make(ranks, micro))
-
-
-def state(works):
-    return {stage: (work.w, work.grad) for stage, work in works.items()}
-
-
-def same(got, want):
-    assert got.keys() == want.keys()
-    return all(torch.equal(a, b) for stage in want for a, b in zip(got[stage], want[stage]))
-
-
-SYNCHRONOUS = sorted(name for name, s in SCHEDULES.items() if not s.asynchronous)
-ASYNCHRONOUS = sorted(name for name, s in SCHEDULES.items() if s.asynchronous)
 
 # ---- one process -----------------------------------------------------------------------------------------------------
 
@@ -191,92 +104,6 @@ def test_one_contiguous_tensor_travels_as_it_is():
     assert message.unpack(packed)[0] is packed
     turned = Message([Form.of(one.t())]).pack([one.t()])
     assert turned.is_contiguous() and turned.data_ptr() != one.data_ptr() and torch.equal(turned, one.t())
-
-
-class Noted:
-    """A transport that writes down what is asked of it; sends are done when they are waited for, as on gloo."""
-
-    alarm = None
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.log = []
-        self.going = self.most = 0
-
-    def meet(self, links):
-        self.log.append("meet")
-
-    def send(self, buffer, peer, way):
-        self.going += 1
-        self.most = max(self.most, self.going)
-        return NotedMessage(self, f"sent {float(buffer.flatten()[0]):g}", None)
-
-    def receive(self, message, peer, way):
-        self.log.append(f"receive from {peer}")
-        return NotedMessage(self, f"came from {peer}", message.empty(self.device).fill_(1))
-
-    def settle(self, seconds):
-        self.log.append("settle")
-
-    def close(self):
-        self.log.append("close")
-
-
-class NotedMessage:
-    def __init__(self, home, text, buffer):
-        self.home, self.text, self.buffer, self.waited = home, text, buffer, False
-
-    def done(self):
-        return self.waited
-
-    def ready(self):
-        return False
-
-    def wait(self, seconds):
-        assert not self.waited
-        self.waited = True
-        self.home.log.append(self.text)
-        self.home.going -= self.buffer is None
-        return self.buffer
-
-
-ONE = Form(torch.float32, (2,))
-
-
-class Steps:
-    """Writes down what is computed; sends the number of the micro-batch."""
-
-    def __init__(self, log, front=(ONE,), behind=(ONE,), back=None):
-        self.log = log
-        self.receives_forward, self.sends_forward = front, behind
-        self.receives_backward = behind if back is None else back
-        self.sends_backward = front if back is None else back
-
-    def _does(self, what, micro, forms):
-        self.log.append(f"{what}{micro}")
-        return [torch.full(shape, float(micro)).to(dtype) for dtype, shape in forms]
-
-    def forward(self, micro, received):
-        return self._does("F", micro, self.sends_forward)
-
-    def backward(self, micro, received):
-        return self._does("B", micro, self.sends_backward)
-
-    def input_grads(self, micro, received):
-        return self._does("I", micro, self.sends_backward)
-
-    def weight_grads(self, micro):
-        self._does("W", micro, ())
-
-    def update(self, number):
-        self._does("U", number, ())
-
-
-def walk(text, rank, stages, **options):
-    transport = Noted()
-    works = {s: Steps(transport.log, *forms) for s, forms in stages.items()}
-    Executor(from_csv(text), rank, works, transport, **options).run()
-    return transport
 
 
 def test_receives_begin_where_they_stand_and_are_waited_for_where_they_are_needed():
@@ -486,155 +313,3 @@ def test_a_replay_compares_forms():
     with pytest.raises(PipelineError, match=r"receives float32\[2\] in place of float64\[2\]") as error:
         replay(from_csv("0F0,0SF0\n1RF0,1F0"), works)
     assert isinstance(error.value.__cause__, RankMismatchError)
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(4) as group:
-        yield group
-
-
-def lines(ranks):
-    """Of 4 processes: one pipeline of 4, or two of 2."""
-    return [range(4)] if ranks == 4 else [[0, 2], [1, 3]]
-
-
-def trained(name, ranks, micro, pair=False, runs=1, **options):
-    """What the stages of this rank hold after so many runs of one executor."""
-    table = made(name, ranks, micro)
-    transport = connect(lines(ranks), timeout=60.0)
-    if options.pop("staged", False):
-        transport._staged = True
-    transport.lazy = options.pop("lazy", False)
-    home = homes(table)
-    rank = transport.alarm.rank
-    works = {s: work for s, work in toys(len(home), pair).items() if home[s] == rank}
-    executor = Executor(table, rank, works, transport, timeout=60.0, **options)
-    for _ in range(runs):
-        executor.run()
-    assert all(not work.saved and not work.mid for work in works.values())
-    return state(works), executor.spans
-
-
-def replayed(name, ranks, micro, pair=False, runs=1):
-    table = made(name, ranks, micro)
-    works = toys(len(homes(table)), pair)
-    for _ in range(runs):
-        replay(table, works)
-    return state(works)
-
-
-def joined(results):
-    return {stage: value for found, _ in results for stage, value in found.items()}
-
-
-@pytest.mark.parametrize("ranks_of_a_pipeline", [2, 4])
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_processes_come_to_the_same_bits_as_a_replay(ranks, name, ranks_of_a_pipeline):
-    micro = 8 if name in SYNCHRONOUS else 3
-    results = ranks.run(trained, name, ranks_of_a_pipeline, micro, name != "gpipe")
-    assert same(joined(results), replayed(name, ranks_of_a_pipeline, micro, name != "gpipe"))
-
-
-@pytest.mark.parametrize(
-    "options", [{"in_flight": 1}, {"staged": True}, {"lazy": True}, {"runs": 3}, {"record": True}], ids=str
-)
-@pytest.mark.parametrize("name", ["zb-v", "paci"])
-def test_however_messages_travel(ranks, name, options):
-    results = ranks.run(_trained_with, name, options)
-    assert same(joined(results), replayed(name, 4, 4, True, options.get("runs", 1)))
-    if options.get("record"):
-        timeline = Timeline(tuple(tuple(spans) for _, spans in results))
-        assert [[s.action for s in row] for row in timeline.spans] == [
-            [a for a in row if a.kind in COMPUTE] for row in made(name, 4, 4)
-        ]
-        ends = {s.action: s for row in timeline.spans for s in row}
-        for action, span in ends.items():  # one clock for all: nothing begins before what it needs has ended
-            need = needed(action, max(a.stage for a in ends))
-            if need is not None:
-                makers = [ends.get(need._replace(kind=kind)) for kind in ("F" if need.kind == "SF" else "BI")]
-                assert all(m is None or m.end <= span.start for m in makers)
-
-
-def _trained_with(name, options):
-    return trained(name, 4, 4, True, **options)
-
-
-def listeners():
-    """Threads that listen for failures: while a pipeline lives, and when nobody has it any more."""
-    gc.collect()
-    kept = connect(lines(4), timeout=60.0)
-    table, rank = made("1f1b", 4, 4), kept.alarm.rank
-    Executor(table, rank, {rank: toys(4)[rank]}, kept, timeout=60.0, record=True).run()
-    during = [t.name for t in threading.enumerate()].count("autopar-alarm")
-    del kept
-    gc.collect()
-    return during, [t.name for t in threading.enumerate()].count("autopar-alarm")
-
-
-def test_nobody_listens_for_a_pipeline_that_is_gone(ranks):
-    for during, after in ranks.run(listeners):
-        assert (during, after) == (1, 0)
-
-
-# ---- NCCL, as far as it goes without a GPU ---------------------------------------------------------------------------
-
-
-class Streamed:
-    """A handle of NCCL's: `wait` returns at once; it is done after some looks."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def is_completed(self):
-        self.looks -= 1
-        return self.looks < 0
-
-    def wait(self):
-        pass
-
-
-def test_on_streams_the_host_waits_at_the_end_only(monkeypatch):
-    """What there is of NCCL that needs no GPU: handles that complete later."""
-    handles = defaultdict(list)
-    for name in ("isend", "irecv"):
-
-        def begin(tensor, name=name, **where):
-            handles[name].append(Streamed(looks[name]))
-            return handles[name][-1]
-
-        monkeypatch.setattr(dist, name, begin)
-
-    class Group:
-        def rank(self):
-            return 0
-
-        def size(self):
-            return 2
-
-        def get_group_store(self):
-            return dist.HashStore()
-
-    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
-    transport = GroupTransport(Group(), device="cuda")
-    assert transport.lazy
-    transport.device = torch.device("cpu")
-    looks = {"isend": 3, "irecv": 2}
-    message = Message([ONE])
-    arrival = transport.receive(message, 1, 0)
-    assert arrival.wait(0.1).shape == (2,) and handles["irecv"][0].looks == 2
-    transport.settle(5.0)
-    assert handles["irecv"][0].looks == -1
-    sent = transport.send(torch.zeros(2), 1, 0)
-    assert not sent.done()
-    sent.wait(5.0)
-    assert handles["isend"][0].looks == -1
-    looks = {"isend": 1 << 40, "irecv": 1 << 40}
-    transport.receive(message, 1, 0)
-    with pytest.raises(Lost, match=r"waits for what it has begun to receive: not within 0\.05 s"):
-        transport.settle(0.05)
-    with pytest.raises(Lost, match=r"not within 0\.05 s"):
-        transport.send(torch.zeros(2), 1, 0).wait(0.05)

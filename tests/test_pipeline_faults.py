@@ -12,8 +12,8 @@ import time
 
 import pytest
 import torch
+from executor_toys import STATE, made, toys
 from harness import Failure, Ranks
-from test_executor import STATE, made, toys
 
 from autopar.errors import PipelineError
 from autopar.runtime.executor import Executor
