@@ -188,6 +188,7 @@ def _show(args: argparse.Namespace) -> int:
         data: dict[str, Any] = {
             "mesh": str(plan.mesh),
             "target": dict(plan.target),
+            **({"pipeline": asdict(plan.pipeline)} if plan.pipeline is not None else {}),
             "layers": [asdict(layer) for layer in report.layers(plan)],
             "predicted": dict(plan.predicted),
             "solver": dict(plan.solver),

@@ -94,10 +94,11 @@ def tables(device: Device) -> list[Table]:
     if own.linear_from is not None:
         rates.add_row("oneDNN is quicker", f"from {own.linear_from / 1e6:.1f} MFLOP")
     shared = Table(title="slower by, when ranks share this machine", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("ranks", "matmul", "memory", "launch"):
+    for name in ("ranks", "matmul", "memory", "launch", "update", "lost beside communication"):
         shared.add_column(name, justify="right")
     for crowd in own.crowds:
-        shared.add_row(str(crowd.ranks), *(f"{n:.2f}" for n in (crowd.matmul, crowd.memory, crowd.launch)))
+        factors = (crowd.matmul, crowd.memory, crowd.launch, crowd.update)
+        shared.add_row(str(crowd.ranks), *(f"{n:.2f}" for n in factors), f"{100 * crowd.beside:.0f} %")
     talk = Table(title="collectives", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("kind / group / ranks", "smallest", "largest"):
         talk.add_column(name, justify="right" if name[0] != "k" else "left")

@@ -42,11 +42,13 @@ def _run(args: argparse.Namespace) -> int:
     table, timeline = report_pipeline.timeline_of(plan)
     assert plan.pipeline is not None
     timelines: dict[str, Timeline] = {plan.pipeline.schedule: timeline}
+    steps = {plan.pipeline.schedule: report_pipeline.step_of(plan)}
     for name in args.schedule:
         if name not in SCHEDULES:
             raise ScheduleError(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}")
         other = replace(plan.pipeline, schedule=name, table="")
         timelines[name] = report_pipeline.timeline_of(plan, other)[1]
+        steps[name] = report_pipeline.step_of(plan, other)
     for path, text in (
         (args.csv, lambda: to_csv(table)),
         (args.svg, lambda: draw.svg(timelines, f"{plan.target.get('text', 'plan')} on {plan.mesh}")),
@@ -58,15 +60,15 @@ def _run(args: argparse.Namespace) -> int:
         emit_json(
             {
                 name: {
-                    "step_s": t.makespan,
+                    "step_s": step,
                     "utilisation": list(t.utilisation),
                     "peak_bytes": list(t.peak_bytes),
                 }
-                for name, t in timelines.items()
+                for name, (step, t) in steps.items()
             }
         )
         return 0
-    emit([*report_pipeline.stages(plan), report_pipeline.utilisation(timelines)])
+    emit([*report_pipeline.stages(plan), report_pipeline.utilisation(steps)])
     if args.grid:
         print(grid(table))
     return 0

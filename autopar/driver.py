@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar import linear, passes
-from autopar.capture import compiled
+from autopar import linear
 from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
 from autopar.graph import Program
+from autopar.lowering import lower, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
 from autopar.options import Asked, Example, arguments, ask, batch_rows
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
-from autopar.runtime.groups import Grid, MeshLike, as_mesh, connect, default_device, running
+from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
 from autopar.runtime.pipeline import Pipelined
@@ -92,11 +92,12 @@ def compile(
             axes called dp, data or fsdp, or constrained to a data-parallel strategy; "local:AXIS[,AXIS]" names them.
         shared: names of tensor arguments that are no batch though they may be as long: every rank passes them whole
             and equal. Names as in messages ("mask", "batch.mask", "args[1]"), globs, or the name of a container. With
-            global batches it only says that strategies do not follow their dim 0.
+            global batches strategies do not follow their dim 0, and with a pipeline they are not divided into
+            micro-batches: every micro-batch gets them whole.
         outputs: "full": plain whole tensors; "sharded": DTensors as the plan leaves them; "auto": sharded beside a
             scalar loss (which is always whole), else full.
         backend: "eager" or "inductor".
-        check: compare arguments and seeds between ranks before each step.
+        check: compare arguments and seeds between ranks before each step; with "paci", when its pipeline is emptied.
         timeout: seconds a rank waits for the others, planning included.
         micro_batches: on a mesh with an axis called "pp", into how many pieces a batch is divided for the pipeline;
             default: what the planner finds quickest.
@@ -128,7 +129,8 @@ def compile(
         if not isinstance(given, Plan):
             given = _searched(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
-                constraints=constraints, outputs=outputs, batch=batch, shared=shared,
+                constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
+                schedule=schedule, weights=weights,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -141,7 +143,7 @@ def compile(
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
-            trains=optimizer is not None,
+            trains=optimizer is not None, weights=weights,
         )  # fmt: skip
         recipe = None
         if optimizer is not None:
@@ -185,11 +187,13 @@ def plan_model(
     progress: search.Progress | None = None,
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
+    weights: str = "current",
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
     Args: as `compile` (of `constraints`, too, later patterns win over earlier ones that match the same name). With a
-        number as `mesh` the plan is the best of all shapes of so many devices, the others are in `solver["meshes"]`.
+        number as `mesh` the plan is the best of all shapes of so many devices, the others are in `solver["meshes"]`;
+        with `micro_batches` or `schedule` it is the best pipeline of so many.
         training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -206,8 +210,9 @@ def plan_model(
         )
     shape = as_mesh(mesh)
     asked = ask(
-        shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True
-    )
+        shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
+        weights=weights, searched=count is not None,
+    )  # fmt: skip
     call = arguments(example)
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
@@ -233,38 +238,26 @@ def plan_model(
     return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
 
 
+def micro_program(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+    micro: int,
+) -> Program:
+    """The program of one of `micro` micro-batches of a call, as a pipeline's plan is for.
+
+    Raises:
+        CaptureError: as `autopar.capture`.
+    """
+    asked = ask(Mesh(("rank",), (1,)), "cpu", None, None, "auto", "global", loss, ())
+    captured, _ = asked.capture(model, args, kwargs, True, Programs())
+    return asked.micro(model, args, kwargs, captured.program, micro, Programs())
+
+
 def register_rule(op: Any, rule: Any) -> None:
     """Give an op a sharding rule; see `autopar.costmodel.rules.register`."""
     rules.register(op, rule)
-
-
-def lower(
-    program: Program,
-    plan: Plan,
-    coordinates: tuple[int, ...],
-    group_names: Mapping[str, str],
-    eager: bool = False,
-    target: passes.Target = passes.HOST,
-) -> Lowered:
-    """This rank's forward and backward graphs of `program` under `plan`, for `target`.
-
-    eager: they will run op by op, and take their arguments in a list: `passes.boxed`, the forward gated.
-
-    Raises:
-        PlanError: the plan is not legal for the program; names the op.
-    """
-    local, _ = passes.lower(program, plan, rules.rule_for, target)
-    parts = passes.cut(local, fuses=not eager)
-    title = "-".join(map(str, coordinates))
-    place = (plan.mesh, coordinates, group_names)
-    forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target)
-    forward = passes.boxed(forward, gated=True) if eager else forward
-    compiler = None if eager else compiled
-    if not program.training:
-        return Lowered(program, plan, forward, None, compiler=compiler)
-    backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
-    backward = passes.boxed(backward) if eager else backward
-    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
 
 
 #: What a user who waited is told, by how a program came about.
@@ -275,20 +268,6 @@ _NEWS = {
     "are not captured again",
     KNOWN: "",
 }
-
-
-def target_of(grid: Grid, linear_from: float | None = None) -> passes.Target:
-    """What this rank's graphs are made for; `linear_from`: of the device that was measured, if it is a CPU."""
-    if grid.device.type != "cuda":
-        return passes.Target(grid.device, staged=grid.staged, linear_from=linear_from)
-    power, kernels = torch.cuda.get_device_capability(grid.device), set()
-    if power >= (8, 0) and torch.backends.cuda.flash_sdp_enabled():
-        kernels.add("flash")
-    # As torch itself prefers them: on H100 and B200 and their kin, from the version that is right at every length.
-    if power in ((9, 0), (10, 0)) and torch.backends.cuda.cudnn_sdp_enabled():
-        if (torch.backends.cudnn.version() or 0) > 91500:
-            kernels.add("cudnn")
-    return passes.Target(grid.device, frozenset(kernels), grid.staged)
 
 
 class _Builder:
@@ -426,11 +405,11 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
 
 
 def _devices(mesh: MeshLike) -> int | None:
-    """The number of devices whose shape is to be searched; None where the mesh is given or there is one shape only."""
+    """The number of devices whose shape is to be searched; None where the mesh is given, or is one device."""
     count = running() if mesh == "auto" else mesh
     if isinstance(count, bool) or not isinstance(count, int):
         return None
-    return count if mesh == "auto" or search.choices(count) > 1 else None
+    return count if mesh == "auto" or count > 1 else None
 
 
 def _searched(count: int, timeout: float, model: nn.Module, example: Example | None, **options: Any) -> Plan:

@@ -17,7 +17,8 @@ from autopar.errors import BatchError, ConstraintError, InfeasibleError, Schedul
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.options import Asked
-from autopar.pipeline.plans import AXIS
+from autopar.pipeline.plans import AXIS, OWN
+from autopar.pipeline.tables import read
 from autopar.stage_search import micro_choices, plan_pipeline
 from autopar.stages import loss_of
 
@@ -35,26 +36,36 @@ def search_meshes(
     rows: int,
     progress: Progress | None = None,
 ) -> list[Tried]:
-    """Plans on the shapes of `count` devices, the best first; as `costmodel.search.search`.
+    """Plans on the shapes of `count` devices, the best first; as `costmodel.search.search`. Where micro-batches or a
+    schedule are asked for, of those with stages.
 
     Args:
         program: of the whole batch of `rows`. program_of: number of micro-batches -> the program of one of them.
         options: of the planner, for a program and what is asked.
 
     Raises:
-        As `costmodel.search.search`, if there is no pipeline either.
+        ScheduleError: a pipeline is asked for, and none goes. Others: as `costmodel.search.search`, if there is no
+            pipeline either.
     """
     found: list[Tried] = []
     failure: Exception | None = None
+    staged = asked.schedule is not None or asked.micro_batches is not None
     try:
-        found = search.search(program, count, **options(program, asked), progress=progress)
+        if not staged:
+            found = search.search(program, count, **options(program, asked), progress=progress)
     except (InfeasibleError, ConstraintError) as error:
         failure = error
     found += _pipelines(program, count, asked, options, program_of, rows, progress or (lambda what, done: None))
     found = search.ranked(found)
-    if failure is not None and (not found or found[0].plan is None):
+    if found and found[0].plan is not None:
+        return found
+    if failure is not None:
         raise failure
-    return found
+    reasons = "".join(f"\n  {tried.mesh}: {tried.reason}" for tried in found)
+    raise ScheduleError(
+        f"no pipeline of {count} devices goes with schedule={asked.schedule or 'any'}, "
+        f"micro_batches={asked.micro_batches or 'any'}; leave them out, or name the axes of the mesh{reasons}"
+    )
 
 
 def _pipelines(
@@ -74,14 +85,21 @@ def _pipelines(
         try:
             if quick:
                 ranks = mesh.sizes[mesh.axis(AXIS)]
-                wanted = replace(wanted, micro_batches=micro_choices(rows, ranks, wanted)[-1])
+                counts = micro_choices(rows, ranks, wanted)
+                wanted = wanted if len(counts) == 1 else replace(wanted, micro_batches=counts[len(counts) // 2])
             return Tried(mesh, plan_pipeline(program_of, rows, wanted, lambda program: options(program, wanted)))
         except (InfeasibleError, ConstraintError, ScheduleError, BatchError) as error:
             return Tried(mesh, None, str(error))
 
-    tried = search.ranked([attempt(mesh, quick=True) for mesh in meshes(count, min(rows, LONGEST), asked.device)])
-    if tried and tried[0].plan is not None:
-        tried[0] = min((tried[0], attempt(tried[0].mesh, quick=False)), key=_seconds)
+    shapes = list(meshes(count, min(rows, LONGEST), asked.device))
+    if asked.schedule == OWN:
+        own = len(read(asked.table))
+        shapes = [mesh for mesh in shapes if mesh.sizes[mesh.axis(AXIS)] == own]
+    tried = search.ranked([attempt(mesh, quick=True) for mesh in shapes])
+    # Where none fits with that one number, others may; the longest lanes leave a rank the least to hold.
+    first = [0] if tried and tried[0].plan is not None else [n for n in (0, len(tried) - 1) if 0 <= n < len(tried)]
+    for at in dict.fromkeys(first):
+        tried[at] = min((tried[at], attempt(tried[at].mesh, quick=False)), key=_seconds)
     return tried
 
 

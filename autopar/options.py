@@ -23,6 +23,7 @@ from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.pipeline.plans import AXIS, OWN
 from autopar.pipeline.schedules import SCHEDULES
+from autopar.pipeline.tables import micro_of, read
 from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
@@ -51,6 +52,7 @@ class Asked:
     micro_batches: int | None = None
     schedule: str | None = None
     table: str = ""
+    weights: str = "current"
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -67,6 +69,13 @@ class Asked:
     def pipelined(self) -> bool:
         """Whether the mesh has an axis along which stages stand."""
         return AXIS in self.mesh.names
+
+    def weight_copies(self, ranks: int) -> int:
+        """Copies of its parameters that a stage keeps besides, at most, for `weights` of an asynchronous schedule."""
+        if self.schedule not in SCHEDULES or not SCHEDULES[self.schedule].asynchronous:
+            return 0
+        versions = -(-(ranks - 1) // (self.micro_batches or 1))  # that change while a micro-batch is in flight
+        return {"predicted": 1, "stashed": versions}.get(self.weights, 0)
 
     @property
     def pieces(self) -> int:
@@ -176,8 +185,10 @@ def ask(
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
     trains: bool = False,
+    weights: str = "current",
+    searched: bool = False,
 ) -> Asked:
-    """The options of `autopar.compile`, checked.
+    """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
     Raises:
         RuntimeUseError, ConstraintError: an option that does not exist or cannot be read; says what there is.
@@ -200,7 +211,7 @@ def ask(
         raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
-    name, table = _schedule(mesh, micro_batches, schedule)
+    name, table = _schedule(mesh, micro_batches, schedule, searched)
     if name in SCHEDULES and SCHEDULES[name].asynchronous:
         _check_asynchronous(name, micro_batches, trains)
     if AXIS in mesh.names and (axes or outputs == "sharded"):
@@ -210,13 +221,14 @@ def ask(
             'outputs; use batch="global" and outputs="auto" or "full"'
         )
     return Asked(
-        mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table
-    )  # type: ignore[arg-type]
+        mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
+        weights,
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
-def _schedule(mesh: Mesh, micro: int | None, schedule: str | Path | None) -> tuple[str | None, str]:
+def _schedule(mesh: Mesh, micro: int | None, schedule: str | Path | None, searched: bool) -> tuple[str | None, str]:
     """Name of the schedule, and its own table if it comes from a file."""
-    if AXIS not in mesh.names:
+    if AXIS not in mesh.names and not searched:
         if micro is not None or schedule is not None:
             raise ConstraintError(
                 f"micro_batches= and schedule= are for pipelines, and mesh {mesh} has no axis {AXIS!r}; add one "
@@ -229,12 +241,21 @@ def _schedule(mesh: Mesh, micro: int | None, schedule: str | Path | None) -> tup
         return schedule, ""
     try:
         text = Path(schedule).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ScheduleError(
-            f"schedule={str(schedule)!r} is neither a file that can be read ({error.strerror or error}) nor the name "
-            f"of a schedule: {', '.join(SCHEDULES)}"
+            f"schedule={str(schedule)!r} is neither a file that can be read ({getattr(error, 'strerror', error)}) nor "
+            f"the name of a schedule: {', '.join(SCHEDULES)}"
         ) from None
+    table = read(text)
+    if not searched and len(table) != mesh.sizes[mesh.axis(AXIS)]:
+        raise ScheduleError(
+            f"the table of schedule= has rows for {len(table)} ranks, axis {AXIS} of mesh {mesh} has "
+            f"{mesh.sizes[mesh.axis(AXIS)]}; give each rank one row"
+        )
+    if micro is not None and micro != micro_of(table):
+        raise ScheduleError(f"micro_batches={micro}, and the table of schedule= has {micro_of(table)}; leave out one")
     return OWN, text
+
 
 def _data_axes(mesh: Mesh, batch: str, constraints: Mapping[str, str]) -> tuple[str, ...]:
     if batch == "global":

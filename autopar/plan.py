@@ -148,8 +148,13 @@ class Plan:
         try:
             mesh = Mesh.parse(data["mesh"])
 
+            along: int | None = None
+
             def spec(s: str) -> Spec:
-                return parse_spec(s, mesh.names)[0]
+                found = parse_spec(s, mesh.names)[0]
+                if along is not None and found[along] != R:
+                    raise PlanError(f"{s!r} splits along {mesh.names[along]}, the axis of the pipeline's stages")
+                return found
 
             def section(name: str) -> dict[str, Any]:
                 nonlocal key
@@ -158,6 +163,10 @@ class Plan:
                     raise PlanError("it must be an object")
                 return data[name]
 
+            pipeline = None
+            if "pipeline" in data:
+                pipeline = _pipeline(section("pipeline"), mesh)
+                along = mesh.axis(pipeline.axis)
             storage = {}
             for k, (s, gather, reduce) in section("storage").items():
                 key = f"storage of {k}"
@@ -170,10 +179,9 @@ class Plan:
                 row = tuple(Choice.parse(c) for c in v.split())
                 if len(row) != len(mesh.sizes):
                     raise PlanError(f"{len(row)} choices for {len(mesh.sizes)} mesh axes")
+                if along is not None and row[along] != Choice():
+                    raise PlanError(f"{v!r} splits along {mesh.names[along]}, the axis of the pipeline's stages")
                 choices[k] = row
-            pipeline = None
-            if "pipeline" in data:
-                pipeline = _pipeline(section("pipeline"), mesh)
             predicted = section("predicted")
             for k, v in predicted.items():
                 key = f"predicted {k}"

@@ -17,7 +17,7 @@ from autopar import driver, targets
 from autopar.capture import capture
 from autopar.costmodel import planner, profile
 from autopar.costmodel.constraints import STRATEGIES
-from autopar.costmodel.devices import DEVICES, Device
+from autopar.costmodel.devices import DEVICES, Device, part
 from autopar.costmodel.explain import Bench, Verdict
 from autopar.costmodel.formula import Formula, formula
 from autopar.costmodel.tally import compute_seconds, movements, update_seconds
@@ -111,11 +111,11 @@ def rebuild(plan: Plan, tell: Tell = silent) -> Program:
             "autopar.explain(plan, NAME, model, example=...), or make it with `autopar plan TARGET -o FILE`"
         )
     target = targets.Target.from_dict(plan.target)
-    if plan.pipeline is not None:  # its decisions are about a micro-batch
-        target = replace(target, batch=target.batch // plan.pipeline.micro)
     tell(f"building {target.text} ...")
     built = targets.build(target)
     tell(f"capturing {target.text} ...")
+    if plan.pipeline is not None:  # its decisions are about a micro-batch
+        return driver.micro_program(built.model, built.args, built.kwargs, built.loss, plan.pipeline.micro)
     return capture(built.model, built.args, built.kwargs, loss=built.loss)
 
 
@@ -139,7 +139,9 @@ def open_plan(plan: Plan, tell: Tell = silent, *, device: str | None = None, sta
     program = rebuild(plan, tell)
     if plan.pipeline is None:
         return open_program(program, plan, device=device)
-    return open_program(program, inner(plan), device=device, memory_limit=UNLIMITED)
+    alone = inner(plan)
+    seen = part(device_of(plan, device), plan.mesh, alone.mesh)
+    return open_program(program, alone, device=seen, memory_limit=UNLIMITED)
 
 
 def stages_of(opened: Opened, pipeline: Pipeline, about: Subject) -> dict[int, int]:
@@ -452,8 +454,8 @@ def sizes_of(text: str) -> dict[str, int]:
         PlanError: it cannot be read.
     """
     out = {}
-    for part in text.split(","):
-        name, _, number = part.strip().partition("=")
+    for word in text.split(","):
+        name, _, number = word.strip().partition("=")
         if not name.isidentifier() or not number.isdecimal() or int(number) < 1:
             raise PlanError(f"cannot read sizes {text!r}: write e.g. batch=32,seq=4096,dp=16")
         out[name] = int(number)

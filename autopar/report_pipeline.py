@@ -9,11 +9,12 @@ from rich.console import RenderableType
 from rich.table import Table as Columns
 from rich.text import Text
 
-from autopar.errors import PlanError
+from autopar.errors import PlanError, ScheduleError
 from autopar.pipeline.clock import Costs, Timeline, run
 from autopar.pipeline.plans import OWN
-from autopar.pipeline.table import Action, Table, homes
-from autopar.pipeline.tables import table_of
+from autopar.pipeline.schedules import schedule
+from autopar.pipeline.table import Table, homes
+from autopar.pipeline.tables import table_of, timed, with_updates
 from autopar.plan import Pipeline, Plan
 from autopar.report import bytes_, plain_table, seconds
 
@@ -31,35 +32,54 @@ def costs_of(plan: Plan) -> Costs:
             "the plan has no priced pipeline; make one on a mesh with an axis pp, such as --mesh pp=4,dp=2, with "
             "`autopar plan`"
         )
+    if list(plan.pipeline.starts) != plan.solver.get("priced_starts"):
+        raise PlanError("the stages were edited after the plan was priced, so that its figures are of others")
     return Costs(**{name: tuple(values) for name, values in found.items()})
 
 
 def ranks_of(plan: Plan) -> int:
-    """Ranks along the pipeline's axis."""
+    """Ranks along the axis of a plan that has a pipeline."""
     assert plan.pipeline is not None
     return plan.mesh.sizes[plan.mesh.axis(plan.pipeline.axis)]
 
 
 def timeline_of(plan: Plan, pipeline: Pipeline | None = None) -> tuple[Table, Timeline]:
-    """The table of the plan, or of its stages under another pipeline's schedule, and how it runs."""
-    costs = costs_of(plan)
+    """The table of the plan, or of its stages under another pipeline's schedule, and how it runs.
+
+    Raises:
+        ScheduleError: the schedule does not go with so many ranks and micro-batches, or with the plan's stages.
+    """
+    table = table_of(_chosen(plan, pipeline), ranks_of(plan))
+    return table, run(with_updates(table), costs_of(plan))
+
+
+def step_of(plan: Plan, pipeline: Pipeline | None = None) -> tuple[float, Timeline]:
+    """Seconds of a step, and the timeline that they are from: of several steps, if the pipeline is never emptied.
+
+    Raises:
+        ScheduleError: as `timeline_of`.
+    """
+    table, steps = timed(_chosen(plan, pipeline), ranks_of(plan))
+    timeline = run(table, costs_of(plan))
+    return timeline.makespan / steps, timeline
+
+
+def _chosen(plan: Plan, pipeline: Pipeline | None) -> Pipeline:
+    """The pipeline asked about, if the plan's stages can run it."""
+    have, ranks = len(costs_of(plan).forward), ranks_of(plan)
     chosen = pipeline or plan.pipeline
     assert chosen is not None
-    table = table_of(chosen, ranks_of(plan))
-    have = len(costs.forward)
-    if len(homes(table)) != have:
-        raise PlanError(
-            f"schedule {chosen.schedule} has {len(homes(table))} stages on {ranks_of(plan)} ranks, the plan is cut "
-            f"into {have}; plan again with --schedule {chosen.schedule}"
+    if chosen.schedule == OWN:
+        return chosen
+    refused = schedule(chosen.schedule).allows(ranks, chosen.micro)
+    if refused:
+        raise ScheduleError(f"schedule {chosen.schedule}: {refused}")
+    if ranks * schedule(chosen.schedule).chunks != have:
+        raise ScheduleError(
+            f"schedule {chosen.schedule} has {ranks * schedule(chosen.schedule).chunks} stages on {ranks} ranks, the "
+            f"plan is cut into {have}; plan again with --schedule {chosen.schedule}"
         )
-    return table, run(_with_updates(table), costs)
-
-
-def _with_updates(table: Table) -> Table:
-    """With the optimizer's step behind every row, as the user's loop has it; an asynchronous table has its own."""
-    if any(action.kind == "U" for row in table for action in row):
-        return table
-    return tuple((*row, *(Action(stage, "U", 0) for stage in sorted({a.stage for a in row}))) for row in table)
+    return chosen
 
 
 def stages(plan: Plan) -> list[RenderableType]:
@@ -75,6 +95,8 @@ def stages(plan: Plan) -> list[RenderableType]:
     ]
     if "stage_costs" not in plan.solver:
         return parts
+    if list(pipeline.starts) != plan.solver.get("priced_starts"):
+        return [*parts, Text("the stages were edited after the plan was priced: figures are of the stages before")]
     costs = costs_of(plan)
     table, timeline = timeline_of(plan)
     home = homes(table)
@@ -99,18 +121,18 @@ def stages(plan: Plan) -> list[RenderableType]:
     return parts
 
 
-def utilisation(timelines: Mapping[str, Timeline]) -> Columns:
-    """Timelines beside each other: seconds, share of the time that ranks compute, memory."""
+def utilisation(steps: Mapping[str, tuple[float, Timeline]]) -> Columns:
+    """Schedules beside each other, as `step_of` has them: seconds, share of the time that ranks compute, memory."""
     columns = plain_table()
     for title in ("schedule", "step", "ranks compute", "least busy rank", "memory of the fullest rank"):
         columns.add_column(title, justify="left" if title == "schedule" else "right")
-    for name, timeline in timelines.items():
+    for name, (step, timeline) in steps.items():
         busy = timeline.utilisation
         columns.add_row(
-            name, seconds(timeline.makespan), f"{100 * sum(busy) / len(busy):.1f} %",
+            name, seconds(step), f"{100 * sum(busy) / len(busy):.1f} %",
             f"{100 * min(busy):.1f} % (rank {busy.index(min(busy))})", bytes_(max(timeline.peak_bytes, default=0.0)),
         )  # fmt: skip
     return columns
 
 
-__all__ = ["costs_of", "ranks_of", "stages", "timeline_of", "utilisation"]
+__all__ = ["costs_of", "ranks_of", "stages", "step_of", "timeline_of", "utilisation"]

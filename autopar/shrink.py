@@ -63,19 +63,19 @@ def near(value: int, least: int, devices: int) -> int:
     return min(value, next(n for n in range(least, least + 2 * devices + 1) if math.gcd(n, devices) == want))
 
 
-def shrink_config(data: dict[str, Any], mesh: Mesh, seq: int) -> None:
-    """Scale a configuration (as a dict) down in place, for a mesh and sequences of `seq` tokens."""
+def shrink_config(data: dict[str, Any], mesh: Mesh, seq: int, layers: int = 2) -> None:
+    """Scale a configuration (as a dict) down in place, for a mesh, sequences of `seq` tokens, and `layers` layers."""
     devices = mesh.num_devices
     for sub in data.values():
         if isinstance(sub, dict) and any(k in sub for k in HIDDEN):
-            shrink_config(sub, mesh, seq)
+            shrink_config(sub, mesh, seq, layers)
     depths = {data[k] for k in LAYERS if isinstance(data.get(k), int)}
     for key in LAYERS:
         if isinstance(data.get(key), int) and "depths" not in data:  # there it counts stages
-            data[key] = min(2, data[key])
+            data[key] = min(layers, data[key])
     for key, value in data.items():
-        if isinstance(value, list) and len(value) in depths and len(value) > 2 and "token" not in key:
-            data[key] = value[:2]
+        if isinstance(value, list) and len(value) in depths and len(value) > layers and "token" not in key:
+            data[key] = value[:layers]
     heads = _heads(data, devices)
     old_hidden = {k: data[k] for k in HIDDEN if isinstance(data.get(k), int)}
     for key in HEAD_DIM:

@@ -5,17 +5,19 @@ The pipeline's part of the driver.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from autopar import passes
 from autopar.capture import compiled
 from autopar.costmodel import rules
+from autopar.costmodel.rows import Rows, rows_of
 from autopar.costmodel.stage_plans import stage_plans
 from autopar.errors import BatchError, PlanError
-from autopar.graph import BACKWARD, FORWARD, Program, Sink
+from autopar.graph import BACKWARD, FORWARD, Program, Sink, Value, resolve
 from autopar.mesh import Mesh
 from autopar.pipeline.cut import Stage, cut
 from autopar.pipeline.plans import OWN, inner
@@ -27,6 +29,7 @@ from autopar.pipeline.weights import divisors
 from autopar.plan import Plan
 from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.stage import LoweredStage, form, forms
+from autopar.spec import R, S
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def lower_pipeline(
         starts: addresses at which stages begin, where they are not the plan's.
 
     Raises:
-        PlanError: the plan is not legal for the program. ScheduleError: as `table_of`.
+        PlanError: the plan is not legal for the program. ScheduleError: as `table_of`. BatchError: outputs of
+            micro-batches cannot be put together.
     """
     assert plan.pipeline is not None
     pipeline, mine = plan.pipeline, inner(plan)
@@ -78,21 +82,29 @@ def lower_pipeline(
     }
     loss = loss_of(program)
     wanted = full or loss is None or not program.training
+    rows = _rows(program, whole, loss, wanted, pipeline.micro)
+    batched, problem = _batched(program, whole, loss, wanted, pipeline.micro, rows)
+    if problem:
+        raise BatchError(problem)
+    if rows.mixing and place.lane == 0 and not any(place.coordinates):
+        _tell(rows)
     places = _places(stages, home)
     trained = {k.name for s in stages for k in s.program.sinks if k.kind == "grad" and k.node is not None}
     if pipeline.schedule != OWN and schedule(pipeline.schedule).asynchronous:
         _refuse_shared(stages, home)
     outputs = {k.name: s.index for s in stages for k in s.program.sinks if _is_output(k) and k.name not in s.sends}
     return Pipelined(
-        program=program,
+        program=_with_constants(program, whole),
         plan=plan,
         table=table,
         stages=lowered,
         micro=pipeline.micro,
-        divisors=None if loss is None else divisors(program, whole, loss.name, pipeline.micro),
+        divisors=None
+        if loss is None or pipeline.micro == 1
+        else divisors(program, whole, loss.name, pipeline.micro, rows.scale),
         loss=loss.name if loss is not None else "",
         at=outputs,
-        batched=frozenset(_batched(program, whole, loss, wanted)),
+        batched=frozenset(batched),
         full=wanted,
         places=places,
         shared={
@@ -148,31 +160,86 @@ def _scalar(program: Program, sink: Sink) -> bool:
     return isinstance(val, torch.Tensor) and val.dim() == 0 and val.is_floating_point()
 
 
-def _batched(program: Program, whole: Program, loss: Sink | None, wanted: bool) -> list[str]:
-    """Outputs whose dim 0 grows with the batch. `wanted`: all of them, beside the loss, are to be put together.
+def unjoined(program: Program, whole: Program, micro: int, full: bool = False) -> str:
+    """Why the outputs of `micro` micro-batches cannot be put together; "" where they can.
 
-    Raises:
-        BatchError: one of them cannot be.
+    full: outputs beside the loss are wanted in training, too; in evaluation they always are.
     """
-    out = []
+    loss = loss_of(program)
+    wanted = full or loss is None or not program.training
+    return _batched(program, whole, loss, wanted, micro, _rows(program, whole, loss, wanted, micro))[1]
+
+
+def _with_constants(program: Program, whole: Program) -> Program:
+    """The program, with the numbers among its outputs (the length of the batch, say) those of the whole batch."""
+    constants = {s.name: s.constant for s in whole.sinks if s.kind == "output" and s.node is None}
+    sinks = [
+        replace(s, constant=constants.get(s.name, s.constant)) if s.kind == "output" and s.node is None else s
+        for s in program.sinks
+    ]
+    return replace(program, sinks=tuple(sinks))
+
+
+def _rows(program: Program, whole: Program, loss: Sink | None, wanted: bool, micro: int) -> Rows:
+    """What micro-batches have of the values that the outputs need. `wanted`: all outputs, not the loss alone."""
+    if micro == 1:
+        return Rows({}, ())
+    sinks = (s for s in whole.sinks if _is_output(s))
+    return rows_of(program, whole, micro, [s for s in sinks if wanted or (loss is not None and s.name == loss.name)])
+
+
+def _tell(rows: Rows) -> None:
+    """Warn of an op that mixes the rows of a batch."""
+    first, *others = rows.mixing
+    module = first.meta.get("module")
+    more = f" (and {len(others)} more)" if others else ""
+    warnings.warn(
+        f"micro-batches change what the model computes: {first.meta.get('address', first.name)}{more}, in "
+        f"{f'module {module}' if module else 'the model itself'}, needs all rows of the batch, and a micro-batch has "
+        "only its own: each is computed for itself, and their losses are averaged. Pass micro_batches=1 for the "
+        "model as it is; if an argument was cut along a dim that is not the batch, put the batch in its dim 0, or name "
+        "it in shared=",
+        stacklevel=2,
+    )
+
+
+#: What else helps where outputs cannot be put together.
+_REMEDY = "or run the batch whole (micro_batches=1)"
+
+
+def _batched(
+    program: Program, whole: Program, loss: Sink | None, wanted: bool, micro: int, rows: Rows
+) -> tuple[list[str], str]:
+    """Outputs of which micro-batches have their rows; and why others cannot be put together, where they are wanted."""
+    out: list[str] = []
     for one, all_ in zip(program.sinks, whole.sinks):
-        if one.kind != "output" or one.node is None or all_.node is None:
+        if one.kind != "output" or one.node is None or all_.node is None or micro == 1:
             continue
-        a, b = (_val(p, s) for p, s in ((program, one), (whole, all_)))
-        if a.dim() and a.shape[0] != b.shape[0]:
+        value = resolve(whole.node(all_.node))
+        value = Value(value.node, value.index or all_.index)
+        a, b = tuple(_val(program, one).shape), value.shape
+        if a and b == (micro * a[0], *a[1:]):
+            if wanted and rows.unlike(value, S(0)):
+                return out, (
+                    f"output {one.name} of {micro} micro-batches cannot be put together: they have its rows in another "
+                    f"order, or divided by their own length; return it with the batch as dim 0, undivided, {_REMEDY}"
+                )
             out.append(one.name)
-        elif a.shape != b.shape:
-            raise BatchError(
-                f"output {one.name} has shape {tuple(b.shape)} for the whole batch and {tuple(a.shape)} for a "
-                "micro-batch: micro-batches are joined along dim 0; return it with the batch first"
+        elif not wanted or (loss is not None and one.name == loss.name):
+            continue
+        elif a != b:
+            return out, (
+                f"output {one.name} has shape {b} for the whole batch and {a} for one of {micro} micro-batches: they "
+                f"are joined along dim 0, which must be {micro} times as long, and all else equal; return a value for "
+                f"each row, with the batch as dim 0, {_REMEDY}"
             )
-        elif wanted and (loss is None or one.name != loss.name) and _follows_batch(program, one.node):
-            raise BatchError(
-                f"output {one.name} depends on the batch and has no row for each of its rows (shape {tuple(a.shape)}): "
+        elif _follows_batch(program, one.node) or rows.unlike(value, R):
+            return out, (
+                f"output {one.name} depends on the batch and has no row for each of its rows (shape {a}): "
                 "from micro-batches it cannot be put together, for they may be to be added, averaged, or neither; "
-                "return a value for each row, and reduce it behind the module"
+                f"return a value for each row, and reduce it behind the module, {_REMEDY}"
             )
-    return out
+    return out, ""
 
 
 def _follows_batch(program: Program, node: str) -> bool:
@@ -316,5 +383,5 @@ def inner_place(mesh: Mesh, rank: int, axis: str, group_names: Mapping[str, str]
 
 
 __all__ = [
-    "Place", "inner_place", "loss_of", "lower_pipeline", "stage_of_state", "starts_again",
+    "Place", "inner_place", "loss_of", "lower_pipeline", "stage_of_state", "starts_again", "unjoined",
 ]  # fmt: skip

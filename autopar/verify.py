@@ -29,17 +29,20 @@ from torch.overrides import TorchFunctionMode
 
 from autopar import driver, shrink, targets
 from autopar.capture import capture
-from autopar.costmodel.adapt import adapt
+from autopar.costmodel.adapt import Adapted, adapt
 from autopar.errors import AutoparError, PlanError
+from autopar.graph import Program, op_name
 from autopar.mesh import Mesh
+from autopar.pipeline.plans import inner
 from autopar.plan import Plan
+from autopar.verify_stages import adapt_stages, micro_on, stages_on
 
 STEPS = 3
 #: Largest relative error that float64 rounding explains: of a tensor's largest element, or of a millionth of the
 #: largest gradient where a gradient is zero but for rounding.
 LIMIT = 1e-9
 PRELOAD = ["autopar.verify", "transformers"]
-SMALL_BATCH, SMALL_SEQ = 8, 32
+SMALL_BATCH, SMALL_SEQ, LAYERS = 8, 32, 2
 
 
 class VerifyError(AutoparError, RuntimeError):
@@ -115,11 +118,6 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         VerifyError: a process failed.
         AutoparError: the small model cannot be built, captured or run.
     """
-    if plan.pipeline is not None:
-        raise PlanError(
-            f"the plan has pipeline stages along {plan.pipeline.axis}, which `autopar verify` cannot scale down yet; "
-            "compare with the plain model in your own script: autopar.compile(model, mesh, plan=FILE) in float64"
-        )
     if not plan.target:
         raise PlanError(
             "the plan does not say how to build its model: it was made in Python; "
@@ -127,31 +125,35 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         )
     began = time.perf_counter()
     target = targets.Target.from_dict(plan.target)
-    small = replace(target, batch=min(target.batch, SMALL_BATCH), seq=min(target.seq, SMALL_SEQ), dtype="fp64")
     mesh = shrink.shrink_mesh(plan.mesh, procs)
+    small = _Small(target, mesh, LAYERS)
+    if plan.pipeline is not None:
+        small = _Small(target, mesh, max(LAYERS, stages_on(plan.pipeline, plan, mesh)), 2 * SMALL_BATCH)
     progress(f"checking the plan against {target.text} ...")
-    whole = targets.build(target)
-    driver.check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
+    _check(plan, target)
     progress(f"building a small model of {target.text} ...")
-    model, kwargs, args, loss = _build(small, mesh)
+    model, kwargs, args, loss = small.build()
     _randomise(model)
     kwargs = _ignore_some_labels(kwargs)
     progress("carrying the plan over ...")
     with Widen():
-        program = capture(model, args, kwargs, loss=loss)
-    adapted = adapt(program, plan, mesh)
-    random = bool(program.of_kind("seed"))
+        adapted, program = _adapted(plan, small, model, args, kwargs, loss)
+    micro = adapted.plan.pipeline.micro if adapted.plan.pipeline is not None else None
+    why = "the model is random" if program.of_kind("seed") else ""
+    if micro is not None and any("batch_norm" in op_name(n) for n in program.gm.graph.nodes if n.op == "call_function"):
+        why = why or "batch norms see micro-batches"
     with tempfile.TemporaryDirectory(prefix="autopar-verify-") as folder:
         torch.save({"state": model.state_dict(), "args": args, "kwargs": kwargs}, Path(folder) / "start.pt")
         adapted.plan.save(Path(folder) / "plan.json")
         progress("running on one device ...")
         # Masks of plain dropout come from another generator than ours: then the reference is our mesh of one.
-        reference = (
-            _run_compiled(model, args, kwargs, loss, _one(mesh)) if random else _run_plain(model, args, kwargs, loss)
-        )
+        if why:
+            reference = _run_compiled(model, args, kwargs, loss, _one(mesh), micro_batches=micro)
+        else:
+            reference = _run_plain(model, args, kwargs, loss)
         progress(f"running on {mesh.num_devices} processes ({mesh}) ...")
-        _spawn(mesh, small, folder)
-        result = torch.load(Path(folder) / "result.pt", weights_only=False)
+        _spawn(small, folder)
+        result = _gathered(Path(folder), mesh.num_devices)
     return Certificate(
         target=target.text,
         plan_mesh=str(plan.mesh),
@@ -160,7 +162,7 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         kept=adapted.kept,
         total=adapted.total,
         changed=adapted.changed,
-        reference="a mesh of one (the model is random)" if random else "the plain model",
+        reference=f"a mesh of one ({why})" if why else "the plain model",
         rows=compare(result, reference),
         seconds=time.perf_counter() - began,
     )
@@ -171,18 +173,68 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
 _Built = tuple[nn.Module, dict[str, Any], tuple[Any, ...], Callable[..., Any] | None]
 
 
-def _build(target: targets.Target, mesh: Mesh) -> _Built:
-    torch.manual_seed(0)
-    built = targets.build(target, real=True, shrink=lambda data: shrink.shrink_config(data, mesh, target.seq))
-    model = built.model.double()
-    if any(p.is_meta for p in model.parameters()):
-        raise VerifyError(f"{target.text} gives a model on the meta device; to be verified it needs values")
-    config = getattr(model, "config", None)
-    if getattr(config, "_experts_implementation", None) is not None:
-        config._experts_implementation = "batched_mm"  # type: ignore[union-attr]  # grouped_mm has no float64 kernel
-    widen = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
-    kwargs = {k: widen(v) for k, v in built.kwargs.items()}
-    return model, kwargs, tuple(widen(a) for a in built.args), built.loss
+@dataclass(frozen=True)
+class _Small:
+    """The small model: of what, for which mesh, with how many layers, and how many rows in a batch at most."""
+
+    full: targets.Target
+    mesh: Mesh
+    layers: int
+    rows: int = SMALL_BATCH
+
+    @property
+    def target(self) -> targets.Target:
+        """What is built."""
+        full = self.full
+        return replace(full, batch=min(full.batch, self.rows), seq=min(full.seq, SMALL_SEQ), dtype="fp64")
+
+    def build(self) -> _Built:
+        """The model in float64, and its arguments."""
+        torch.manual_seed(0)
+        target = self.target
+        built = targets.build(
+            target, real=True, shrink=lambda data: shrink.shrink_config(data, self.mesh, target.seq, self.layers)
+        )
+        model = built.model.double()
+        if any(p.is_meta for p in model.parameters()):
+            raise VerifyError(f"{target.text} gives a model on the meta device; to be verified it needs values")
+        config = getattr(model, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "batched_mm"  # type: ignore[union-attr]  # grouped_mm has no float64 kernel
+        widen = lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+        kwargs = {k: widen(v) for k, v in built.kwargs.items()}
+        return model, kwargs, tuple(widen(a) for a in built.args), built.loss
+
+
+def _check(plan: Plan, target: targets.Target) -> None:
+    """Raise unless the plan is for this model, and legal."""
+    whole = targets.build(target)
+    if plan.pipeline is None:
+        driver.check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
+        return
+    micro = driver.micro_program(whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro)
+    driver.check_plan(micro, inner(plan))
+
+
+def _adapted(
+    plan: Plan, small: _Small, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+    loss: Callable[..., Any] | None,
+) -> tuple[Adapted, Program]:  # fmt: skip
+    """The plan for the small model, and the program that it is for."""
+    mesh, pipeline = small.mesh, plan.pipeline
+    if pipeline is None:
+        program = capture(model, args, kwargs, loss=loss)
+        return adapt(program, plan, mesh), program
+    micro = micro_on(pipeline, mesh.sizes[mesh.axis(pipeline.axis)], small.target.batch)
+    program = driver.micro_program(model, args, kwargs, loss, micro)
+    return adapt_stages(program, plan, mesh, stages_on(pipeline, plan, mesh), micro), program
+
+
+def _gathered(folder: Path, ranks: int) -> _Result:
+    """What the ranks have left: of a pipeline, each has the gradients of its stages."""
+    found = [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
+    grads = {name: grad for result in reversed(found) for name, grad in result.grads.items()}
+    return _Result(found[0].loss, grads, found[0].state)
 
 
 def _randomise(model: nn.Module) -> None:
@@ -244,6 +296,7 @@ def _run_compiled(
     loss: Callable[..., Any] | None,
     mesh: Mesh,
     plan: Plan | None = None,
+    micro_batches: int | None = None,
 ) -> _Result:
     """Train the compiled model; positional arguments and keywords may be mixed, which `example` cannot say."""
     torch.manual_seed(0)
@@ -251,7 +304,9 @@ def _run_compiled(
     if args and kwargs:
         raise VerifyError("the example mixes positional and named arguments; give all by name")
     with Widen():
-        module = driver.compile(model, mesh, example=example, loss=loss, plan=plan, device="cpu")
+        module = driver.compile(
+            model, mesh, example=example, loss=loss, plan=plan, device="cpu", micro_batches=micro_batches
+        )
 
     def step() -> torch.Tensor:
         return _loss(module(*args, **kwargs))
@@ -305,8 +360,8 @@ def _loss(out: Any) -> torch.Tensor:
     return found
 
 
-def _spawn(mesh: Mesh, target: targets.Target, folder: str) -> None:
-    """Run every rank in a process of its own; rank 0 leaves `result.pt`.
+def _spawn(small: _Small, folder: str) -> None:
+    """Run every rank in a process of its own, which leaves its result in the folder.
 
     Raises:
         VerifyError: a rank failed; with its message.
@@ -316,8 +371,8 @@ def _spawn(mesh: Mesh, target: targets.Target, folder: str) -> None:
         port = free.getsockname()[1]
     # Ranks are forked from one process that has imported the heavy modules once.
     mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    arguments = (mesh, target, folder, port)
-    context = mp.start_processes(_rank, arguments, nprocs=mesh.num_devices, join=False, start_method="forkserver")
+    count = small.mesh.num_devices
+    context = mp.start_processes(_rank, (small, folder, port), nprocs=count, join=False, start_method="forkserver")
     assert context is not None
     try:
         while not context.join(timeout=5):
@@ -328,7 +383,8 @@ def _spawn(mesh: Mesh, target: targets.Target, folder: str) -> None:
         raise VerifyError(f"a process failed while the plan ran: {text}") from None
 
 
-def _rank(rank: int, mesh: Mesh, target: targets.Target, folder: str, port: int) -> None:
+def _rank(rank: int, small: _Small, folder: str, port: int) -> None:
+    mesh = small.mesh
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -340,7 +396,7 @@ def _rank(rank: int, mesh: Mesh, target: targets.Target, folder: str, port: int)
     torch.set_num_threads(1)
     _quiet()
     try:
-        model, _, _, loss = _build(target, mesh)
+        model, _, _, loss = small.build()
         start = torch.load(Path(folder) / "start.pt", weights_only=False)
         model.load_state_dict(start["state"])
         plan = Plan.load(Path(folder) / "plan.json")
@@ -350,8 +406,7 @@ def _rank(rank: int, mesh: Mesh, target: targets.Target, folder: str, port: int)
             f"rank {rank}: {type(error).__name__}: {error}", encoding="utf-8"
         )
         raise
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
+    torch.save(result, Path(folder) / f"result-{rank}.pt")
 
 
 def _quiet() -> None:

@@ -25,14 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from autopar import stage_search
+from autopar import proposals, stage_search
 from autopar.capture import capture
-from autopar.costmodel import planner, stages
-from autopar.costmodel.devices import DEVICES, Device, machine
+from autopar.costmodel import stages
+from autopar.costmodel.devices import DEVICES, Device
 from autopar.errors import InfeasibleError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
-from autopar.pipeline.plans import inner_mesh
 from autopar.targets import Built, Target, build
 
 #: A layer, in the address of an op: its container and number.
@@ -148,23 +147,18 @@ def compare(pair: Pair) -> Result:
     """Plan one pair both ways."""
     began = time.perf_counter()
     mesh = Mesh.parse(pair.mesh)
-    axis = mesh.axis("pp")
-    ranks, alone, own = mesh.sizes[axis], inner_mesh(mesh, "pp"), machine(pair.device, mesh).links[axis]
-    limit = pair.memory or (pair.device.memory or 0) * planner.USABLE
+    place = stage_search.Place.of(mesh, pair.device, pair.memory)
+    ranks, limit = place.ranks, place.limit
     counts = [micro for micro in (ranks, 2 * ranks, 4 * ranks) if pair.rows % micro == 0]
-    proposals = stage_search.proposals_of(
-        counts, ranks, alone, pair.device, lambda micro: program_of(pair.make(pair.rows // micro)),
-        lambda program: {"device": pair.device, "output_specs": "replicated"},
+    found = proposals.proposals_of(
+        counts, place.alone, place.pieces, lambda micro: program_of(pair.make(pair.rows // micro)),
+        lambda program: {"device": place.device, "output_specs": "replicated"},
     )  # fmt: skip
-    judged: dict[str, Any] = {
-        "ranks": ranks,
-        "link": stages.Link(latency=own.latency, bandwidth=own.bandwidth),
-        "schedules": stages.SYNCHRONOUS,
-    }
-    best = stage_search.best_choice(proposals, limit, judged).best
+    judged: dict[str, Any] = {**place.judged, "schedules": stages.SYNCHRONOUS}
+    best = proposals.best_choice(found, limit, judged).best
     ours = best.seconds, f"{best.schedule}, m={best.micro}"
     rivals = []
-    for micro, proposal in proposals.items():
+    for micro, proposal in found.items():
         try:
             layers = layers_of(proposal.starts)
             rival = stages.uniform({micro: proposal.chain}, starts=layers, limit=limit, **judged).best

@@ -37,6 +37,10 @@ QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
 SIDES = (32, 96, 256, 384, 512)
 COLD = 1 << 27  # bytes that an update moves, so that none of them is in a cache
 MOST_UPDATED = 200  # parameters of it
+#: Steps of which the median is taken: they are long, and what else the machine's memory does falls on single ones.
+OFTEN = 15
+#: Bytes of the collectives beside which ranks compute: about a bucket of a small model.
+BESIDE = 1 << 22
 CHAIN = 40  # ops in the graph that shows what one launch costs
 
 
@@ -52,8 +56,11 @@ class World(Protocol):
     def largest(self, value: float) -> float:
         """The largest of the ranks' values."""
 
-    def collective(self, kind: str, group: int, world: int, size: int) -> Work:
-        """One collective of `size` bytes (larger side) in my group of `group` among the first `world` ranks."""
+    def collective(self, kind: str, group: int, world: int, size: int, beside: Work | None = None) -> Work:
+        """One collective of `size` bytes (larger side) in my group of `group` among the first `world` ranks.
+
+        beside: what is done between its start and waiting for it.
+        """
 
     def tell(self, text: str, done: float) -> None:
         """Report progress, from rank 0."""
@@ -99,7 +106,9 @@ def calibrate(world: World, quick: bool, device: torch.device, clock: Clock, bus
     world.barrier()
     rounds = 3 if quick else 7
     # Sharing processor cores says nothing of GPUs.
-    crowds = () if device.type == "cuda" else _crowds(world, ruler, kernels_ruler, rounds)
+    crowds: tuple[Crowd, ...] = ()
+    if device.type != "cuda":
+        crowds = _beside(world, ruler, _crowds(world, ruler, kernels_ruler, rounds), rounds)
     collectives = _collectives(world, ruler, QUICK_SIZES if quick else SIZES, rounds)
     if found is None or found.measured is None:
         return None
@@ -157,7 +166,8 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
             points.append((moved, moved / net(work)))
         memory[name] = curve(points)
     tell("memory: update", 0.55)
-    memory["update"] = _updates(ruler, (8, 128, 1024, 8192) if not big else (128, 4096, 65536, 1 << 19), launch)
+    updated = (8, 128, 1024, 8192) if not big else (128, 4096, 65536, 1 << 19)
+    memory["update"] = _updates(ruler, updated, launch, OFTEN // 5 if quick else OFTEN)
     rates = {k: c.points[-1][1] for k, c in matmul.items() if k != "convolution"}
     memory_bytes = float(torch.cuda.get_device_properties(device).total_memory) if big else None
     nothing = Link(1e9, 1e-4)
@@ -241,7 +251,7 @@ def _lookup(x: torch.Tensor) -> tuple[float, Work]:
     return 2.0 * x.nbytes, lambda: nn.functional.embedding(rows, x)
 
 
-def _updates(ruler: _Ruler, rows: Sequence[int], launch: float) -> Curve:
+def _updates(ruler: _Ruler, rows: Sequence[int], launch: float, often: int) -> Curve:
     """Bytes/s of a step of AdamW by bytes of one parameter: it and two moments are read and written, its gradient read.
 
     As `Policy.update_bytes` counts. A step comes to every parameter once, when what the last one has left of it in
@@ -254,7 +264,7 @@ def _updates(ruler: _Ruler, rows: Sequence[int], launch: float) -> Curve:
         many = int(max(1, min(MOST_UPDATED, COLD // size)))
         step = _update(x, many)
         step()
-        each = statistics.median(ruler.over(step, 1) for _ in range(3)) / many
+        each = statistics.median(ruler.over(step, 1) for _ in range(often)) / many
         points.append((size, size / max(each - launch, each / 10)))
     return curve(points)
 
@@ -297,7 +307,7 @@ def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Cr
     counts = [n for n in (1, 2, 4, 8) if n <= world.num]
     once = [world.largest(alone(work) if world.rank == 0 else 0.0) for work in works]
     repeats = [max(1, int(ruler.budget / max(seconds, 1e-7))) for seconds in once]
-    repeats[-1] = 1  # long enough
+    repeats[-1] = 3  # long enough
     found: dict[int, list[list[float]]] = {n: [[] for _ in works] for n in counts}
     for _ in range(rounds):
         for count in counts:
@@ -312,6 +322,39 @@ def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Cr
         slower = [statistics.median(times) / one for times, one in zip(found[count], once)]
         rows.append(Crowd(count, *(max(1.0, n) for n in slower)))
     return tuple(rows)
+
+
+def _beside(world: World, ruler: _Ruler, crowds: tuple[Crowd, ...], rounds: int) -> tuple[Crowd, ...]:
+    """The crowds with what computation loses when collectives run beside it.
+
+    Seconds of both at once, beyond the longer of the two alone, by those of the shorter: products of matrices, about as
+    long as the collective, between its start and its end.
+    """
+    a = torch.ones(256, 256)
+    found = []
+    for crowd in crowds:
+        lost, mine = [], world.rank < crowd.ranks
+
+        def take(work: Work, mine: bool = mine) -> float:
+            world.barrier()
+            return world.largest(ruler.over(work, 4) if mine else 0.0)
+
+        for kind in ("all_gather", "all_reduce") if crowd.ranks > 1 else ():
+            plain = world.collective(kind, crowd.ranks, crowd.ranks, BESIDE) if mine else _nothing
+            take(plain)  # connects
+            count = max(1, round(take(plain) / max(take(lambda: a @ a), 1e-7)))
+            product = functools.partial(_times, count, lambda: a @ a)
+            both = world.collective(kind, crowd.ranks, crowd.ranks, BESIDE, product) if mine else _nothing
+            times = [(take(plain), take(product), take(both)) for _ in range(rounds)]
+            carried, computed, together = (statistics.median(column) for column in zip(*times))
+            lost.append((together - max(carried, computed)) / max(min(carried, computed), 1e-7))
+        found.append(replace(crowd, beside=min(max(statistics.mean(lost), 0.0), 1.0) if lost else 0.0))
+    return tuple(found)
+
+
+def _times(count: int, work: Work) -> None:
+    for _ in range(count):
+        work()
 
 
 # ---- collectives ---------------------------------------------------------------------------------------------------

@@ -27,13 +27,17 @@ class Link:
 
 @dataclass(frozen=True)
 class Crowd:
-    """What becomes of one rank's speed when `ranks` of them share this machine: factors on seconds, 1 when alone."""
+    """What becomes of one rank's speed when `ranks` of them share this machine: factors on seconds, 1 when alone.
+
+    beside: as `Device.beside`.
+    """
 
     ranks: int
     matmul: float
     memory: float
     launch: float
     update: float = 1.0  # of the optimizer, all of whose memory is cold
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Device:
     slack: float = 0.0  # part of the peak that the allocator loses to rounding and fragments
     gloo: bool = False  # collectives are gloo's: a reduce_scatter receives all that it sums (`passes/exchange.py`)
     measured: Measured | None = None
+    inside: Mapping[str, Link] = field(default_factory=dict)  # links of axes, if they are known (`part`)
+    beside: float = 0.0  # seconds that computation loses for each in which communication runs beside it
 
     def rate(self, dtype: torch.dtype, flops: float = math.inf, kind: str = "matmul") -> float:
         """FLOP/s of a kernel of so many FLOPs, by default a large one; kind: "matmul", "convolution", "attention"."""
@@ -119,6 +125,7 @@ class Device:
             flops={k: v / matmul for k, v in self.flops.items()},
             bandwidth=self.bandwidth / memory,
             launch=self.launch * launch,
+            beside=near.beside,
             measured=replace(
                 own,
                 matmul={k: c.scaled(1 / matmul) for k, c in own.matmul.items()},
@@ -234,5 +241,25 @@ def machine(device: str | Device, mesh: Mesh, links: Mapping[str, Link] | None =
     chosen = []
     for axis, (name, size) in enumerate(zip(mesh.names, mesh.sizes)):
         reach = size * math.prod(mesh.sizes[axis + 1 :])
-        chosen.append((links or {}).get(name) or (device.fast if reach <= device.node else device.slow))
+        near = device.fast if reach <= device.node else device.slow
+        chosen.append((links or {}).get(name) or device.inside.get(name) or near)
     return Machine(device, mesh, tuple(chosen))
+
+
+def part(device: str | Device, whole: Mesh, inner: Mesh) -> Device:
+    """The device as the ranks of `inner` see it, which is some axes of `whole`: the others share machine and links.
+
+    Raises:
+        MeshError: as `machine`.
+    """
+    where = machine(device, whole)
+    found, outer = where.device, dict(zip(whole.names, where.links))
+    if found.measured is None:
+        return replace(found, inside={name: outer[name] for name in inner.names if name in outer})
+    # Collectives of groups were measured while all ranks of so many worked.
+    ours = {}
+    for key, curve in found.measured.collectives.items():
+        kind, group, world = key.split("/")
+        if int(world) == whole.num_devices:
+            ours[f"{kind}/{group}/{inner.num_devices}"] = curve
+    return replace(found, measured=replace(found.measured, collectives=ours))

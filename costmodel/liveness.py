@@ -7,7 +7,7 @@ Buckets and the window of gathers started ahead are those of `passes/bucket.py` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from autopar.costmodel.items import Items
 from autopar.costmodel.legal import Specs
@@ -45,6 +45,29 @@ def peak(
     return found
 
 
+def moving(
+    items: Items, plan: Plan, specs: Specs, piece: Mapping[int, int], count: int, gloo: bool = False
+) -> list[float]:
+    """Per piece of a program, bytes at most of what comes and goes while its ops run: neither saved nor gradients.
+
+    piece: number of an op -> number of its piece, of `count`. What belongs to no op, buckets, is of its neighbours'.
+    """
+    tape = record(items, plan, specs, gloo)
+    found, at = [0.0] * count, 0
+
+    def look(event: Event, totals: Mapping[str, float]) -> None:
+        nonlocal at
+        at = piece.get(tape.owner.get(event, -1), at)
+        found[at] = max(found[at], sum(totals[kind] for kind in ("gathered", "collectives", "transient")))
+
+    _Steps(tape).peak(0.0, look)
+    return found
+
+
+#: What looks on while events run: bytes by kind, right behind each.
+Look = Callable[[Event, Mapping[str, float]], None]
+
+
 class _Steps:
     """The two halves as they run: buckets packed, saved tensors chosen, then walked."""
 
@@ -57,7 +80,7 @@ class _Steps:
         self.forward = ahead(_behind_operands(forward, cuts), AHEAD_BYTES, cuts)
         self.backward = ahead(_late_as_possible(again, backward), AHEAD_BYTES)
 
-    def peak(self, scratch: float) -> dict[str, float]:
+    def peak(self, scratch: float, look: Look | None = None) -> dict[str, float]:
         """The largest sum over forward, backward and update, by kind; `scratch`: of the update, in largest pieces."""
         outputs = {b.base for b in self.tape.outputs}
         saved = {b.base for b in self.saved}
@@ -66,16 +89,18 @@ class _Steps:
             if buffer.kind == "transient":
                 buffer.kind = "activations"
         held = {b for b in saved | outputs if not b.held}
-        best = _walk(self.forward, (), keep=held)
+        best = _walk(self.forward, (), held, look)
         if self.tape.backward:
-            late = _walk(self.backward, held, keep=grads | {b for b in outputs if not b.held})
+            late = _walk(self.backward, held, grads | {b for b in outputs if not b.held}, look)
             best = max(best, late, key=lambda m: sum(m.values()))
             update = {"gradients": sum(b.size for b in grads), "transient": scratch * self.tape.largest}
             best = max(best, update, key=lambda m: sum(m.values()))
         return best
 
 
-def _walk(events: Sequence[Event], start: Iterable[Buffer], keep: set[Buffer]) -> dict[str, float]:
+def _walk(
+    events: Sequence[Event], start: Iterable[Buffer], keep: set[Buffer], look: Look | None = None
+) -> dict[str, float]:
     """Live bytes by kind at the peak over `events`; `start` is alive before them, `keep` is never let go of."""
     last: dict[Buffer, int] = {}
     arrived: set[Buffer] = set()
@@ -114,6 +139,8 @@ def _walk(events: Sequence[Event], start: Iterable[Buffer], keep: set[Buffer]) -
                 now += base.size
         if now > most:
             most, best = now, dict(totals)
+        if look is not None:
+            look(event, totals)
         for buffer in dying.get(at, ()):
             if buffer in alive:
                 del alive[buffer]
@@ -398,4 +425,4 @@ def _missing(x: Buffer, saved: dict[Buffer, None]) -> list[Buffer]:
     return list(out)
 
 
-__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "peak"]
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "moving", "peak"]

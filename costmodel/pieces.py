@@ -9,20 +9,21 @@ wait for, bytes by the specs of its tensors. All of it is of one micro-batch und
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from torch import fx
 
+from autopar.costmodel import liveness
 from autopar.costmodel.comm import Comm
-from autopar.costmodel.devices import Device, Link, machine
+from autopar.costmodel.devices import Device, machine
 from autopar.costmodel.items import Items, Tensor, items_of
 from autopar.costmodel.legal import Specs, plan_specs
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.simulate import run
-from autopar.costmodel.stages_chain import Additive, Option
+from autopar.costmodel.stages_chain import Additive, Option, Twice
 from autopar.costmodel.tasks import Tasks
 from autopar.graph import VIEWS, Program, Value, resolve
 from autopar.pipeline.assign import Assignment, assign
@@ -55,16 +56,15 @@ def pieces_of(
     *,
     stages: int,
     micro: int,
-    policy: Policy | None = None,
-    links: Mapping[str, Link] | None = None,
     starts: Sequence[str] = (),
+    copies: int = 0,
 ) -> Pieces:
     """The pieces of `program`, which is of one micro-batch, under `plan`, of the mesh of a stage.
 
     stages: how many there will be at most: places to cut at are chosen for that. micro: micro-batches of a batch.
-    starts: addresses at which pieces begin, if that is settled.
+    starts: addresses at which pieces begin, if that is settled. copies: of its parameters that a rank keeps besides.
     """
-    return _Pieces(program, plan, device, stages, micro, policy or Policy(program.training), links, starts).run()
+    return _Pieces(program, plan, device, stages, micro, starts, copies).run()
 
 
 class _Pieces:
@@ -75,20 +75,20 @@ class _Pieces:
         device: str | Device,
         stages: int,
         micro: int,
-        policy: Policy,
-        links: Mapping[str, Link] | None,
         starts: Sequence[str],
+        copies: int,
     ) -> None:
         self.starts = frozenset(starts)
-        self.program, self.plan, self.stages, self.micro, self.policy = program, plan, stages, micro, policy
+        self.program, self.plan, self.stages, self.micro, self.copies = program, plan, stages, micro, copies
+        self.policy = Policy(program.training)
         self.items: Items = items_of(program)
         self.specs: Specs = plan_specs(self.items, plan)
-        self.where = machine(device, plan.mesh, links)
+        self.where = machine(device, plan.mesh)
         self.regions: Regions = regions_of(program)
         self.index = {i.node: i.index for i in self.items.items if i.node is not None}
         compute = Compute(self.items, self.where)
         self.tasks = Tasks(self.items, plan, self.specs, compute, self.where)
-        self.timeline = run(self.items, plan, self.specs, compute, Comm(self.where), policy)
+        self.timeline = run(self.items, plan, self.specs, compute, Comm(self.where), self.policy)
 
     def run(self) -> Pieces:
         seconds, late = self._seconds()
@@ -101,7 +101,7 @@ class _Pieces:
             apart = self._apart()
             gaps = self._trained([gap for gap in found if gap not in apart])
         where = assign(self.regions, gaps)
-        parts = self._parts(where, len(gaps) + 1, seconds, late)
+        parts, twice = self._parts(where, len(gaps) + 1, seconds, late)
         back = self._returning(where)
         chain_gaps = []
         for number, gap in enumerate(gaps):
@@ -110,7 +110,7 @@ class _Pieces:
             chain_gaps.append((forward, backward))
         crossing = tuple(tuple((v.node.name, nbytes([v])) for v in live[gap]) for gap in gaps)
         starts = tuple(sequence[gap].meta["address"] for gap in gaps)
-        return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro), starts, crossing)
+        return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro, twice), starts, crossing)
 
     def _apart(self) -> set[int]:
         """Gaps that would part a buffer that changes from one of its readers: one stage has it."""
@@ -167,26 +167,25 @@ class _Pieces:
 
     def _parts(
         self, where: Assignment, count: int, seconds: Mapping[str, float], late: Mapping[str, tuple[float, float]]
-    ) -> list[Option]:
-        parts = [Option(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0) for _ in range(count)]
-
-        def add(at: int, **more: float) -> None:
-            old = parts[at]
-            parts[at] = replace(old, **{k: getattr(old, k) + v for k, v in more.items()})
-
+    ) -> tuple[list[Option], list[Twice]]:
+        table = _Sums(count)
         sent = self._sent_back(where)
         for node, at in where.forward.items():
-            add(at, forward=seconds.get(node.meta["address"], 0.0))
+            table.add(at, forward=seconds.get(node.meta["address"], 0.0))
         for node, at in where.backward.items():
             address = node.meta.get("address")
             if address is None:
                 continue
             kind = "input_grad" if node in sent else "weight_grad"
             each, once = late.get(address, (0.0, 0.0))
-            add(at, **{kind: seconds.get(address, 0.0)})
-            add(at, weight_grad=each, update=once)
-        self._memory(where, sent, add)
-        return parts
+            table.add(at, **{kind: seconds.get(address, 0.0)})
+            table.add(at, weight_grad=each, update=once)
+        self._state(where, table)
+        self._flights(where, sent, table)
+        moving = self._moving(where, count)
+        slack = 1 + self.where.device.slack
+        parts = [replace(part, transient_bytes=size) for part, size in zip(table.parts, moving)]
+        return [_larger(p, slack) for p in parts], [Twice(a, b, _larger(o, slack)) for a, b, o in table.twice]
 
     def _sent_back(self, where: Assignment) -> set[fx.Node]:
         """Ops that a gradient which leaves its piece is computed from; of the first piece, what serves several."""
@@ -223,34 +222,50 @@ class _Pieces:
 
     # ---- bytes -------------------------------------------------------------------------------------------------
 
-    def _memory(self, where: Assignment, sent: set[fx.Node], add: Callable[..., None]) -> None:
-        sizes = self.plan.mesh.sizes
+    def _state(self, where: Assignment, table: _Sums) -> None:
+        """Parameters, gradients, optimizer state, buffers. What several pieces read, a stage of them has once."""
+        sizes, device = self.plan.mesh.sizes, self.where.device
         for item in self.items.items:
             if item.kind == "param" and item.name in where.params:
-                held = self.policy.stored(item, self.specs.outs[item.index][0], sizes)
-                device = self.where.device
-                update = device.update_seconds(self.policy.update_bytes(item, self.specs.outs[item.index][0], sizes))
-                for at in where.params[item.name]:
-                    add(at, static_bytes=sum(held.values()), update=update)
-        saved: set[tuple[fx.Node, int, int]] = set()
-        waits: set[tuple[fx.Node, int, int]] = set()
+                spec = self.specs.outs[item.index][0]
+                held = self.policy.stored(item, spec, sizes)
+                # The gradient of a micro-batch is there before it is added to the sum of those before it.
+                more = held["gradients"] * (self.micro > 1) + held["parameters"] * self.copies
+                update = device.update_seconds(self.policy.update_bytes(item, spec, sizes))
+                table.add_once(where.params[item.name], static_bytes=sum(held.values()) + more, update=update)
+            elif item.kind == "buffer" and item.node is not None:
+                readers = {where.forward[n] for n in item.node.users if n in where.forward}
+                table.add_once(readers, static_bytes=self._bytes(Value(item.node, 0)))
+
+    def _flights(self, where: Assignment, sent: set[fx.Node], table: _Sums) -> None:
+        """What is kept of a micro-batch in flight. What several pieces' backwards read, a stage of them keeps once."""
+        saved: dict[tuple[fx.Node, int], set[int]] = {}
+        waits: dict[tuple[fx.Node, int], set[int]] = {}
         for node, at in where.backward.items():
             if node.op == "placeholder":
                 continue
             reads = self.regions.reads(node)
             for value in reads.values:
                 base = _base(value)
-                if (base.node, base.index, at) not in saved:
-                    saved.add((base.node, base.index, at))
-                    add(at, saved_bytes=self._bytes(base))
-                if node not in sent and (base.node, base.index, at) not in waits:
-                    waits.add((base.node, base.index, at))
-                    add(at, pending_bytes=self._bytes(base))
+                saved.setdefault((base.node, base.index), set()).add(at)
+                if node not in sent:
+                    waits.setdefault((base.node, base.index), set()).add(at)
             for value in reads.grads if node not in sent else ():
                 base = _base(value)
-                if base.node in sent and (base.node, base.index, at) not in waits:
-                    waits.add((base.node, base.index, at))
-                    add(at, pending_bytes=self._bytes(base))
+                if base.node in sent:
+                    waits.setdefault((base.node, base.index), set()).add(at)
+        for (source, index), places in saved.items():
+            table.add_once(places, saved_bytes=self._bytes(Value(source, index)))
+        for (source, index), places in waits.items():
+            table.add_once(places, pending_bytes=self._bytes(Value(source, index)))
+
+    def _moving(self, where: Assignment, count: int) -> list[float]:
+        """Per piece: bytes at most, beside all that is kept, while its ops run; the batch that every rank is given."""
+        at = {**where.forward, **where.backward}
+        piece = {i.index: at[i.node] for i in self.items.items if i.node is not None and i.node in at}
+        moving = liveness.moving(self.items, self.plan, self.specs, piece, count, self.where.device.gloo)
+        given = sum(self._bytes(Value(i.node, 0)) for i in self.items.items if i.kind == "input" and i.node is not None)
+        return [size + given * self.micro for size in moving]
 
     def _bytes(self, value: Value) -> float:
         """Bytes of a value on one rank."""
@@ -260,6 +275,44 @@ class _Pieces:
         for n in local_shape(meta.shape, spec, self.plan.mesh.sizes):
             count *= n
         return float(count * meta.itemsize)
+
+
+class _Sums:
+    """Options of pieces, as they add up.
+
+    Attributes:
+        parts: of every piece. twice: (a piece, a later one, what the later has that is the earlier's too).
+    """
+
+    def __init__(self, count: int) -> None:
+        self.parts = [_NOTHING] * count
+        self.twice: list[tuple[int, int, Option]] = []
+
+    def add(self, at: int, **more: float) -> None:
+        """To one piece."""
+        old = self.parts[at]
+        self.parts[at] = replace(old, **{k: getattr(old, k) + v for k, v in more.items()})
+
+    def add_once(self, places: Iterable[int], **more: float) -> None:
+        """To several pieces, which together have it once."""
+        ordered = sorted(set(places))
+        for at in ordered:
+            self.add(at, **more)
+        self.twice += [(a, b, replace(_NOTHING, **more)) for a, b in pairwise(ordered)]
+
+
+_NOTHING = Option(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _larger(option: Option, factor: float) -> Option:
+    """With so many times the bytes."""
+    return replace(
+        option,
+        static_bytes=factor * option.static_bytes,
+        saved_bytes=factor * option.saved_bytes,
+        pending_bytes=factor * option.pending_bytes,
+        transient_bytes=factor * option.transient_bytes,
+    )
 
 
 def _base(value: Value) -> Value:

@@ -17,7 +17,7 @@ from autopar.costmodel.curve import Curve
 from autopar.costmodel.devices import Crowd, Device, Link, Measured
 from autopar.errors import ProfileError
 
-SCHEMA = 4
+SCHEMA = 5
 #: Environment variable with the path of the profile; empty: there is none.
 PROFILE = "AUTOPAR_PROFILE"
 
@@ -104,6 +104,7 @@ def available() -> bool:
 def to_json(device: Device, made_on: Mapping[str, Any] | None = None) -> str:
     """A Device as text; `made_on` is what `machine_id` said where it was measured."""
     data = {"autopar_device": SCHEMA, "machine": dict(made_on or {}), **asdict(device)}
+    del data["inside"], data["beside"]  # what `part` and `shared_by` find for one mesh
     return json.dumps(data, indent=1) + "\n"
 
 
@@ -220,7 +221,14 @@ def _measured(value: Any) -> Measured | None:
     if value is None:
         return None
     crowds = (
-        Crowd(_count(c["ranks"]), *(_above_zero(c[k]) for k in ("matmul", "memory", "launch", "update")))
+        Crowd(
+            _count(c["ranks"]),
+            _above_zero(c["matmul"]),
+            _above_zero(c["memory"]),
+            _above_zero(c["launch"]),
+            _above_zero(c["update"]),
+            _not_negative(c["beside"]),
+        )
         for c in value["crowds"]
     )
     return Measured(

@@ -9,7 +9,9 @@ Independent of the integer program and its assumptions on overlap: the local pro
   only the output reads, when the next of the other's kind is issued;
 * a collective starts when it is issued and its link is free, and is waited for at its first use; what only the
   output reads is pending, within a window of bytes, until the end of its phase;
-* the optimizer's update comes after the backward.
+* the optimizer's update comes after the backward;
+* where computation and communication take the same cores, computation loses a part of every second in which the other
+  runs beside it (`Device.beside`), which counts as waiting.
 
 Axes with the same link share one stream: two collectives cannot both have all of a link. Buckets are packed when they
 are issued, and unpacked when they are waited for. Linear in the program.
@@ -53,10 +55,11 @@ class Timeline:
 
     Attributes:
         compute_s: the stream of computation is busy (slices included). comm_s: sum over all collectives.
-        exposed_s: the stream of computation waits for collectives. update_s: the optimizer's update.
+        exposed_s: the stream of computation waits for collectives, or is slowed down by them. update_s: the optimizer's
+            update.
         copies_s: of `compute_s`, what packs and unpacks buckets.
         streams: busy seconds of every stream of communication, by the names of its axes.
-        spans: what ran when, if asked for.
+        spans: what ran when, if asked for; as if nothing slowed down.
     """
 
     step_s: float
@@ -123,13 +126,15 @@ def run(
         if i.kind == "param"
     )
     now = max(clock.now, *clock.free) if clock.free else clock.now
+    hidden = max(sum(clock.carried) - (now - clock.busy), 0.0)
+    lost = device.beside * min(hidden, clock.busy)
     if spans and update:
         clock.spans.append(Span("update", COMPUTE, now, now + update))
     return Timeline(
-        step_s=now + update,
+        step_s=now + lost + update,
         compute_s=clock.busy,
         comm_s=sum(clock.carried),
-        exposed_s=now - clock.busy,
+        exposed_s=now - clock.busy + lost,
         update_s=update,
         copies_s=clock.copies,
         streams=dict(zip(tasks.streams, clock.carried)),

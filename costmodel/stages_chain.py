@@ -94,6 +94,15 @@ class Chain(Protocol):
 
 
 @dataclass(frozen=True)
+class Twice:
+    """What two pieces both have, and a stage of both has once: `more` is counted with either."""
+
+    early: int
+    late: int
+    more: Option
+
+
+@dataclass(frozen=True)
 class Additive:
     """A Chain from numbers per piece: a stage costs the sum of its pieces, its transient bytes are its largest piece's.
 
@@ -103,6 +112,7 @@ class Additive:
     Attributes:
         parts: the options of every piece. gaps: bytes forward and backward over the gap before piece 1, 2, ...
         micro: micro-batches in a step; an update's seconds weigh 1 / micro in the price.
+        twice: what pairs of pieces have in common; of what many have, a pair for each and the next.
         held: numbers of micro-batches in flight at which saved bytes are weighed against static ones.
         most: how many options a stage may have.
     """
@@ -110,6 +120,7 @@ class Additive:
     parts: Sequence[Sequence[Option]]
     gaps: Sequence[tuple[float, float]]
     micro: int = 1
+    twice: Sequence[Twice] = ()
     held: tuple[float, ...] = (1.0, 8.0)
     most: int = 6
     _memo: dict[tuple[int, int], tuple[Option, ...]] = field(default_factory=dict, repr=False, compare=False)
@@ -135,7 +146,7 @@ class Additive:
         return found
 
     def _option(self, k: int, first: int, last: int) -> Option:
-        sums = (self._prefix[k, last] - self._prefix[k, first]).tolist()
+        sums = (self._prefix[k, last] - self._prefix[k, first] - self._common(first)[last - first - 1]).tolist()
         names = Counter(self.parts[i][self.policies[k][i]].name for i in range(first, last))
         name = next(iter(names)) if len(names) == 1 else ", ".join(f"{n or 'plain'} x{c}" for n, c in names.items())
         f, i, w, u, static, saved, pending = sums[:TRANSIENT]
@@ -179,11 +190,26 @@ class Additive:
         """[policy, pieces]"""
         return np.array([[self.parts[i][j].transient_bytes for i, j in enumerate(c)] for c in self.policies])
 
+    def _common(self, first: int) -> Floats:
+        """[pieces - first, TRANSIENT]: what is counted too often in stages from a piece, by their last."""
+        out = np.zeros((self.pieces - first, TRANSIENT))
+        early, late, more = self._pairs
+        inside = early >= first
+        np.add.at(out, late[inside] - first, more[inside])
+        return out.cumsum(0)
+
+    @cached_property
+    def _pairs(self) -> tuple[Ints, Ints, Floats]:
+        """`twice` as arrays: [pairs], [pairs], [pairs, TRANSIENT]."""
+        places = np.array([(t.early, t.late) for t in self.twice], dtype=np.int64).reshape(-1, 2)
+        more = np.array([t.more.numbers()[:TRANSIENT] for t in self.twice], dtype=np.float64).reshape(-1, TRANSIENT)
+        return places[:, 0], places[:, 1], more
+
     def stages(self) -> Iterator[tuple[int, Floats]]:
         """For every first piece: numbers of all stages from it, [last - first - 1, option, OWN]; as `options` says,
         but all at once."""
         for first in range(self.pieces):
-            sums = self._prefix[:, first + 1 :] - self._prefix[:, first : first + 1]
+            sums = self._prefix[:, first + 1 :] - self._prefix[:, first : first + 1] - self._common(first)
             most = np.maximum.accumulate(self._transient[:, first:], axis=1)[..., None]
             yield first, np.concatenate([sums, most], axis=2).transpose(1, 0, 2)
 

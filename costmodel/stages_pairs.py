@@ -213,10 +213,12 @@ class Pair:
 
     def _offer(self, way: Way, seconds: float) -> None:
         self.judged += 1
-        within = self.limit is None or self.shape.peaks(self.numbers(way)).max() <= self.limit * (1 + EQUAL)
-        if within and seconds < self.seconds:
+        if self._within(way) and seconds < self.seconds:
             self.way, self.seconds = way, seconds
             self._met[way] = seconds
+
+    def _within(self, way: Way) -> bool:
+        return self.limit is None or bool(self.shape.peaks(self.numbers(way)).max() <= self.limit * (1 + 2 * EQUAL))
 
     def improve(self, below: float, work: int) -> None:
         """Look for ways of fewer seconds than `below` and than the best known, or prove that there are none."""
@@ -235,6 +237,7 @@ class Pair:
         self.judged += found.judged
         self.bound = max(self.bound, found.bound * self._unit)
         if found.way is not None and found.value * self._unit < self.seconds:
+            assert self._within(found.way), "a way over the limit has come out of the search"
             self.way, self.seconds = found.way, found.value * self._unit
 
     def fit(self, work: int) -> None:

@@ -60,9 +60,11 @@ class Rows:
         """Both, each row once."""
         every = np.concatenate([self.coefficients, other.coefficients])
         share, fixed = np.concatenate([self.share, other.share]), np.concatenate([self.fixed, other.fixed])
-        keys = np.concatenate([every.reshape(len(every), -1), share[:, None], fixed[:, None]], 1)
-        top = np.abs(every).max() if every.size else 1.0
-        once = np.sort(np.unique(np.round(keys / (top or 1.0), _ROUND), axis=0, return_index=True)[1])
+        # Seconds and bytes have units that are worlds apart: what is small is judged in every column by itself.
+        top = np.abs(every).max((0, 1), initial=0.0)
+        scaled = (every / np.where(top > 0, top, 1.0)).reshape(len(every), -1)
+        keys = np.concatenate([scaled, share[:, None], fixed[:, None]], 1)
+        once = np.sort(np.unique(np.round(keys, _ROUND), axis=0, return_index=True)[1])
         return Rows(every[once], share[once], fixed[once])
 
     def summed(self, weights: Floats) -> Rows:

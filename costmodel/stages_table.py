@@ -35,14 +35,13 @@ from autopar.pipeline.clock import Costs
 from autopar.pipeline.comms import RECEIVES, SENDS, made, needed, receipt, sending, with_comms
 from autopar.pipeline.schedules import schedule, stage_homes
 from autopar.pipeline.table import COMPUTE, Action, Table
+from autopar.pipeline.tables import SEGMENT, with_updates
 
 #: What the seconds of an action are made of; of a send, at the stage behind the gap.
 PARTS = {
     "F": (FORWARD,), "B": (INPUT, WEIGHT), "I": (INPUT,), "W": (WEIGHT,), "U": (UPDATE,), "SF": (SEND_F,),
     "SB": (SEND_B,),
 }  # fmt: skip
-#: Updates in one segment of an asynchronous schedule: it is filled and drained once in so many steps.
-SEGMENT = 8
 #: Candidates simulated at once.
 BATCH = 512
 
@@ -180,10 +179,7 @@ def shape(name: str, ranks: int, micro: int, overlap: bool = True) -> Shape:
     home = stage_homes(name, ranks)
     if known.asynchronous:
         return compiled(known.make(ranks, micro, SEGMENT), home, SEGMENT, overlap)
-    stepped = []
-    for rank, row in enumerate(known.make(ranks, micro)):
-        stepped.append((*row, *(Action(s, "U", 0) for s, h in enumerate(home) if h == rank)))
-    return compiled(tuple(stepped), home, 1, overlap)
+    return compiled(with_updates(known.make(ranks, micro)), home, 1, overlap)
 
 
 def compiled(table: Table, home: Sequence[int], steps: int = 1, overlap: bool = True) -> Shape:

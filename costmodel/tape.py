@@ -102,13 +102,14 @@ class Travel:
 
 @dataclass
 class Tape:
-    """Events by phase. Gathers of parameters are in `gathers`, by the order in which they are first read."""
+    """Events by phase; `owner`: the number of the op for which each is there."""
 
     forward: list[Event | Travel] = field(default_factory=list)
     backward: list[Event | Travel] = field(default_factory=list)
     placeholders: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
     grads: list[Buffer] = field(default_factory=list)
+    owner: dict[Event | Travel, int] = field(default_factory=dict)
     largest: float = 0.0  # bytes of the largest trained piece
 
     def of(self, phase: str) -> list[Event | Travel]:
@@ -137,6 +138,7 @@ class _Recorder:
                 self.sinks.setdefault(item.ins[0].item, []).append(item)
 
     def run(self) -> Tape:
+        seen = {id(events): 0 for events in (self.tape.forward, self.tape.backward)}
         for item in self.items.items:
             if item.kind == "op":
                 self._op(item)
@@ -146,6 +148,9 @@ class _Recorder:
                 self._source(item)
             for sink in self.sinks.get(item.index, ()):
                 self._sink(sink)
+            for events in (self.tape.forward, self.tape.backward):
+                self.tape.owner.update(dict.fromkeys(events[seen[id(events)] :], item.index))
+                seen[id(events)] = len(events)
         return self.tape
 
     def _source(self, item: Item) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from autopar.runtime.groups import Grid
 
 WORDS = 1024  # columns of the matrix whose weighted row and column sums are the checksum
 SHORT = 1 << 16  # words of a tensor that is summed in one go, with a weight for every one
+_MOST = 8  # calls that an error names
 
 
 def hash64(*parts: object) -> int:
@@ -286,6 +289,37 @@ class Control:
         pieces = [a for a in call.arguments if a.piece]
         rows = self.rows([a.content for a in pieces])
         return [a.name for a, contents in zip(pieces, zip(*rows)) if len(set(contents)) == 1]
+
+
+class Journal:
+    """Calls that were made without an exchange, for it would be a barrier; compared when the ranks meet anyway."""
+
+    def __init__(self, control: Control) -> None:
+        self.control, self._made = control, array("q")  # a checksum of every call since the ranks were compared
+
+    def note(self, call: Call) -> None:
+        """Write a call down; all of its arguments must be equal on every rank."""
+        self._made.append(hash64(call.mode, *((a.name, a.form, a.content) for a in call.arguments)))
+
+    def compare(self) -> None:
+        """Require that all ranks made the same calls; begin anew. A collective call.
+
+        Raises:
+            BatchError: they did not; on every rank, saying which of the calls differ.
+        """
+        made, self._made = self._made, array("q")
+        if len({row[0] for row in self.control.rows([hash64(*made)])}) == 1:
+            return
+        calls = list(zip_longest(*self.control.objects(made.tolist())))
+        wrong = [number for number, found in enumerate(calls, 1) if len(set(found)) > 1]
+        others = [r for r in range(self.control.grid.size) if any(calls[n - 1][r] != calls[n - 1][0] for n in wrong)]
+        more = f" and {len(wrong) - _MOST} more" if len(wrong) > _MOST else ""
+        raise BatchError(
+            f"the ranks were given different batches in {'calls' if len(wrong) > 1 else 'call'} "
+            f"{', '.join(map(str, wrong[:_MOST]))}{more} of the {len(calls)} since they were last compared: "
+            f"{ranks_text(others)} differ{'s' * (len(others) == 1)} from rank 0; pass the same global batch on every "
+            "rank (seed shuffling alike), and go on from a checkpoint that is older than these updates"
+        )
 
 
 _SHAPES_GLOBAL = 'pass the same global batch on every rank, or compile with batch="local" and give each rank its own'

@@ -6,7 +6,7 @@ same lane. Those that differ only on the other axes are together one stage, with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -29,6 +29,7 @@ class Lane:
         transport: what carries the executor's messages.
         shared: parameter that several stages of this lane have -> group of the ranks that have it.
         record: whether executors keep what ran when.
+        rest: what empties the pipeline, if there may be micro-batches in flight (`hold`).
     """
 
     grid: Grid
@@ -40,6 +41,7 @@ class Lane:
     transport: Transport | None
     shared: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     record: bool = False
+    rest: Callable[[], None] | None = None
     _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     def share(self, owners: Mapping[str, Collection[int]]) -> None:
@@ -67,6 +69,21 @@ class Lane:
             if dist.get_rank() in ranks:
                 mine = group
         return mine
+
+    def hold(self, rest: Callable[[], None]) -> None:
+        """Leave micro-batches in flight from now on, which `rest` brings to their end; those of others end before.
+
+        One transport carries the messages of a module and of its copies, in order and without names.
+        """
+        if self.rest != rest:
+            self.settle()
+        self.rest = rest
+
+    def settle(self) -> None:
+        """Empty the pipeline, whoever has filled it. If something is in flight, a collective call."""
+        rest, self.rest = self.rest, None
+        if rest is not None:
+            rest()
 
     def broadcast(self, tensor: torch.Tensor, owner: int) -> torch.Tensor:
         """The tensor of the rank at place `owner`, on every rank of the lane. A collective call of the lane."""

@@ -34,7 +34,7 @@ from autopar.runtime.storage import (
     scatter,
     whole,
 )
-from autopar.runtime.training import Trainable, asynchronous, missing_text
+from autopar.runtime.training import Trainable, missing_text
 
 
 class ParallelModule(Trainable):
@@ -135,7 +135,7 @@ class ParallelModule(Trainable):
     # ---- nn.Module ---------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns; see `autopar.compile` for batches and outputs.
+        """What the model returns, under an asynchronous schedule without gradients; see `autopar.compile`.
 
         Raises:
             BatchError: the arguments cannot be taken, or differ between ranks.
@@ -144,11 +144,8 @@ class ParallelModule(Trainable):
         """
         self.settle()
         state = self._state
-        if asynchronous(state.plan) and torch.is_grad_enabled() and self.training:
-            raise RuntimeUseError(
-                "the pipeline's schedule steps the optimizer on its way: call pm.train_step(batch) in place of the "
-                "module, or compile with a synchronous schedule"
-            )
+        if self._only_evaluates():
+            return torch.no_grad()(self.forward)(*args, **kwargs)
         call: Call | None = None
         failure: Exception | None = None
         step: Step | PipelineStep | None = None
@@ -177,6 +174,8 @@ class ParallelModule(Trainable):
             self._warn_unvaried(call, args, kwargs)
         if step is None:
             step = state.steps[key] = self._build(args, kwargs, call)
+            if self._only_evaluates():  # the first plan has said so
+                return self.forward(*args, **kwargs)
             if step.uses_seed:
                 seed = state.control.agree(_with_seed(call), check=False)
             if state.missing:

@@ -106,7 +106,8 @@ class PipelineStep:
         batch = self.batch(params, buffers, inputs, seed)
         if self.training:
             names = [n for n, p in params.items() if p.requires_grad and n in self._trained()]
-            found = iter(_Run.apply(self, batch, names, *(params[n] for n in names)))
+            anchor = torch.zeros((), device=self.grid.device, requires_grad=True)
+            found = iter(_Run.apply(self, batch, names, anchor, *(params[n] for n in names)))
         else:
             with torch.no_grad():
                 self.run(batch)
@@ -139,15 +140,12 @@ class PipelineStep:
         ]
         weights = [1.0 / count] * count
         if self.lowered.divisors is not None:
-            exact = micro_weights(self.lowered.divisors, rows, given, buffers)
-            weights = exact if exact is not None else weights
-            if exact is None and not self._told and self.lane.rank == 0:
+            found = micro_weights(self.lowered.divisors, rows, given, buffers)
+            weights = found.values
+            if found.inexact and not self._told:
                 self._told = True
-                warnings.warn(
-                    "the terms of the loss are divided by different numbers of labels, so that the micro-batches' "
-                    "losses count as their mean: a term over labels is that of the whole batch if all have as many",
-                    stacklevel=2,
-                )
+                if self.lane.grid.rank == 0:
+                    warnings.warn(found.inexact, stacklevel=2)
         whole_spec = (R,) * len(mesh.sizes)
         specs = {name: spec for work in self.works.values() for name, spec in work.lowered.plan.inputs.items()}
         at = mesh.coordinates(self.grid.rank)
@@ -156,6 +154,14 @@ class PipelineStep:
         ]
         seeds = [_signed(seed + k * _STRIDE) for k in range(count)]
         return Batch(params, buffers, mine, seeds, weights, frozenset(s.name for s in self.wanted))
+
+    def twin(self) -> PipelineStep:
+        """The same step for other parameters: with a state of its own, and nothing in flight."""
+        twin = PipelineStep(self.lowered, self.lane)
+        twin._told = self._told
+        for number, work in twin.works.items():
+            work.graphs = self.works[number].graphs
+        return twin
 
     # ---- without autograd --------------------------------------------------------------------------------------
 
@@ -171,14 +177,18 @@ class PipelineStep:
         with torch.autocast(self.grid.device.type, enabled=False):
             self.executor.resume(row, last)
 
+    @property
+    def loss_stage(self) -> int:
+        """The stage that computes the loss."""
+        return self.lowered.at[self.lowered.loss]
+
     def loss(self, batch: Batch, first: int) -> torch.Tensor | None:
         """The loss of the micro-batches from `first` on, where this rank has it."""
-        owner = self.lowered.at[self.lowered.loss]
-        if self.home[owner] != self.lane.rank:
+        if self.home[self.loss_stage] != self.lane.rank:
             return None
         sink = next(s for s in self.wanted if s.name == self.lowered.loss)
         found = self._joined(sink, batch, first)
-        self.works[owner].outputs.clear()
+        self.works[self.loss_stage].outputs.clear()
         return found
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -247,10 +257,15 @@ class PipelineStep:
 
 
 class _Run(torch.autograd.Function):
-    """The schedule as autograd sees it: parameters in, outputs out; the backward has been run by then."""
+    """The schedule as autograd sees it: parameters in, outputs out; the backward has been run by then.
+
+    `anchor` stands for what other stages train: the loss needs a gradient on every rank, or on none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, step: PipelineStep, batch: Batch, names: list[str], *params: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, step: PipelineStep, batch: Batch, names: list[str], anchor: torch.Tensor, *params: torch.Tensor
+    ) -> Any:
         step.run(batch)
         outputs = step.collect(batch)
         ctx.step, ctx.names, ctx.grads = step, names, step.gradients()
@@ -278,7 +293,7 @@ class _Run(torch.autograd.Function):
             if grad is not None and scale is not None and not (scale.device.type == "cpu" and scale.item() == 1.0):
                 grad = grad * scale.to(grad.dtype)
             out.append(grad if grad is None or name not in step.wraps else step.wraps[name](grad))
-        return (None, None, None, *(out if scale is not None else [None] * len(out)))
+        return (None, None, None, None, *(out if scale is not None else [None] * len(out)))
 
 
 def _signed(x: int) -> int:

@@ -57,34 +57,39 @@ class Local:
                 group *= 2
             world *= 2
 
-    def collective(self, kind: str, group: int, world: int, size: int) -> Callable[[], object]:
+    def collective(
+        self, kind: str, group: int, world: int, size: int, beside: Callable[[], object] | None = None
+    ) -> Callable[[], object]:
         """One functional collective, waited for, of `size` bytes of float32 on the larger side.
 
         As graphs on gloo do it: a reduce_scatter is an exchange and a sum, and so is a small all_reduce
-        (`autopar/passes/exchange.py`).
+        (`autopar/passes/exchange.py`). beside: what is done between its start and waiting for it.
         """
         name = self._groups[group, world].group_name
         whole = torch.ones(max(group, size // 4 // group * group))
         piece = torch.ones(len(whole) // group)
-        rows = [len(piece)] * group
+        rows, own = [len(piece)] * group, [len(whole)] * group
         starts: dict[str, Callable[[], torch.Tensor]] = {
             "all_reduce": lambda: functional.all_reduce(whole, "sum", name),
             "all_gather": lambda: functional.all_gather_into_tensor(piece, group, name),
             "all_to_all": lambda: functional.all_to_all_single(whole, rows, rows, name),
         }
-        if kind == "reduce_scatter":
-            start = starts["all_to_all"]
-            return lambda: functional.wait_tensor(start()).view(group, -1).sum(0)
+        summed = kind == "reduce_scatter"
+        start = starts["all_to_all" if summed else kind]
         if kind == "all_reduce" and whole.nbytes * group <= SMALL_EXCHANGE:
-            own = [len(whole)] * group
+            summed = True
 
-            def exchanged() -> torch.Tensor:
-                arrived = functional.all_to_all_single(whole.repeat(group), own, own, name)
-                return functional.wait_tensor(arrived).view(group, -1).sum(0)
+            def start() -> torch.Tensor:
+                return functional.all_to_all_single(whole.repeat(group), own, own, name)
 
-            return exchanged
-        start = starts[kind]
-        return lambda: functional.wait_tensor(start())
+        def run() -> torch.Tensor:
+            started = start()
+            if beside is not None:
+                beside()
+            arrived = functional.wait_tensor(started)
+            return arrived.view(group, -1).sum(0) if summed else arrived
+
+        return run
 
 
 def run(

@@ -82,11 +82,11 @@ class StageWork:
         stage, program = lowered.stage, lowered.stage.program
         self.receives_forward, self.sends_forward = lowered.receives_forward, lowered.sends_forward
         self.receives_backward, self.sends_backward = lowered.receives_backward, lowered.sends_backward
-        self._graphs: dict[str, Callable[[list[Any]], Sequence[Any]]] = {}
+        self.graphs: dict[str, Callable[[list[Any]], Sequence[Any]]] = {}  # compiled at most once
         for name in ("forward", "backward", "inputs", "weights", "reduce"):
             gm = getattr(lowered, name)
             if gm is not None:
-                self._graphs[name] = gm if lowered.compiler is None else Compiled(gm, lowered.compiler)
+                self.graphs[name] = gm if lowered.compiler is None else Compiled(gm, lowered.compiler)
         received = {name: i for i, name in enumerate(stage.receives)}
         returned = {name: i for i, name in enumerate(stage.receives_back)}
         self._sources = [s for s in program.sources if s.phase == FORWARD]
@@ -112,6 +112,7 @@ class StageWork:
         self.drift_sum, self.drift_count, self.drift_most = 0, 0, 0
         self._version = 0
         self._seen: dict[int, int] = {}  # micro-batch in flight -> version of its forward
+        self._shares: dict[int, float] = {}  # micro-batch in flight -> weight of its loss
         self._first = 0
         self.batch: Batch | None = None
         self.grads: dict[str, torch.Tensor] = {}
@@ -124,14 +125,18 @@ class StageWork:
     def start(self, batch: Batch) -> None:
         """What the micro-batches are. Forgets what a run that failed has left."""
         self.feed(batch, 0)
-        self.grads, self.outputs, self._flights = {}, {}, {}
+        self.grads, self.outputs, self._flights, self._seen, self._shares = {}, {}, {}, {}, {}
 
-    def count_from(self, updates: int, window: int) -> None:
+    def count_from(self, updates: int, window: int, before: StageWork | None = None) -> None:
         """So many updates have been made, perhaps by another program of the same parameters; nothing is in flight.
 
         window: micro-batches to an update, if a forward is to read the weights that its backward will find; else 0.
+        before: the work that has made them: its count of drift goes on, and its last update is known here.
         """
         self._version, self._window = updates, window
+        if before is not None:
+            self.drift_sum, self.drift_count, self.drift_most = before.drift_sum, before.drift_count, before.drift_most
+            self._moved = before._moved
 
     def feed(self, batch: Batch, first: int) -> None:
         """Micro-batches from number `first` on; others may be in flight."""
@@ -156,10 +161,10 @@ class StageWork:
     def reduce(self) -> None:
         """Reduce what has been added up unreduced. A collective call of the stage's ranks."""
         names = self.lowered.reduced
-        if "reduce" in self._graphs and names:
+        if "reduce" in self.graphs and names:
             box: list[Any] = [self.grads.pop(name) for name in names]
             taken = Taken([])
-            for name, grad in zip(names, self._graphs["reduce"](box)):
+            for name, grad in zip(names, self.graphs["reduce"](box)):
                 self.grads[name] = taken.own(grad)
 
     # ---- what the executor calls -------------------------------------------------------------------------------
@@ -167,6 +172,7 @@ class StageWork:
     def forward(self, micro: int, received: list[torch.Tensor]) -> list[torch.Tensor]:
         """F: run the forward graph, keep what the backward reads."""
         batch, place = self._given(), micro - self._first
+        assert 0 <= place < len(batch.inputs), f"micro-batch {micro} is none of those given, from {self._first} on"
         buffers = batch.buffers
         if self._replaced:
             buffers = {**buffers, **{name: buffers[name].clone() for name in self._replaced}}
@@ -185,12 +191,13 @@ class StageWork:
         saved = [flat[i] for i in self.lowered.saved_inputs]
         for at, name in self._params if self._moved else ():
             saved[at] = local_of(batch.params[name])
-        results = list(self._graphs["forward"](flat))
+        results = list(self.graphs["forward"](flat))
         count = len(self._values)
         values = results[:count]
         if self.lowered.training:
             self._flights[micro] = saved + results[count:]
             self._seen[micro] = self._version
+            self._shares[micro] = batch.weights[place]
         del results
         kept = {}
         for sink, value in zip(self._values, values):
@@ -205,12 +212,13 @@ class StageWork:
     def backward(self, micro: int, received: list[torch.Tensor]) -> list[torch.Tensor]:
         """B: run the backward graph, add up gradients."""
         self._note_drift(micro)
-        if self._idle(micro):
+        share = self._shares.pop(micro)
+        if self._idle(share):
             self._flights.pop(micro)
             return self._nothing()
-        box = self._backward_box(micro, received)
+        box = self._backward_box(micro, share, received)
         held = Taken(box)
-        results = list(self._graphs["backward"](box))
+        results = list(self.graphs["backward"](box))
         grads = [r for s, r in zip(self._ends, results) if s.kind == "grad"]
         sent = [r for s, r in zip(self._ends, results) if s.kind != "grad"]
         del results
@@ -220,14 +228,15 @@ class StageWork:
     def input_grads(self, micro: int, received: list[torch.Tensor]) -> list[torch.Tensor]:
         """I: gradients that are sent back; what W needs stays."""
         self._note_drift(micro)
-        if self._idle(micro):
+        share = self._shares[micro]
+        if self._idle(share):
             self._flights[micro] = []
             return self._nothing()
-        box = self._backward_box(micro, received)
+        box = self._backward_box(micro, share, received)
         kept = [box[i] for i in self.lowered.weight_reads]
         mine = [box[i] for i in self.lowered.input_reads]
         del box
-        results = list(self._graphs["inputs"](mine))
+        results = list(self.graphs["inputs"](mine))
         sent, handed = results[: len(self.sends_backward)], results[len(self.sends_backward) :]
         taken = Taken(sent)
         self._flights[micro] = kept + [taken.apart(t) for t in handed]
@@ -236,10 +245,10 @@ class StageWork:
     def weight_grads(self, micro: int) -> None:
         """W: the rest of the backward."""
         box = self._flights.pop(micro)
-        if self._idle(micro):
+        if self._idle(self._shares.pop(micro)):
             return
         held = Taken(box[: len(self.lowered.weight_reads)])
-        self._add(list(self._graphs["weights"](box)), held)
+        self._add(list(self.graphs["weights"](box)), held)
 
     def update(self, number: int) -> None:
         """U: step the optimizer with what has been added up.
@@ -294,23 +303,21 @@ class StageWork:
         self.drift_sum, self.drift_count = self.drift_sum + drift, self.drift_count + 1
         self.drift_most = max(self.drift_most, drift)
 
-    def _idle(self, micro: int) -> bool:
+    def _idle(self, share: float) -> bool:
         """Whether the loss of a micro-batch counts for nothing: it has no labels, its mean is 0 / 0, its gradient 0."""
-        return self._has_loss and self._given().weights[micro - self._first] == 0
+        return self._has_loss and share == 0
 
     def _nothing(self) -> list[torch.Tensor]:
         return [torch.zeros(shape, dtype=dtype, device=self.device) for dtype, shape in self.sends_backward]
 
-    def _backward_box(self, micro: int, received: list[torch.Tensor]) -> list[Any]:
-        batch = self._given()
+    def _backward_box(self, micro: int, share: float, received: list[torch.Tensor]) -> list[Any]:
         box = self._flights.pop(micro)
         for source, at in self._late:
             if at >= 0:
                 box.append(received[at])
                 continue
             like = self.lowered.stage.program.node(source.node).meta["val"]
-            weight = batch.weights[micro - self._first]
-            box.append(torch.full(tuple(like.shape), weight, dtype=like.dtype, device=self.device))
+            box.append(torch.full(tuple(like.shape), share, dtype=like.dtype, device=self.device))
         return box
 
     def _add(self, grads: list[Any], held: Taken) -> None:

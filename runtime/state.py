@@ -18,7 +18,7 @@ from autopar.runtime.lane import Lane
 from autopar.runtime.pipeline import Pipelined, PipelineStep
 from autopar.runtime.step import Lowered, Step
 from autopar.runtime.storage import Init
-from autopar.runtime.training import Recipe, Trainer
+from autopar.runtime.training import Recipe, Trainer, asynchronous
 
 #: Captures, plans and lowers one call, the same on every rank: (skeleton, args, kwargs, with backward, first plan).
 Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool, Plan | None], Lowered | Pipelined]
@@ -127,12 +127,18 @@ class State:
         return params, buffers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
-        """For copy.deepcopy of the module (averages of weights): programs and groups are shared, values are not."""
+        """For copy.deepcopy of the module (averages of weights): programs and groups are shared, values are not.
+
+        What runs under an asynchronous schedule holds values; the trainer is the module's to copy, when it has its own.
+        """
+        apart = asynchronous(self.plan)
+        steps = {k: s.twin() if apart and isinstance(s, PipelineStep) else s for k, s in self.steps.items()}
         return replace(
             self,
             shells=copy.deepcopy(self.shells, memo),
             model=copy.deepcopy(self.model, memo),
-            steps=dict(self.steps),
+            steps=steps,
+            trainer=None,
             forms=list(self.forms),
             compared=set(self.compared),
             missing=set(self.missing),

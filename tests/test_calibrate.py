@@ -8,7 +8,7 @@ import torch
 from autopar import cli
 from autopar.capture import capture
 from autopar.costmodel import planner, profile
-from autopar.costmodel.calibrate import KINDS, QUICK_SIZES, TRAFFIC, calibrate
+from autopar.costmodel.calibrate import BESIDE, KINDS, QUICK_SIZES, TRAFFIC, calibrate
 from autopar.costmodel.devices import DEVICES
 from autopar.costmodel.ops import traffic_class
 from autopar.errors import ProfileError
@@ -40,9 +40,9 @@ class Alone:
     def largest(self, value):
         return value or 1e-3  # the others measure something
 
-    def collective(self, kind, group, world, size):
+    def collective(self, kind, group, world, size, beside=None):
         self.asked.add((kind, group, world, size))
-        return lambda: None
+        return beside or (lambda: None)
 
     def tell(self, text, done):
         self.told.append((text, done))
@@ -59,10 +59,12 @@ def test_everything_is_measured(found):
     own = device.measured
     assert set(own.memory) == {*TRAFFIC, "update"} and {"float32", "bfloat16", "convolution"} <= set(own.matmul)
     shapes = ((2, 2), (2, 4), (4, 4))
-    assert world.asked == {(k, g, w, s) for k in KINDS for g, w in shapes for s in QUICK_SIZES}
+    alone = {(k, g, w, s) for k in KINDS for g, w in shapes for s in QUICK_SIZES}
+    assert world.asked == alone | {(k, n, n, BESIDE) for k in ("all_gather", "all_reduce") for n in (2, 4)}
     assert set(own.collectives) == {f"{k}/{g}/{w}" for k in KINDS for g, w in shapes}
     assert [c.ranks for c in own.crowds] == [1, 2, 4]
     assert own.crowds[0].matmul == pytest.approx(2.0, rel=0.5)  # the time passes twice as fast as this thread is busy
+    assert all(0 <= c.beside <= 1 for c in own.crowds) and own.crowds[0].beside == 0  # nobody to talk with
     assert all(0 <= done <= 1 for _, done in world.told) and len(world.told) > 10
 
 

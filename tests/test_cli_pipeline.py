@@ -94,3 +94,31 @@ def test_a_plan_without_stages_cannot_be_simulated(capsys, tmp_path):
 def test_words_for_pipelines_without_an_axis(capsys):
     code, _, err = call(capsys, "plan", *TARGET, "--mesh", "dp=2", "--micro-batches", "2")
     assert code == 2 and "mesh dp=2 has no axis 'pp'; add one" in err
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("--mesh", "pp=2,dp=4", "--micro-batches", "8", "--schedule", "1f1b"), id="two axes"),
+        pytest.param(
+            ("--mesh", "pp=2", "--schedule", "zb-v", "--set", "num_hidden_layers=6", "--batch", "16"),
+            id="two stages a rank",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_verify_proves_a_plan_with_stages(capsys, tmp_path, how):
+    path = tmp_path / "plan.json"
+    assert cli.main(["plan", *TARGET, *how, "-o", str(path)]) == 0
+    capsys.readouterr()
+    code, out, err = call(capsys, "verify", path)
+    assert code == 0, out + err
+    assert "equal to one device" in out and "pp=2" in out
+
+
+def test_verify_refuses_what_no_plan_can_prove(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    how = ("--mesh", "pp=2", "--schedule", "paci", "--micro-batches", "4")
+    assert cli.main(["plan", *TARGET, *how, "-o", str(path)]) == 0
+    code, _, err = call(capsys, "verify", path)
+    assert code == 2 and "stale by design" in err

@@ -47,18 +47,23 @@ FRONT = {
     "autopar.driver": {
         f"autopar.{m}"
         for m in (
-            "capture", "checks", "options", "programs", "costmodel", "passes", "runtime", "mesh_search", "stages",
+            "checks", "lowering", "options", "programs", "costmodel", "runtime", "mesh_search", "stages",
             "stage_search",
         )
     },
+    "autopar.lowering": {f"autopar.{m}" for m in ("capture", "costmodel", "passes", "runtime")},
     "autopar.mesh_search": {f"autopar.{m}" for m in ("costmodel", "options", "stages", "stage_search")},
     "autopar.stages": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
-    "autopar.stage_search": {"autopar.options", "autopar.costmodel"},
+    "autopar.proposals": {"autopar.costmodel"},
+    "autopar.stage_search": {"autopar.options", "autopar.costmodel", "autopar.proposals"},
     "autopar.report": set(),
     "autopar.report_pipeline": {"autopar.report"},
     "autopar.targets": set(),
     "autopar.shrink": {"autopar.targets"},
-    "autopar.verify": {"autopar.targets", "autopar.shrink", "autopar.driver", "autopar.capture", "autopar.costmodel"},
+    "autopar.verify": {
+        f"autopar.{m}" for m in ("targets", "shrink", "driver", "capture", "costmodel", "verify_stages")
+    },
+    "autopar.verify_stages": {"autopar.costmodel", "autopar.stage_search"},
     "autopar.questions": {"autopar.capture", "autopar.costmodel", "autopar.driver", "autopar.targets"},
     "autopar.words": {"autopar.costmodel", "autopar.questions", "autopar.report"},
     "autopar.answers": {f"autopar.{m}" for m in ("capture", "options", "questions", "report", "words")},
@@ -365,7 +370,7 @@ def test_directions_checker_notices(path, text, complaint):
 def test_directions_checker_lets_pass():
     good = {
         "costmodel/a.py": "from autopar.costmodel.b import x\nfrom autopar.rule import bind\nimport torch",
-        "autopar/driver.py": "from autopar.passes.cancel import cancel\nfrom autopar import errors",
+        "autopar/lowering.py": "from autopar.passes.cancel import cancel\nfrom autopar import errors",
         "autopar/__init__.py": "from autopar.mesh import Mesh\ndef f():\n    from autopar.driver import compile\n",
     }
     assert check_directions(good) == []

@@ -54,8 +54,9 @@ def adam(params: Any) -> torch.optim.Optimizer:
 
 
 def made(mesh: str, schedule: str, **options: Any) -> Any:
-    options = {"optimizer": adam, "micro_batches": WINDOW, **options}
-    return autopar.compile(chain(), mesh, example=batches(1)[0], device="cpu", schedule=schedule, timeout=60, **options)
+    options = {"optimizer": adam, "micro_batches": WINDOW, "example": batches(1)[0], **options}
+    model = options.pop("model", None) or chain()
+    return autopar.compile(model, mesh, device="cpu", schedule=schedule, timeout=60, **options)
 
 
 def state(pm: Any) -> dict[str, torch.Tensor]:

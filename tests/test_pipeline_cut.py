@@ -1,7 +1,6 @@
 """Programs cut into stages at random gaps, run one after the other in one process, against the uncut program.
 
-In float64, over the zoo and models made to be hard to cut; the backward whole (B) and in halves (I, then W). And the
-weights of micro-batches: the weighted sum of their losses is the loss of the batch.
+In float64, over the zoo and models made to be hard to cut; the backward whole (B) and in halves (I, then W).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from autopar.passes.partition import partition
 from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import ALONE
 from autopar.pipeline.regions import nbytes, regions_of
-from autopar.pipeline.weights import divisors, weights
 from tests import parity, zoo
 from tests.widen import double, widen_to_float64
 
@@ -351,97 +349,3 @@ def test_no_place_to_cut_at_parts_a_buffer_from_its_readers():
     assert pieces.starts
     for start in pieces.starts:
         cut(program, [start])
-
-
-# ---- weights of micro-batches --------------------------------------------------------------------------------------
-
-
-class Loss(nn.Module):
-    """A layer, and a loss of logits and labels. `self.w`: a weight for every class."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.layer, self.loss = nn.Linear(H, 5), loss
-        self.register_buffer("w", torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0]))
-
-    def forward(self, x, t):
-        return self.loss(self, self.layer(x), t)
-
-
-def kept(t):
-    return (t != -100).double()
-
-
-def likelihood(o, t):
-    return (o.log_softmax(-1).gather(1, t.clamp(min=0)[:, None])[:, 0] * kept(t)).sum()
-
-
-#: Losses of a batch whose micro-batches have unequally many labels.
-EXACT = {
-    "mean": lambda m, o, t: F.cross_entropy(o, t),
-    "sum": lambda m, o, t: F.cross_entropy(o, t, reduction="sum"),
-    "by elements": lambda m, o, t: o.square().mean(-1).mean(),
-    "weighted": lambda m, o, t: F.cross_entropy(o, t, weight=m.w),
-    "ignored label out of range": lambda m, o, t: F.cross_entropy(
-        o, torch.where(t < 0, 255, t), weight=m.w, ignore_index=255
-    ),
-    "smoothed": lambda m, o, t: F.cross_entropy(o, t, label_smoothing=0.1),
-    "smoothed and weighted": lambda m, o, t: F.cross_entropy(o, t, weight=m.w, label_smoothing=0.1),
-    "negated": lambda m, o, t: -likelihood(o, t) / kept(t).sum(),
-    "negated mean, guarded": lambda m, o, t: -(likelihood(o, t) / kept(t).sum().clamp(min=1)),
-    "times a tensor": lambda m, o, t: m.w[3] * F.cross_entropy(o, t, reduction="sum"),
-    "times a parameter": lambda m, o, t: F.cross_entropy(o, t) * m.layer.bias[0].exp() + m.layer.bias[0],
-    "two sums": lambda m, o, t: F.cross_entropy(o, t, reduction="sum") + 0.1 * o.square().sum(),
-    "two means of labels": lambda m, o, t: (
-        F.cross_entropy(o, t) - 0.1 * (o.square() * kept(t)[:, None]).sum() / kept(t).sum()
-    ),
-    "with a penalty": lambda m, o, t: F.cross_entropy(o, t) + 0.01 * m.layer.weight.square().sum() + 0.5,
-}
-#: No weights make these exact.
-UNLIKE = {
-    "means over labels and elements": lambda m, o, t: F.cross_entropy(o, t) + 0.1 * o.square().mean(),
-    "sum with a penalty": lambda m, o, t: F.cross_entropy(o, t, reduction="sum") + m.layer.weight.square().sum(),
-}
-#: No sum over the batch.
-NONE = {
-    "of a mean over the batch": lambda m, o, t: o.mean(0).square().sum(),
-    "root": lambda m, o, t: o.square().mean().sqrt(),
-    "row": lambda m, o, t: o.sum(1)[0],
-}
-
-
-def weighed(loss):
-    """Weights for 4 micro-batches, or None; the micro-batches' losses, and the batch's."""
-    torch.manual_seed(0)
-    model, batch, micro = Loss(loss).double(), {"x": rows(), "t": LABELS}, 4
-    parts = [{k: v.chunk(micro)[i] for k, v in batch.items()} for i in range(micro)]
-    whole, one = (capture(model, (), b) for b in (batch, parts[0]))
-    name = one.of_kind("tangent")[0].name
-    found = divisors(one, whole, name, micro)
-    if found is None:
-        return None, None, None
-    return weights(found, parts, batch, {"w": model.w}), [model(**p) for p in parts], model(**batch)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_weighted_losses_are_the_loss_of_the_batch(name):
-    found, parts, whole = weighed(EXACT[name])
-    assert found is not None
-    total = sum(w * part for w, part in zip(found, parts) if w)
-    torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", UNLIKE)
-def test_terms_that_ask_for_different_weights_get_none(name):
-    found, parts, _ = weighed(UNLIKE[name])
-    assert parts is not None and found is None
-
-
-@pytest.mark.parametrize("name", NONE)
-def test_what_is_no_sum_over_the_batch_has_no_divisor(name):
-    assert weighed(NONE[name]) == (None, None, None)
-
-
-def test_a_micro_batch_without_labels_counts_for_nothing():
-    found, _, _ = weighed(EXACT["mean"])
-    assert found == [0.0, 0.2, 0.4, 0.4]

@@ -15,11 +15,14 @@ from torch import nn
 
 import autopar
 from autopar.capture import capture
+from autopar.costmodel import planner
 from autopar.errors import RuntimeUseError
-from autopar.pipeline.plans import inner, outer
+from autopar.mesh import Mesh
+from autopar.pipeline.plans import ALONE, inner, outer
 from autopar.pipeline.schedules import schedule
 from autopar.pipeline.table import to_csv
-from autopar.stage_search import merged
+from autopar.plan import Pipeline
+from autopar.proposals import merged
 from tests.harness import Ranks
 from tests.pipeline_runs import full
 
@@ -236,6 +239,101 @@ def frozen():
     step(*made(model=tied), data())
 
 
+def frozen_stages(part):
+    """One of two stages trains nothing: the first, or the last, through which gradients pass."""
+    model = Net(tied=False)
+    model.requires_grad_(False).get_submodule(part).requires_grad_(True)
+    for name in ("1f1b", "zb-h1"):
+        plain, pm = made(name, model=model, optimizer=sgd, clip=0.5, plan=halved(model, name))
+        here = any(p.requires_grad for p in pm.parameters())
+        assert pm._state.control.rows([here]) in ([[0], [1]], [[1], [0]])
+        step(plain, pm, data())
+        optimizer = sgd(plain.get_submodule(part).parameters())
+        for k in range(2):
+            close(pm.train_step(**data(8, k)), trained(plain, optimizer, data(8, k), 0.5))
+        same_parameters(plain, pm)
+        assert len(pm.optimizers) == here
+        if not here:
+            with pytest.raises(RuntimeUseError, match="all parameters of its stages are frozen"):
+                _ = pm.optimizer
+    plain, pm = made("paci", model=model, optimizer=sgd, clip=0.5, plan=halved(model, "paci"))
+    for _ in range(2):
+        pm.train_step(**data())
+    assert pm.drain().updates == 2
+    still = dict(plain.named_parameters())
+    assert all(torch.equal(p, still[n]) != p.requires_grad for n, p in pm.named_parameters())
+
+
+def halved(model, name):
+    """A plan of two stages; the planner itself lets each of them have something to train."""
+    program = capture(model.double(), (), {name: value[:2] for name, value in data().items()})
+    pipeline = Pipeline("pp", ("fwd:layers.2/mm#0",), 4, name)
+    return outer(planner.plan(program, ALONE), Mesh.parse("pp=2"), pipeline)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.5)
+
+
+def trained(model, optimizer, batch, clip):
+    """The loss of one step of the plain module."""
+    model.zero_grad()
+    found = loss(model, batch)
+    found.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return found
+
+
+def same_parameters(model, pm):
+    plain = dict(model.named_parameters())
+    for name, p in pm.named_parameters():
+        torch.testing.assert_close(full(p), plain[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def clipped():
+    """Gradients of what no optimizer steps, and those of somebody's own backward, do not add up in the norm."""
+
+    def matrices(params):
+        return sgd([p for p in params if p.dim() == 2])
+
+    model, pm = made(model=Net(tied=False), optimizer=matrices, clip=0.05)
+    loss(pm, data()).backward()
+    optimizer = matrices(model.parameters())
+    for k in range(3):
+        close(pm.train_step(**data(8, k)), trained(model, optimizer, data(8, k), 0.05))
+    same_parameters(model, pm)
+
+
+class Stubborn(torch.optim.SGD):
+    """It takes over nobody's state."""
+
+    def load_state_dict(self, state_dict):
+        raise ValueError("not mine")
+
+
+def copies():
+    """A copy trains its own parameters, with an optimizer and a scheduler in the same state."""
+    _, pm = made(
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+    )
+    pm.train_step(**data())
+    twin = copy.deepcopy(pm)
+    before = {n: p.detach().clone() for n, p in pm.named_parameters()}
+    found = [float(twin.train_step(**data(8, k))) for k in range(3)]
+    assert all(torch.equal(p, before[n]) for n, p in pm.named_parameters()), "the original has moved"
+    assert found == [float(pm.train_step(**data(8, k))) for k in range(3)]
+    assert twin.optimizer is not pm.optimizer
+    assert twin.optimizer.param_groups[0]["lr"] == pm.optimizer.param_groups[0]["lr"] == 2.5e-3
+    same_parameters(twin, pm)
+    _, pm = made(optimizer=lambda params: Stubborn(params, lr=0.1))
+    copy.deepcopy(pm)
+    pm.train_step(**data())
+    with pytest.raises(RuntimeUseError, match=r"cannot be copied with its optimizer.*ValueError: not mine"):
+        copy.deepcopy(pm)
+
+
 def files(folder):
     rank = torch.distributed.get_rank()
     model, pm = made("zb-h1")
@@ -312,12 +410,17 @@ def without_values():
     "case",
     [
         evaluation, evaluated_first, accumulation, states, inside_another_module, statistics, counts, frozen, outputs,
-        given_loss, without_values,
+        given_loss, without_values, clipped, copies,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_as_the_plain_module(two, case):
     two.run(case)
+
+
+@pytest.mark.parametrize("part", ["head", "embed"])
+def test_stages_that_train_nothing(two, part):
+    two.run(frozen_stages, part)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-v"])

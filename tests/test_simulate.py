@@ -62,6 +62,17 @@ def test_bounds_and_the_serial_price(name):
         assert set(found.streams) == {"dp", "tp"}
 
 
+def test_computation_loses_time_beside_communication():
+    for made in plans("llama"):
+        found = simulate(zoo("llama"), made, SLOW)
+        half, all_ = (simulate(zoo("llama"), made, dataclasses.replace(SLOW, beside=b)) for b in (0.5, 1.0))
+        beside = min(found.comm_s - found.exposed_s, found.compute_s)
+        assert half.exposed_s - found.exposed_s == pytest.approx(0.5 * beside)
+        assert found.step_s < half.step_s < all_.step_s
+        assert half.step_s == pytest.approx(half.compute_s + half.exposed_s + half.update_s)
+        assert (half.compute_s, half.comm_s, half.update_s) == (found.compute_s, found.comm_s, found.update_s)
+
+
 def test_free_links_leave_computation():
     device = dataclasses.replace(SLOW, launch=0.0)
     for made in plans("llama"):

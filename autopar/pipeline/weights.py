@@ -6,115 +6,50 @@ loss of the batch is the sum of the micro-batches' losses, each times (its divis
 micro-batches have unequally many labels. Terms that are the same for every batch (a penalty on parameters) go with any
 weights that add up to 1, and so, on average, does what is no sum over rows.
 
-Where the terms ask for different weights, one loss cannot have them all: micro-batches then count alike.
+`terms.py` beside reads the terms off the graph. A term may ask for nothing: a micro-batch without labels adds nothing
+to it, whatever its weight. Where the terms ask for different weights, one loss cannot have them all: if one is a sum
+and another a mean, the loss is refused; if they are means over different counts, the first is exact, and the user is
+told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
 
-from autopar.graph import LOOKS, Program, Sink, Value, named_arguments, resolve
-from autopar.pipeline.regions import closure, regions_of
+from autopar.errors import BatchError
+from autopar.graph import Program, Value
+from autopar.pipeline.terms import OTHER, SAME, SUM, Divisor, Term, divisor
 
-aten = torch.ops.aten
-#: Losses that give their sum and what it would have to be divided by.
-_NLL: frozenset[Any] = frozenset({aten.nll_loss_forward.default, aten.nll_loss2d_forward.default})
-_SUMS: frozenset[Any] = frozenset({aten.sum.default, aten.sum.dim_IntList})
-_DIVIDES: frozenset[Any] = frozenset({aten.div.Tensor, aten.div.Scalar})
-_TIMES: frozenset[Any] = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-_ADDS: frozenset[Any] = frozenset({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar})
-#: What `reduction` is for a sum.
-_SUMMED = 2
+Tensors = Mapping[str, torch.Tensor]
+
 #: Relative difference of weights that is rounding.
 _ROUNDING = 1e-5
+#: Weights that add up to so many times what they should are those of a sum where a mean is, or the other way round.
+_FAR = 1.5
 
 
 @dataclass(frozen=True)
-class Term:
-    """One term of a loss.
+class Weights:
+    """The weight of every micro-batch's loss. inexact: why they do not give the loss of the batch; "": they do."""
 
-    Attributes:
-        elements: how many are summed; 0: the term is no sum.
-        number, under, over: what the sum is divided by: a number, and values that follow from inputs alone (free, or
-            the count of an op in _NLL), divided by, and multiplied with.
-    """
-
-    elements: int = 0
-    number: float = 1.0
-    under: tuple[fx.Node, ...] = ()
-    over: tuple[fx.Node, ...] = ()
+    values: list[float]
+    inexact: str = ""
 
 
-@dataclass(frozen=True)
-class Divisor:
-    """What a loss is divided by, term by term."""
-
-    program: Program
-    terms: tuple[Term, ...]
-    _known: dict[tuple[fx.Node, ...], list[fx.Node]] = field(default_factory=dict, repr=False, compare=False)
-
-    def __call__(self, inputs: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> float:
-        """The divisor of the first term for these inputs."""
-        return self.values(inputs, buffers)[0]
-
-    def values(self, inputs: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> list[float]:
-        """The divisors of all terms that are sums, for these inputs."""
-        given = {**buffers, **inputs}
-        out = []
-        for term in self.terms:
-            if term.elements:
-                total = term.number
-                for node in term.under:
-                    total *= float(self._value(node, given))
-                for node in term.over:
-                    total /= float(self._value(node, given)) or float("nan")
-                out.append(total)
-        return out
-
-    @property
-    def mixed(self) -> bool:
-        """Whether there are terms that are no sums."""
-        return not all(term.elements for term in self.terms)
-
-    def _value(self, node: fx.Node, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if node.target not in _NLL:
-            return self._free((node,), given)[node]
-        named = named_arguments(node.target, node.args, node.kwargs)
-        target, weight = named["target"], named["weight"]
-        found = self._free(tuple(n for n in (target, weight) if n is not None), given)
-        labels, kept = found[target], found[target] != named["ignore_index"]
-        if weight is None:
-            return kept.sum()
-        return found[weight][labels.masked_fill(~kept, 0)].mul(kept).sum()
-
-    def _free(self, wanted: tuple[fx.Node, ...], given: Mapping[str, torch.Tensor]) -> dict[fx.Node, Any]:
-        graph = self.program.gm.graph
-        if wanted not in self._known:
-            inside = closure(wanted, set(graph.nodes))
-            self._known[wanted] = [n for n in graph.nodes if n in inside]
-        sources = {s.node: s.name for s in self.program.sources}
-        values: dict[fx.Node, Any] = {}
-        for node in self._known[wanted]:
-            if node.op == "placeholder":
-                values[node] = given[sources[node.name]].cpu()  # a program speaks of the CPU, whatever it runs on
-            elif node.op == "get_attr":
-                values[node] = getattr(self.program.gm, str(node.target))
-            else:
-                target: Any = aten.reshape.default if node.target is aten.view.default else node.target
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = target(*args, **kwargs)
-        return values
-
-
-def divisors(one: Program, whole: Program, loss: str, count: int) -> tuple[Divisor, Divisor] | None:
+def divisors(
+    one: Program, whole: Program, loss: str, count: int, scale: Callable[[Value], float | None] = lambda value: None
+) -> tuple[Divisor, Divisor] | None:
     """What the loss called so is divided by: in the program of one of `count` micro-batches, and of the whole batch.
 
-    None if no term of it is a sum over the batch.
+    None if no term of it is known to be a sum over the batch.
+
+    Args:
+        scale: a value of `whole` -> what the sum of the micro-batches' values is multiplied by to give it; None where
+            it is not known to be such a sum. Those are sums nevertheless if they have `count` times the elements.
     """
     found = []
     for program in (one, whole):
@@ -123,124 +58,171 @@ def divisors(one: Program, whole: Program, loss: str, count: int) -> tuple[Divis
     small, large = found
     if len(small.terms) != len(large.terms):
         return None
-    pairs = [
-        (a, b) if a.elements * count == b.elements else (Term(), Term()) for a, b in zip(small.terms, large.terms)
-    ]
-    if not any(a.elements for a, _ in pairs):
+    pairs = [_paired(a, b, count, scale) for a, b in zip(small.terms, large.terms)]
+    if not any(a.kind == SUM for a, _ in pairs):
         return None
     return Divisor(one, tuple(a for a, _ in pairs)), Divisor(whole, tuple(b for _, b in pairs))
 
 
-def weights(
-    of: tuple[Divisor, Divisor],
-    rows: Sequence[Mapping[str, torch.Tensor]],
-    whole: Mapping[str, torch.Tensor],
-    buffers: Mapping[str, torch.Tensor],
-) -> list[float] | None:
-    """The weight of every micro-batch's loss; None where the terms of the loss ask for different ones.
+def _paired(a: Term, b: Term, count: int, scale: Callable[[Value], float | None]) -> tuple[Term, Term]:
+    """A term of a micro-batch's loss and of the batch's, of one kind."""
+    share = scale(b.end) if b.end is not None and b.kind != SAME else None
+    if share is None and a.kind == b.kind == SUM and a.elements * count == b.elements:
+        share = 1.0
+    if share is not None:
+        return replace(a, kind=SUM, number=a.number * share), replace(b, kind=SUM)
+    kind = SAME if a.kind == b.kind == SAME else OTHER
+    return replace(a, kind=kind), replace(b, kind=kind)
+
+
+def weights(of: tuple[Divisor, Divisor], rows: Sequence[Tensors], whole: Tensors, buffers: Tensors) -> Weights:
+    """The weight of every micro-batch's loss.
 
     Args:
         of: as `divisors` gives it. rows: the inputs of every micro-batch. whole: those of the batch.
+
+    Raises:
+        BatchError: the loss adds a sum over rows to a term that is none; it names both.
     """
-    one, all_ = of
-    total = all_.values(whole, buffers)
-    # A batch without any label has no loss: as the whole does, its parts divide by zero.
-    table = [[a / b if b else float("nan") for a, b in zip(one.values(row, buffers), total)] for row in rows]
-    for row in table:
-        if any(abs(other - row[0]) > _ROUNDING * abs(row[0]) for other in row[1:]):
-            return None
-    found = [row[0] for row in table]
-    if one.mixed and abs(sum(found) - 1.0) > _ROUNDING:
-        return None
-    return found
+    return _Weighing(of, rows, whole, buffers).weights()
 
 
-def divisor(program: Program, loss: Sink) -> Divisor:
-    """The terms of `loss`, and what each is divided by."""
-    return _Reader(program).read(loss)
+#: What a term asks for, by micro-batch: a weight, or None where it does not matter.
+_Asked = list[float | None]
 
 
-#: A scalar, and what it is divided by.
-_Rest = tuple[Value, Term]
+class _Weighing:
+    """The weights for one batch."""
 
+    def __init__(self, of: tuple[Divisor, Divisor], rows: Sequence[Tensors], whole: Tensors, buffers: Tensors) -> None:
+        self.one, self.all = of
+        self.rows, self.buffers = rows, buffers
+        self.parts = [self.one.scales(row, buffers) for row in rows]
+        self.total = self.all.scales(whole, buffers)
+        self.lost: list[tuple[int, int]] = []  # (term, micro-batch) of which something is left out
 
-class _Reader:
-    """Reads the terms of a loss, from the end of its graph up."""
+    def weights(self) -> Weights:
+        terms = self.one.terms
+        sums = [j for j, term in enumerate(terms) if term.kind == SUM]
+        if not all(math.isfinite(self.total[j]) for j in sums):
+            # A batch without any label has no loss: as the whole does, its parts divide by zero.
+            return Weights([math.nan] * len(self.rows))
+        asked = {j: self._asked(j) for j in sums}
+        found = self._agreed(asked)
+        if found is None or self._off(found):
+            for j in sums:
+                self._free_where_empty(j, asked[j])
+            found = self._agreed(asked)
+        told = ""
+        if found is None:
+            self._refuse_sums(asked)
+            found = self._compromise(asked)
+            told = (
+                f"terms of the loss ({', '.join(terms[j].where for j in sums)}) are divided by different counts, so "
+                "that no weights of the micro-batches' losses give the loss of the batch: the first that is uneven "
+                "counts as in the whole batch, the others nearly; divide all by the same count, or pass "
+                "micro_batches=1"
+            )
+        off = self._off(found)
+        if off and not told:
+            j, ratio = off[0]
+            if not self.lost and not 1 / _FAR < ratio < _FAR:
+                self._refuse(sums[0], j)
+            told = (
+                f"a term of the loss ({terms[j].where}) counts {ratio:.3g} times what it does for the whole batch, for "
+                f"the micro-batches' losses have the weights that {terms[sums[0]].where} asks for; divide both by the "
+                "same count, or pass micro_batches=1"
+            )
+        if self.lost:
+            j, k = self.lost[0]
+            told = (
+                f"a factor of a term of the loss ({terms[j].where}) is 0, or its divisor is, in micro-batch {k} and "
+                "not in the whole batch, so that the rows of that micro-batch are left out of it; multiply each row by "
+                "its own factor before adding up, or pass micro_batches=1"
+            )
+        return Weights(found, told)
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.free = regions_of(program).free
-        varying = {s.node for s in program.sources if s.kind == "seed" or s.name in program.batch_dims}
-        self.varies: set[fx.Node] = set()  # what differs between micro-batches
-        for node in program.gm.graph.nodes:
-            if node.name in varying or any(n in self.varies for n in node.all_input_nodes):
-                self.varies.add(node)
-
-    def read(self, loss: Sink) -> Divisor:
-        """All terms, in the order in which they are added."""
-        top = resolve(self.program.node(str(loss.node)))
-        terms: list[Term] = []
-        stack: list[_Rest | Term] = [(Value(top.node, top.index or loss.index), Term())]
-        while stack:
-            rest = stack.pop()
-            if isinstance(rest, Term):
-                terms.append(rest)
+    def _asked(self, j: int) -> _Asked:
+        """What a sum asks for, so that its parts, weighed, add up to it."""
+        out: _Asked = []
+        for k, part in enumerate(self.parts):
+            scale = part[j]
+            if self.total[j] == 0:
+                out.append(None if scale == 0 else 0.0)
+            elif scale != 0 and math.isfinite(scale):
+                out.append(self.total[j] / scale)
             else:
-                stack += reversed(self._down(*rest))
-        return Divisor(self.program, tuple(terms))
+                if not self.one.empty(j, self.rows[k], self.buffers):
+                    self.lost.append((j, k))
+                # 0 / 0 must be left out. A guard that is 0 leaves itself out: any weight will do.
+                out.append(None if scale == 0 else 0.0)
+        return out
 
-    def _down(self, value: Value, term: Term) -> Sequence[_Rest | Term]:
-        """What a scalar, divided as `term` says, is made of; a Term where that ends."""
-        node, target = value.node, value.node.target
-        if node.op != "call_function" or node not in self.varies or value.val.numel() != 1:
-            return [Term()]
-        first = resolve(node.all_input_nodes[0])
-        if target in LOOKS or target is aten.neg.default or (target in _SUMS and first.val.numel() == 1):
-            return [(first, term)]
-        if target in _NLL and value.index == 0:
-            named = named_arguments(target, node.args, node.kwargs)
-            summed = named["reduction"] == _SUMMED
-            return [replace(term, elements=resolve(named["target"]).val.numel())] if summed else [Term()]
-        if target in _SUMS:
-            return [replace(term, elements=first.val.numel())]
-        if target in _ADDS:
-            return [(resolve(a), term) if isinstance(a, fx.Node) else Term() for a in node.args[:2] if a != 0]
-        if target in _DIVIDES and not node.kwargs:
-            return self._scaled(node.args[0], node.args[1], term, under=True)
-        if target in _TIMES:
-            a, b = node.args[:2]
-            swap = isinstance(a, fx.Node) and isinstance(b, fx.Node) and self._known(a) is not None
-            return self._scaled(b, a, term, under=False) if swap else self._scaled(a, b, term, under=False)
-        return [Term()]
+    def _free_where_empty(self, j: int, asked: _Asked) -> None:
+        """A micro-batch of which a sum has nothing, divided by what is not 0, may have any weight."""
+        for k, part in enumerate(self.parts):
+            if asked[k] and math.isfinite(part[j]) and self.one.empty(j, self.rows[k], self.buffers):
+                asked[k] = None
 
-    def _scaled(self, x: Any, by: Any, term: Term, under: bool) -> Sequence[_Rest | Term]:
-        """`x` divided by, or times `by`."""
-        if not isinstance(x, fx.Node):
-            return [Term()]
-        if isinstance(by, fx.Node):
-            known = self._known(by)
-            if known is None:
-                return [Term()]
-            more = (known,) if known in self.varies else ()  # what never varies is in all divisors alike
-            term = replace(term, under=term.under + more) if under else replace(term, over=term.over + more)
-        elif not by:
-            return [Term()]
+    def _agreed(self, asked: Mapping[int, _Asked]) -> list[float] | None:
+        """Weights that all ask for; None if there are none."""
+        out = []
+        for k in range(len(self.rows)):
+            wishes = [a[k] for a in asked.values() if a[k] is not None]
+            first = wishes[0] if wishes else 0.0
+            if any(abs(w - first) > _ROUNDING * abs(first) for w in wishes):  # type: ignore[operator]
+                return None
+            out.append(0.0 if self._undefined(k) else float(first or 0.0))
+        return out
+
+    def _undefined(self, k: int) -> bool:
+        """Whether some term of a micro-batch's loss is divided by 0: the loss must not be read then."""
+        return not all(math.isfinite(scale) for scale in self.parts[k])
+
+    def _off(self, found: Sequence[float]) -> list[tuple[int, float]]:
+        """Terms that are no sums, with what they are multiplied by under these weights, where that is not 1."""
+        out = []
+        for j, term in enumerate(self.one.terms):
+            if term.kind != SUM and math.isfinite(self.total[j]) and self.total[j]:
+                ratio = sum(w * part[j] for w, part in zip(found, self.parts) if w) / self.total[j]
+                if abs(ratio - 1.0) > _ROUNDING:
+                    out.append((j, ratio))
+        return out
+
+    def _refuse_sums(self, asked: Mapping[int, _Asked]) -> None:
+        """Raise if one of the terms is a sum where another is a mean."""
+        totals = {j: sum(w for w in a if w) for j, a in asked.items()}
+        most, least = max(totals, key=totals.__getitem__), min(totals, key=totals.__getitem__)
+        if not self.lost and totals[most] > _FAR * totals[least] > 0:
+            self._refuse(most, least)
+
+    def _refuse(self, sum_: int, other: int) -> None:
+        first, second = self.one.terms[sum_], self.one.terms[other]
+        if second.kind == SAME:
+            what = f"a term that no row of the batch has a part in ({second.where})"
+            remedy = "divide the sum, and the sum alone, by the number of rows or labels in the model"
         else:
-            term = replace(term, number=term.number * by if under else term.number / by)
-        return [(resolve(x), term)]
+            what = f"one that is a mean or the like ({second.where})"
+            remedy = "divide both by the number of rows or labels in the model, so that both are means"
+        raise BatchError(
+            f"the loss adds a sum over the rows of the batch ({first.where}) to {what}: a pipeline weighs the losses "
+            f"of {len(self.rows)} micro-batches, and no weights give both their part in the loss of the batch; "
+            f"{remedy}, or pass micro_batches=1"
+        )
 
-    def _known(self, node: fx.Node) -> fx.Node | None:
-        """What gives a factor's value: one that follows from inputs, or is the same for all micro-batches."""
-        while node.target in LOOKS and node not in self.free:
-            node = node.all_input_nodes[0]
-        if node not in self.varies or node in self.free:
-            return node if resolve(node).val.numel() == 1 else None
-        value = resolve(node)
-        if value.node.target in _NLL and value.index == 1:
-            named = named_arguments(value.node.target, value.node.args, value.node.kwargs)
-            if all(n is None or n in self.free for n in (named["target"], named["weight"])):
-                return value.node
-        return None
+    def _compromise(self, asked: Mapping[int, _Asked]) -> list[float]:
+        """The weights of the first term whose micro-batches differ, and 0 where a term must not be read."""
+
+        def spread(a: _Asked) -> float:
+            known = [w for w in a if w is not None]
+            return max(known, default=0.0) - min(known, default=0.0)
+
+        columns = sorted(asked.values(), key=lambda a: spread(a) <= _ROUNDING)
+        out = []
+        for k in range(len(self.rows)):
+            wishes = [w for w in (a[k] for a in columns) if w is not None]
+            out.append(0.0 if self._undefined(k) or not wishes else wishes[0])
+        return out
 
 
-__all__ = ["Divisor", "Term", "divisor", "divisors", "weights"]
+__all__ = ["Divisor", "Term", "Weights", "divisor", "divisors", "weights"]

@@ -1,0 +1,61 @@
+"""From a program and its plan to the graphs of one rank, for the device that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from autopar import passes
+from autopar.capture import compiled
+from autopar.costmodel import rules
+from autopar.graph import Program
+from autopar.plan import Plan
+from autopar.runtime.groups import Grid
+from autopar.runtime.step import Lowered
+
+
+def lower(
+    program: Program,
+    plan: Plan,
+    coordinates: tuple[int, ...],
+    group_names: Mapping[str, str],
+    eager: bool = False,
+    target: passes.Target = passes.HOST,
+) -> Lowered:
+    """This rank's forward and backward graphs of `program` under `plan`, for `target`.
+
+    eager: they will run op by op, and take their arguments in a list: `passes.boxed`, the forward gated.
+
+    Raises:
+        PlanError: the plan is not legal for the program; names the op.
+    """
+    local, _ = passes.lower(program, plan, rules.rule_for, target)
+    parts = passes.cut(local, fuses=not eager)
+    title = "-".join(map(str, coordinates))
+    place = (plan.mesh, coordinates, group_names)
+    forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target)
+    forward = passes.boxed(forward, gated=True) if eager else forward
+    compiler = None if eager else compiled
+    if not program.training:
+        return Lowered(program, plan, forward, None, compiler=compiler)
+    backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
+    backward = passes.boxed(backward) if eager else backward
+    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
+
+
+def target_of(grid: Grid, linear_from: float | None = None) -> passes.Target:
+    """What this rank's graphs are made for; `linear_from`: of the device that was measured, if it is a CPU."""
+    if grid.device.type != "cuda":
+        return passes.Target(grid.device, staged=grid.staged, linear_from=linear_from)
+    power, kernels = torch.cuda.get_device_capability(grid.device), set()
+    if power >= (8, 0) and torch.backends.cuda.flash_sdp_enabled():
+        kernels.add("flash")
+    # As torch itself prefers them: on H100 and B200 and their kin, from the version that is right at every length.
+    if power in ((9, 0), (10, 0)) and torch.backends.cuda.cudnn_sdp_enabled():
+        if (torch.backends.cudnn.version() or 0) > 91500:
+            kernels.add("cudnn")
+    return passes.Target(grid.device, frozenset(kernels), grid.staged)
+
+
+__all__ = ["lower", "target_of"]

@@ -1,0 +1,200 @@
+"""What stages of a pipeline may be made of: for every size of micro-batch plans of a stage's ranks, in priced pieces.
+
+The ranks of a stage run a plan that the planner finds for the program of a micro-batch on the mesh of a stage: the
+quickest, or, where memory decides, one that holds less; stages need not run the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autopar.costmodel import planner, stages
+from autopar.costmodel.pieces import Pieces
+from autopar.errors import InfeasibleError
+from autopar.graph import Program
+from autopar.mesh import Mesh
+from autopar.pipeline.cut import cut
+from autopar.pipeline.plans import AXIS, outer
+from autopar.plan import Pipeline, Plan
+from autopar.rule import Choice
+
+#: Bytes that no plan needs: the limit is a stage's, and the planner sees all stages in one.
+UNLIMITED = 1 << 62
+#: Plans that hold less are made for so much of a rank's memory, if every stage held as much.
+SHARES = (1.0, 0.5)
+
+#: (program of a micro-batch, plan, micro-batches, addresses at which pieces begin if that is settled) -> the pieces.
+PiecesOf = Callable[[Program, Plan, int, Sequence[str]], Pieces]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What stages may be made of, for one size of micro-batch.
+
+    Attributes:
+        program: of a micro-batch. plans: of it, on the mesh of a stage; a stage runs what one of them says.
+        pieces: of each plan, all with the same beginnings.
+        again: makes another plan, for a limit of bytes, and its pieces.
+        taken: the first plan is that of another size of micro-batch. tightened: plans that hold less were looked for.
+    """
+
+    program: Program
+    plans: tuple[Plan, ...]
+    pieces: tuple[Pieces, ...]
+    again: Callable[[float, Sequence[str]], tuple[Plan, Pieces]]
+    taken: bool = False
+    tightened: bool = False
+
+    @classmethod
+    def first(
+        cls, program: Program, micro: int, mesh: Mesh, pieces: PiecesOf, options: Mapping[str, Any], like: Plan | None
+    ) -> Proposal:
+        """With the plan that is quickest if memory is no matter; or with `like`, of another size, if it is legal."""
+
+        def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
+            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit})
+            return plan, pieces(program, plan, micro, starts)
+
+        known = None
+        if like is not None:
+            known = planner.transfer(program, like, device=options["device"], memory_limit=UNLIMITED)
+        if known is not None:
+            return cls(program, (known,), (pieces(program, known, micro, ()),), again, True)
+        plan, found = again(UNLIMITED, ())
+        return cls(program, (plan,), (found,), again)
+
+    def own(self) -> Proposal:
+        """With a plan of its own in place of one that is taken from another size."""
+        plan, pieces = self.again(UNLIMITED, self.starts)
+        return Proposal(self.program, (plan,), (pieces,), self.again)
+
+    def with_smaller(self, limits: Sequence[float]) -> Proposal:
+        """With plans for less memory, as far as there are any; of one that has been asked before, itself."""
+        if self.tightened:
+            return self
+        plans, pieces = list(self.plans), list(self.pieces)
+        for limit in limits:
+            try:
+                plan, found = self.again(limit, self.starts)
+            except InfeasibleError:
+                break
+            if (plan.choices, plan.storage) != (plans[-1].choices, plans[-1].storage):
+                plans.append(plan)
+                pieces.append(found)
+        return replace(self, plans=tuple(plans), pieces=tuple(pieces), tightened=True)
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Addresses at which pieces begin, but for the first."""
+        return self.pieces[0].starts
+
+    @property
+    def chain(self) -> stages.Chain:
+        """The pieces as what stages are cut from."""
+        return self.pieces[0].chain if len(self.pieces) == 1 else stages.Alternatives([p.chain for p in self.pieces])
+
+    def plan(self, found: stages.Candidate, mesh: Mesh) -> Plan:
+        """The plan of a candidate: every stage as the plan says that it chose."""
+        cuts = tuple(self.starts[c - 1] for c in found.cuts[1:-1])
+        chosen = [self.plans[k] for k in found.choices]
+        made = Pipeline(AXIS, cuts, found.micro, found.schedule)
+        return outer(merged(self.program, chosen, cuts), mesh, made)
+
+
+def proposals_of(
+    counts: Sequence[int],
+    mesh: Mesh,
+    pieces: PiecesOf,
+    program_of: Callable[[int], Program],
+    options: Callable[[Program], Mapping[str, Any]],
+    like: Plan | None = None,
+) -> dict[int, Proposal]:
+    """Proposals for all numbers of micro-batches. One is solved, the others take its plan over.
+
+    Args:
+        mesh: of a stage. program_of: number of micro-batches -> the program of one of them.
+        options: of the planner, for a program. like: a plan of another size, if there is one.
+    """
+    found: dict[int, Proposal] = {}
+    for micro in sorted(counts, key=lambda m: (abs(counts.index(m) - len(counts) // 2), m)):
+        program = program_of(micro)
+        found[micro] = Proposal.first(program, micro, mesh, pieces, options(program), like)
+        like = like or found[micro].plans[0]
+    return {micro: found[micro] for micro in counts}
+
+
+def best_choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+    """Stages, micro-batches and schedule. What is chosen gets a plan of its own, if it has that of another size.
+
+    judged: of `stages.choose`: ranks, link, schedules.
+
+    Raises:
+        As `stages.choose`.
+    """
+    while True:
+        choice = _choice(proposals, limit, judged)
+        chosen = proposals[choice.best.micro]
+        if not chosen.taken:
+            return choice
+        proposals[choice.best.micro] = chosen.own()
+
+
+def _choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+    """The best of what is proposed; where memory decides, `proposals` get plans that hold less."""
+    refused: InfeasibleError | None = None
+    try:
+        choice = stages.choose(chains_of(proposals), limit=limit, **judged)
+        if limit is None or not _binds(choice, chains_of(proposals), judged):
+            return choice
+    except InfeasibleError as error:
+        refused = error
+    assert limit is not None
+    for micro, proposal in proposals.items():
+        proposals[micro] = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
+    try:
+        return stages.choose(chains_of(proposals), limit=limit, **judged)
+    except InfeasibleError as error:
+        raise error if any(len(p.plans) > 1 for p in proposals.values()) or refused is None else refused from None
+
+
+def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Plan:
+    """One plan of the whole program that is in every stage what the stage's plan is."""
+    if all(plan is plans[0] for plan in plans):
+        return plans[0]
+    choices: dict[str, tuple[Choice, ...]] = {}
+    storage: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    for stage, plan in zip(cut(program, starts), plans):
+        names = {s.name for s in stage.program.sources} | {s.name for s in stage.program.sinks}
+        addresses = (n.meta["address"] for n in stage.program.gm.graph.nodes if "address" in n.meta)
+        # What several stages have, masks and shared parameters, is as in the first of them.
+        choices.update({a: plan.choice(a) for a in addresses if a not in choices})
+        for found, given in ((storage, plan.storage), (inputs, plan.inputs), (outputs, plan.outputs)):
+            found.update({k: v for k, v in given.items() if k in names and k not in found})
+    first = plans[0]
+    merged = replace(
+        first,
+        choices={**first.choices, **choices},
+        storage={**first.storage, **storage},
+        inputs={**first.inputs, **inputs},
+        outputs={**first.outputs, **outputs},
+    )
+    planner.check_plan(program, merged)
+    return merged
+
+
+def chains_of(proposals: Mapping[int, Proposal]) -> dict[int, stages.Chain]:
+    """Number of micro-batches -> what stages are cut from."""
+    return {micro: proposal.chain for micro, proposal in proposals.items()}
+
+
+def _binds(choice: stages.Choice, chains: Mapping[int, stages.Chain], judged: Mapping[str, Any]) -> bool:
+    """Whether more memory would make the step quicker."""
+    free = stages.choose(chains, limit=None, top=0, **judged)
+    return free.bound < choice.best.seconds * (1 - 1e-9)
+
+
+__all__ = ["UNLIMITED", "Proposal", "best_choice", "merged", "proposals_of"]
