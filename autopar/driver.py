@@ -37,7 +37,7 @@ from autopar.runtime.storage import Init, first_difference, same_fields, skeleto
 from autopar.runtime.training import Recipe
 from autopar.spec import R, Spec, format_spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
-from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again
+from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
 
 
 def compile(
@@ -319,6 +319,8 @@ class _Builder:
         pipeline = given.pipeline if given is not None else None
         if pipeline is not None:
             pipeline = replace(pipeline, micro=fitting(rows, pipeline.micro))
+            if not whole.training and unjoined(program_of(pipeline.micro), whole, pipeline.micro):
+                pipeline = replace(pipeline, micro=1)  # evaluated whole, what micro-batches cannot give is exact
         if self.given is not None and first is None:
             with control.together("checking the plan"):
                 plan = check_pipeline(self.given, program_of, rows, asked)

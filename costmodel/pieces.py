@@ -290,18 +290,22 @@ class _Sums:
 
     def add(self, at: int, **more: float) -> None:
         """To one piece."""
-        old = self.parts[at]
-        self.parts[at] = replace(old, **{k: getattr(old, k) + v for k, v in more.items()})
+        self.parts[at] = _sum(self.parts[at], more)
 
     def add_once(self, places: Iterable[int], **more: float) -> None:
         """To several pieces, which together have it once."""
         ordered = sorted(set(places))
         for at in ordered:
             self.add(at, **more)
-        self.twice += [(a, b, replace(_NOTHING, **more)) for a, b in pairwise(ordered)]
+        self.twice += [(a, b, _sum(_NOTHING, more)) for a, b in pairwise(ordered)]
 
 
 _NOTHING = Option(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _sum(option: Option, more: Mapping[str, float]) -> Option:
+    """With so much more of some numbers."""
+    return replace(option, **{k: getattr(option, k) + v for k, v in more.items()})
 
 
 def _larger(option: Option, factor: float) -> Option:

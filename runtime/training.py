@@ -205,9 +205,7 @@ class Trainable(nn.Module):
             )
         return True
 
-    def _step_of(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Call, PipelineStep, list[torch.Tensor]]:
+    def _step_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, PipelineStep, list[torch.Tensor]]:
         """The call, what runs it, and its inputs. Nothing is compared between ranks, unless it is new."""
         state = self._state
         if state.missing:

@@ -168,11 +168,11 @@ class _Weighing:
         """Weights that all ask for; None if there are none."""
         out = []
         for k in range(len(self.rows)):
-            wishes = [a[k] for a in asked.values() if a[k] is not None]
+            wishes = [w for w in (a[k] for a in asked.values()) if w is not None]
             first = wishes[0] if wishes else 0.0
-            if any(abs(w - first) > _ROUNDING * abs(first) for w in wishes):  # type: ignore[operator]
+            if any(abs(w - first) > _ROUNDING * abs(first) for w in wishes):
                 return None
-            out.append(0.0 if self._undefined(k) else float(first or 0.0))
+            out.append(0.0 if self._undefined(k) else first)
         return out
 
     def _undefined(self, k: int) -> bool:
