@@ -318,9 +318,13 @@ class _Builder:
         given = self.given if self.given is not None else first
         pipeline = given.pipeline if given is not None else None
         if pipeline is not None:
-            pipeline = replace(pipeline, micro=fitting(rows, pipeline.micro))
-            if not whole.training and unjoined(program_of(pipeline.micro), whole, pipeline.micro):
-                pipeline = replace(pipeline, micro=1)  # evaluated whole, what micro-batches cannot give is exact
+            with control.together("dividing the batch"):
+                pipeline = replace(pipeline, micro=fitting(rows, pipeline.micro))
+                if not whole.training and unjoined(program_of(pipeline.micro), whole, pipeline.micro):
+                    pipeline = replace(pipeline, micro=1)  # evaluated whole, what micro-batches cannot give is exact
+                if self.homes:  # another kind of call may have other ops where stages begin
+                    starts = starts_again(program_of(pipeline.micro), pipeline.starts, self.homes)
+                    pipeline = replace(pipeline, starts=tuple(starts))
         if self.given is not None and first is None:
             with control.together("checking the plan"):
                 plan = check_pipeline(self.given, program_of, rows, asked)
@@ -337,15 +341,12 @@ class _Builder:
         assert plan.pipeline is not None
         with control.together("lowering"):
             program = program_of(plan.pipeline.micro)
-            starts: Sequence[str] = plan.pipeline.starts
-            if self.homes:
-                starts = starts_again(program, starts, self.homes)
             place = inner_place(grid.mesh, grid.rank, plan.pipeline.axis, grid.group_names)
             lowered = lower_pipeline(
                 program, whole, plan, place, full=asked.outputs == "full", eager=self.eager,
-                target=target_of(grid, self.linear_from), starts=starts, news=_NEWS[captured.how],
+                target=target_of(grid, self.linear_from), news=_NEWS[captured.how],
             )  # fmt: skip
-            self.homes = {**stage_of_state(program, starts), **self.homes}
+            self.homes = {**stage_of_state(program, plan.pipeline.starts), **self.homes}
         control.same(
             "the captured program",
             program.digest(),

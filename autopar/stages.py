@@ -50,7 +50,6 @@ def lower_pipeline(
     full: bool,
     eager: bool = False,
     target: passes.Target = passes.HOST,
-    starts: Sequence[str] | None = None,
     news: str = "",
 ) -> Pipelined:
     """What the rank at `place` runs of `program`, which is of one micro-batch, under `plan`.
@@ -58,7 +57,6 @@ def lower_pipeline(
     Args:
         whole: the program of the whole batch, for the weights of micro-batches.
         full: outputs beside the loss are wanted in training.
-        starts: addresses at which stages begin, where they are not the plan's.
 
     Raises:
         PlanError: the plan is not legal for the program. ScheduleError: as `table_of`. BatchError: outputs of
@@ -68,7 +66,7 @@ def lower_pipeline(
     pipeline, mine = plan.pipeline, inner(plan)
     ranks = plan.mesh.sizes[plan.mesh.axis(pipeline.axis)]
     table = table_of(pipeline, ranks, program.training)
-    stages = cut(program, pipeline.starts if starts is None else starts)
+    stages = cut(program, pipeline.starts)
     home = homes(table)
     if len(stages) != len(home):
         raise PlanError(
