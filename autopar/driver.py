@@ -125,7 +125,10 @@ def compile(
     """
     count = _devices(mesh)
     if count is not None:
-        given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        given = plan
+        if isinstance(plan, (str, Path)):
+            with _flat(count, timeout, model).together("reading the options"):
+                given = Plan.load(plan)
         if not isinstance(given, Plan):
             given = _searched(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
@@ -415,10 +418,15 @@ def _devices(mesh: MeshLike) -> int | None:
     return count if mesh == "auto" or count > 1 else None
 
 
+def _flat(count: int, timeout: float, model: nn.Module) -> Control:
+    """Joins the processes before it is known how they are arranged. A collective call."""
+    flat = Mesh(search.NAMES[0], (count,))
+    return Control(connect(flat, default_device(flat, model), timeout))
+
+
 def _searched(count: int, timeout: float, model: nn.Module, example: Example | None, **options: Any) -> Plan:
     """The best plan on any shape of the running processes, found by rank 0. A collective call."""
-    flat = Mesh((search.NAMES[0]), (count,))
-    control = Control(connect(flat, default_device(flat, model), timeout))
+    control = _flat(count, timeout, model)
     with control.together("reading the options"):
         if example is None:
             raise MeshError(

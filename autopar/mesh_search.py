@@ -13,7 +13,7 @@ from typing import Any
 from autopar.costmodel import search
 from autopar.costmodel.devices import Device, machine
 from autopar.costmodel.search import Progress, Tried
-from autopar.errors import BatchError, ConstraintError, InfeasibleError, ScheduleError
+from autopar.errors import BatchError, CaptureError, ConstraintError, InfeasibleError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.options import Asked
@@ -88,7 +88,7 @@ def _pipelines(
                 counts = micro_choices(rows, ranks, wanted)
                 wanted = wanted if len(counts) == 1 else replace(wanted, micro_batches=counts[len(counts) // 2])
             return Tried(mesh, plan_pipeline(program_of, rows, wanted, lambda program: options(program, wanted)))
-        except (InfeasibleError, ConstraintError, ScheduleError, BatchError) as error:
+        except (InfeasibleError, ConstraintError, ScheduleError, BatchError, CaptureError) as error:
             return Tried(mesh, None, str(error))
 
     shapes = list(meshes(count, min(rows, LONGEST), asked.device))

@@ -12,7 +12,7 @@ from typing import Any
 
 from autopar.costmodel import planner, stages
 from autopar.costmodel.pieces import Pieces
-from autopar.errors import InfeasibleError
+from autopar.errors import CaptureError, InfeasibleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.pipeline.cut import cut
@@ -116,13 +116,23 @@ def proposals_of(
     Args:
         mesh: of a stage. program_of: number of micro-batches -> the program of one of them.
         options: of the planner, for a program. like: a plan of another size, if there is one.
+
+    Raises:
+        CaptureError: no number gives micro-batches that the model takes: some take no single row in training.
     """
     found: dict[int, Proposal] = {}
+    failure: CaptureError | None = None
     for micro in sorted(counts, key=lambda m: (abs(counts.index(m) - len(counts) // 2), m)):
-        program = program_of(micro)
+        try:
+            program = program_of(micro)
+        except CaptureError as error:
+            failure = error
+            continue
         found[micro] = Proposal.first(program, micro, mesh, pieces, options(program), like)
         like = like or found[micro].plans[0]
-    return {micro: found[micro] for micro in counts}
+    if failure is not None and not found:
+        raise failure
+    return {micro: found[micro] for micro in counts if micro in found}
 
 
 def best_choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:

@@ -16,7 +16,7 @@ from autopar.costmodel import planner, stages
 from autopar.costmodel.devices import Device, machine, part
 from autopar.costmodel.pieces import Pieces, pieces_of
 from autopar.costmodel.stages_answer import size
-from autopar.errors import BatchError, InfeasibleError, PlanError, ScheduleError
+from autopar.errors import BatchError, CaptureError, InfeasibleError, PlanError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.options import Asked
@@ -155,7 +155,10 @@ def plan_pipeline(
             if not more:
                 raise
             like = next(iter(proposals.values())).plans[0]
-            proposals.update(proposals_of([more.pop(0)], place.alone, place.pieces, program_of, wishes, like))
+            try:
+                proposals.update(proposals_of([more.pop(0)], place.alone, place.pieces, program_of, wishes, like))
+            except CaptureError:  # the model takes no micro-batches that small
+                more.clear()
     best = choice.best
     chosen = proposals[best.micro]
     costs = _costs(best.options, [chosen.chain.gap_bytes(c) for c in best.cuts[1:-1]], place.link)
