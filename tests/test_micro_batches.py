@@ -23,16 +23,9 @@ from autopar.graph import Value
 from autopar.spec import R, S
 from autopar.stages import loss_of, unjoined
 from tests import pipeline_runs, zoo
-from tests.harness import Ranks
 from tests.pipeline_runs import full
 
 H, ROWS, MICRO = 16, 8, 4
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2, timeout=90) as group:
-        yield group
 
 
 def captured(model, batch, micro=MICRO, training=True):

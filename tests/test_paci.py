@@ -77,18 +77,6 @@ def drained_every_step(mesh: str, constraints: dict[str, str]) -> tuple[list[flo
     return ours, theirs, a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2, timeout=200) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4, timeout=200) as group:
-        yield group
-
-
 def plain() -> list[float]:
     """Losses of the plain module."""
     model = chain()

@@ -11,21 +11,8 @@ from torch import nn
 
 from autopar.errors import BatchError, RuntimeUseError
 from autopar.runtime import module as runtime_module
-from tests.harness import Ranks
 from tests.pipeline_runs import full
 from tests.test_paci import STEPS, Chain, batches, chain, made, state
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2, timeout=200) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4, timeout=200) as group:
-        yield group
 
 
 def evaluates_as_it_is() -> float:

@@ -29,18 +29,6 @@ QUICK = {"gpt2": ["zb-v"], "llama": ["zb-h1"], "t5": ["1f1b"], "resnet": ["inter
          "vit": ["gpipe"]}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2, timeout=400) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4, timeout=500) as group:
-        yield group
-
-
 def check(ranks: Ranks, name: str, cases: list[Case], micro: int = 4) -> None:
     found = ranks.run(compare, name, cases, micro)
     assert not any(failures for failures, _ in found), "\n".join(line for failures, _ in found for line in failures)

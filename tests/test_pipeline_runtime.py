@@ -29,12 +29,6 @@ from tests.pipeline_runs import full
 H = 16
 
 
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2, timeout=90) as group:
-        yield group
-
-
 class Net(nn.Module):
     """Tied embeddings, four layers, a loss that ignores labels. Without labels, logits."""
 
