@@ -23,7 +23,7 @@ from autopar.graph import Value
 from autopar.spec import R, S
 from autopar.stages import loss_of, unjoined
 from tests import pipeline_runs, zoo
-from tests.pipeline_runs import full
+from tests.trained import full
 
 H, ROWS, MICRO = 16, 8, 4
 

@@ -14,7 +14,7 @@ import autopar
 from autopar.errors import PlanError, RuntimeUseError, ScheduleError
 from autopar.pipeline.laws import backward_version, forward_version
 from tests.harness import Ranks
-from tests.pipeline_runs import captured_once, full
+from tests.trained import captured_once, full
 
 WINDOW, STEPS = 4, 6
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from autopar.errors import BatchError, RuntimeUseError
 from autopar.runtime import module as runtime_module
-from tests.pipeline_runs import full
 from tests.test_paci import STEPS, Chain, batches, chain, made, state
+from tests.trained import full
 
 
 def evaluates_as_it_is() -> float:

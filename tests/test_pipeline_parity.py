@@ -12,7 +12,8 @@ import torch
 import autopar
 from autopar.pipeline.schedules import SCHEDULES
 from tests.harness import Ranks
-from tests.pipeline_runs import Case, compare, example, train, worst
+from tests.pipeline_runs import Case, compare, example
+from tests.trained import train, worst
 from tests.widen import widen_to_float64
 
 MODELS = ("gpt2", "llama", "t5", "resnet", "unet", "vit")

@@ -24,7 +24,7 @@ from autopar.pipeline.table import to_csv
 from autopar.plan import Pipeline
 from autopar.proposals import merged
 from tests.harness import Ranks
-from tests.pipeline_runs import full
+from tests.trained import full
 
 H = 16
 
