@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar.errors import MeshError, RankMismatchError, RuntimeUseError
 from autopar.mesh import Mesh
 from autopar.runtime.board import Board, share
+from autopar.runtime.heap import keep_freed
 
 #: What `connect` takes for a mesh.
 MeshLike = Mesh | DeviceMesh | str | int
@@ -92,6 +93,8 @@ def connect(mesh: MeshLike, device: torch.device, timeout: float = 300.0) -> Gri
     count = running()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed()
     if not isinstance(mesh, DeviceMesh) and plain.num_devices != count:
         are = "is" if count == 1 else "are"
         raise MeshError(

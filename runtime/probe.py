@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 from autopar.errors import ProfileError
 from autopar.reshard import SMALL_EXCHANGE
+from autopar.runtime.heap import keep_freed
 
 functional = torch.ops._c10d_functional
 PRELOAD = ["autopar.runtime.probe", "torch.distributed"]
@@ -148,6 +149,7 @@ def _main(
     rank: int, num: int, folder: str, answers: Any, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
 ) -> None:
     torch.set_num_threads(1)
+    keep_freed()  # as compiled modules do
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num, timeout=timedelta(seconds=timeout)
     )
