@@ -400,7 +400,10 @@ def compiled(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> Callable[
         with mode:  # each in memory of its own: that two are one, or share memory, may be so this time only
             fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in arguments]
         # For a `GmWrapper` AOTAutograd gives back what takes a list (in 2.11, read there, and 2.13, run).
-        run = _inductor.compile(cast(fx.GraphModule, GmWrapper(fx.GraphModule(gm, graph), list)), fakes)
+        # Taking it for an inference graph, inductor would move every op to its first reader: gradients of weights to
+        # the end of the backward, far from what they read.
+        wrapped = cast(fx.GraphModule, GmWrapper(fx.GraphModule(gm, graph), list))
+        run = _inductor.compile(wrapped, fakes, options={"reorder_for_locality": False})
     count = len(results)
 
     def filled(box: list[Any]) -> Sequence[Any]:

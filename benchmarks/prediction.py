@@ -7,9 +7,9 @@ Plans: classic strategies on dp=4, tp=4 and dp=2,tp=2, the planner's own choice 
 machine is calibrated anew before each model. Steps of all plans take turns, in an order that changes, so that what else
 the machine does falls on all alike; seconds are medians, and the choice is compared with each other plan in the same
 round. Bars: rank correlation of predicted and measured seconds at least 0.85, the planner's choice within 5 % of the
-fastest measured, peak of live bytes within 5 %. What turns out to be one plan under several names is measured once. Random plans, which move nearly
-every tensor, count for the correlation only: with so many packed pieces in flight at once their peak is not told so
-well.
+fastest measured, peak of live bytes within 5 %. What turns out to be one plan under several names is measured once.
+Random plans, which move nearly every tensor, count for the correlation only: with so many packed pieces in flight at
+once their peak is not told so well.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import autopar
 from autopar.capture import compiled
 
 aten = torch.ops.aten
@@ -57,3 +59,42 @@ def test_one_tensor_twice_is_two_at_the_next_call():
     run = compiled(fx.GraphModule(torch.nn.Module(), graph), [one, one])
     assert torch.equal(run([one, one])[0], one - one)
     assert torch.equal(run([one, two])[0], one - two)
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the products of matrices that ran, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is aten.mm:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+class Block(nn.Module):
+    """x + down(gelu(up(x)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_gradients_of_weights_are_not_all_left_to_the_end():
+    """There what they read has left the caches."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Block() for _ in range(3)), nn.Linear(64, 16)), torch.randn(32, 64)
+    batch = {"input": x, "target": x[:, :16]}
+    module = autopar.compile(model, 1, example=batch, loss=nn.functional.mse_loss, backend="inductor")
+    for _ in range(2):  # the first one compiles
+        loss = module(**batch)
+        with Products() as seen:
+            loss.backward()
+    weights = [shape[0] != 32 for shape in seen.shapes]  # the others have a row for every row of the batch
+    assert sum(weights) == 7 and True in weights[:3]
