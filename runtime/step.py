@@ -299,7 +299,8 @@ class _Run(torch.autograd.Function):
         # DTensors too, which know that they were changed since, as an optimizer step before the backward does.
         read = [feed.params[s.name] for s in (step.sources[i] for i in step.saved_inputs) if s.kind == "param"]
         ctx.save_for_backward(*others, *read, *ctx.again.take())
-        step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in done.saved}.values())
+        if not step.saved_bytes:  # of every call the same
+            step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in done.saved}.values())
         wanted = {s.name for s in step.tangents}
         ctx.sinks = [s for s in step.values if s.kind == "output" and s.node is not None]
         ctx.mark_non_differentiable(*(o for s, o in zip(ctx.sinks, outputs) if s.name not in wanted and not s.cut))
@@ -336,8 +337,8 @@ class _Run(torch.autograd.Function):
 def _divide(done: _Done) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
     """What the backward needs, None standing for what others hold too; and that, in order."""
     foreign = done.given | {_memory(t) for t in done.values if t is not None}
-    others = [t for t in done.saved if _memory(t) in foreign]
-    return [None if _memory(t) in foreign else t for t in done.saved], others
+    own = [None if _memory(t) in foreign else t for t in done.saved]
+    return own, [t for t, mine in zip(done.saved, own) if mine is None]
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -415,7 +416,7 @@ class Taken:
         store, start = _memory(grad), grad.data_ptr()
         end = start + grad.nbytes
         spans = self.spans.setdefault(store, [])
-        if store in self.foreign or any(start < b and a < end for a, b in spans):
+        if store in self.foreign or (spans and any(start < b and a < end for a, b in spans)):
             return grad.clone()
         spans.append((start, end))
         return grad
