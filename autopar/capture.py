@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -27,12 +26,13 @@ from torch._functorch._aot_autograd import descriptors as desc
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import get_current_meta
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
+from autopar import depth
 from autopar.assemble import ROLE, Role, Traced, assemble
 from autopar.call import Call, Wrapper
 from autopar.canonical import MODULE_KEY, module_path
@@ -41,7 +41,7 @@ from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
 from autopar.graph import Program
-from autopar.modes import HOST, ExplicitAttention, OnHost, check_host
+from autopar.modes import HOST, ExplicitAttention, OnHost, check_host, setting, sizes_as_text
 from autopar.shared_memory import check_memory, overlaps
 from autopar.symbolic import Batches
 from autopar.tree import batched
@@ -147,15 +147,13 @@ def _traced(
                 "torch.no_grad() (training=False)"
             )
         try:
-            with _quiet(), torch.set_grad_enabled(training), _sizes_as_text():
-                gm = _trace(wrapper, inputs)
+            with _quiet(), torch.set_grad_enabled(training), sizes_as_text():
+                # Symbols would take values where two layers are compared.
+                gm = (None if symbolic else _deep(wrapper, inputs, mode)) or _trace(wrapper, inputs)
         except CaptureError:
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
             raise CaptureError(explain(error, model)) from None
-        check_host(gm.graph)
-        _set_roles(gm.graph)
-        _set_modules(gm.graph)
         traced = Traced(
             gm=gm,
             inputs=list(call.names),
@@ -298,52 +296,66 @@ def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> fx.GraphModule:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_marked_modules(wrapper.model))
         stack.enter_context(_use_lazy_graph_module(True))  # no code is written for graphs that nobody calls
+        stack.enter_context(_traceable())
+        joint = aot_export_joint_with_descriptors(stack, wrapper, tuple(inputs), decompositions=DECOMPOSITIONS)
+        gm = joint.graph_module
+    check_host(gm.graph)
+    _set_roles(gm.graph)
+    _set_modules(gm.graph)
+    return gm
+
+
+@contextlib.contextmanager
+def _traceable() -> Iterator[None]:
+    """Within, user's code takes the paths that can be traced."""
+    with contextlib.ExitStack() as stack:
         if torch.get_default_device().type == "cuda":
             stack.enter_context(HOST)  # what is made without naming a device
         stack.enter_context(ExplicitAttention())
         stack.enter_context(OnHost())
-        stack.enter_context(_set(FunctionalTensor, "cuda", lambda x, *_, **__: x))  # its own asks for a GPU
+        stack.enter_context(setting(FunctionalTensor, "cuda", lambda x, *_, **__: x))  # its own asks for a GPU
         # The check for singular matrices would be traced as a token, which a graph that is cut up cannot pass on.
         check = torch._library.simple_registry.singleton.find("aten::_linalg_check_errors").effect
-        stack.enter_context(_set(check, "_effect", None))
+        stack.enter_context(setting(check, "_effect", None))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # torch.compile inside the model steps aside
         for flag in ("_is_compiling_flag", "_is_exporting_flag"):  # libraries take their traceable paths
-            stack.enter_context(_set(torch.compiler, flag, True))
-        joint = aot_export_joint_with_descriptors(stack, wrapper, tuple(inputs), decompositions=DECOMPOSITIONS)
-    return joint.graph_module
-
-
-@contextlib.contextmanager
-def _set(holder: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(holder, name)
-    setattr(holder, name, value)
-    try:
+            stack.enter_context(setting(torch.compiler, flag, True))
         yield
-    finally:
-        setattr(holder, name, before)
 
 
-@contextlib.contextmanager
-def _sizes_as_text() -> Iterator[None]:
-    """Within, text made of a symbolic number is text of its value, and the trace holds for that value only.
+def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) -> fx.GraphModule | None:
+    """As `_trace`, from a trace of a few layers of a stack; None without one, or if they are not proved to be alike."""
+    stack, returned = depth.stack_of(wrapper.model), wrapper.returned
+    if stack is None:
+        return None
+    heard = []
+    for few in (False, True):
+        with stack.short(wrapper.model) if few else contextlib.nullcontext(), mode, _traceable():
+            with depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text) as recorder:
+                wrapper(*inputs)
+        heard.append((recorder, returned.leaves, returned.is_tensor, returned.cut, list(returned.notes)))
+    (whole, *results), (short, *same) = heard
+    if results != same or not depth.equal(whole, short):
+        return None
+    with stack.short(wrapper.model):
+        gm = _trace(wrapper, inputs)
+    graph = depth.unroll(gm.graph, stack)
+    if graph is None:
+        return None
+    returned.reached = depth.names(returned.reached, stack)
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(gm, graph)
 
-    Torch prints the symbol's name and notes nothing, so that a model that looks up "n=6" would go astray in silence.
-    """
-    kinds: dict[Any, Any] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
-    def text_of(symbolic: Any) -> Callable[[Any], str]:
-        plain, before = kinds[symbolic], symbolic.__repr__
+def _surroundings() -> Any:
+    """What autograd does with a call depends on this too (`_top_saved_tensors_default_hooks`: in 2.11 and 2.13)."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), hooks is None, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-        def text(value: Any) -> str:
-            asking = sys._getframe(1).f_globals.get("__name__", "")
-            return before(value) if asking.partition(".")[0] == "torch" else repr(plain(value))  # torch: messages
 
-        return text
-
-    with contextlib.ExitStack() as stack:
-        for symbolic in kinds:
-            stack.enter_context(_set(symbolic, "__repr__", text_of(symbolic)))
-        yield
+def _text(value: Any) -> str:
+    """A number or whatever is no tensor; of a symbolic one its formula."""
+    return str(value.node.expr) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else repr(value)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,9 @@ have fake twins on the CPU (`autopar/capture.py`), and here the user's own words
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,4 +94,38 @@ def check_host(graph: fx.Graph) -> None:
                 )
 
 
-__all__ = ["ExplicitAttention", "OnHost", "check_host", "host_of"]
+@contextlib.contextmanager
+def setting(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, the attribute `name` of `holder` is `value`."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+@contextlib.contextmanager
+def sizes_as_text() -> Iterator[None]:
+    """Within, text made of a symbolic number is text of its value, and the trace holds for that value only.
+
+    Torch prints the symbol's name and notes nothing, so that a model that looks up "n=6" would go astray in silence.
+    """
+    kinds: dict[Any, Any] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+    def text_of(symbolic: Any) -> Callable[[Any], str]:
+        plain, before = kinds[symbolic], symbolic.__repr__
+
+        def text(value: Any) -> str:
+            asking = sys._getframe(1).f_globals.get("__name__", "")
+            return before(value) if asking.partition(".")[0] == "torch" else repr(plain(value))  # torch: messages
+
+        return text
+
+    with contextlib.ExitStack() as stack:
+        for symbolic in kinds:
+            stack.enter_context(setting(symbolic, "__repr__", text_of(symbolic)))
+        yield
+
+
+__all__ = ["ExplicitAttention", "OnHost", "check_host", "host_of", "setting", "sizes_as_text"]

@@ -35,7 +35,8 @@ BASE = {
 CAPTURE = {
     f"autopar.{m}"
     for m in (
-        "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "explain", "modes",
+        "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "depth", "explain",
+        "modes",
         "param_views", "programs", "shared_memory", "symbolic",
     )
 }  # fmt: skip

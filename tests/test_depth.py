@@ -1,0 +1,247 @@
+"""Of a stack of equal layers a few are traced: the program is that of a whole trace, node by node, or it is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)  # fmt: skip
+
+from autopar import capture as capturing
+from autopar.depth import KEPT, Recorder, stack_of
+
+WIDTH, LAYERS = 4, 9
+SMALL = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "max_position_embeddings": 8,
+}  # fmt: skip
+GROUPED = {**SMALL, "num_key_value_heads": 1, "use_cache": False}
+
+
+def compared(monkeypatch, model, kwargs, training=True):
+    """Whether few layers were traced; checks that the program is that of a whole trace."""
+    used, deep = [], capturing._deep
+
+    def spied(*args):
+        found = deep(*args)
+        used.append(found is not None)
+        return found
+
+    monkeypatch.setattr(capturing, "_deep", spied)
+    got = capturing.capture(model, (), kwargs, training=training)
+    monkeypatch.setattr(capturing, "_deep", lambda *args: None)
+    want = capturing.capture(model, (), kwargs, training=training)
+    monkeypatch.setattr(capturing, "_deep", deep)
+    assert got.digest() == want.digest()
+    assert got.sources == want.sources and got.sinks == want.sinks and got.notes == want.notes
+    for mine, plain in zip(got.gm.graph.nodes, want.gm.graph.nodes, strict=True):
+        for key in ("address", "phase", "module"):
+            assert mine.meta.get(key) == plain.meta.get(key), mine
+        assert str(mine.meta.get("val")) == str(plain.meta.get("val")), mine
+    return used == [True]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+        lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=2)),
+        lambda: BertForMaskedLM(BertConfig(**SMALL)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=LAYERS, n_head=2, use_cache=False)),
+    ],
+    ids=["llama", "mixtral", "bert", "gpt2"],
+)
+def test_hugging_face_models_are_traced_once_a_layer(monkeypatch, made):
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    assert compared(monkeypatch, made().train(), {"input_ids": ids, "labels": ids})
+
+
+def test_layers_that_take_turns_are_traced_whole(monkeypatch):
+    model = Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)).train()
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    assert not compared(monkeypatch, model, {"input_ids": ids, "labels": ids})
+
+
+class Double(torch.autograd.Function):
+    """x, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+class Layer(nn.Module):
+    """tanh(x W), and what a test adds."""
+
+    def __init__(self, number, dropout=0.0, norm=False):
+        super().__init__()
+        self.number, self.dropout = number, dropout
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH) if norm else nn.Identity()
+
+    def forward(self, x, extra=None):
+        x = nn.functional.dropout(self.norm(self.linear(x)).tanh(), self.dropout) + x
+        return x if extra is None else x + extra
+
+
+class Net(nn.Module):
+    """Layers one after the other; `run` calls one of them."""
+
+    def __init__(self, run=None, end=None, count=LAYERS, **options):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Layer(i, **options) for i in range(count))
+        self.run, self.end = run or (lambda net, layer, x, seen: layer(x)), end
+
+    def forward(self, x):
+        x, seen = self.first(x), []
+        for layer in self.layers:
+            seen.append(x)
+            x = self.run(self, layer, x, seen)
+        loss = x.square().mean()
+        return loss if self.end is None else self.end(self, loss, seen)
+
+
+class Chain(nn.Module):
+    """An nn.Sequential within."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(LAYERS)))
+
+    def forward(self, x):
+        return self.body(x).sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "made",
+    [
+        Net, Chain, lambda: Net(dropout=0.5), lambda: Net(norm=True), lambda: Net(count=40),
+        lambda: Net(lambda net, layer, x, seen: Double.apply(layer(x), 2.0)),
+        lambda: Net(lambda net, layer, x, seen: layer(x, seen[0])),
+        lambda: Net(end=lambda net, loss, seen: (loss, seen[0], len(seen))[:2]),
+    ],
+    ids=["plain", "sequential", "dropout", "batchnorm", "deep", "function outside", "embedding", "output"],
+)  # fmt: skip
+def test_what_is_repeated_is_what_a_whole_trace_has(monkeypatch, made, training):
+    torch.manual_seed(0)
+    compared(monkeypatch, made(), {"x": torch.randn(3, WIDTH)}, training)
+
+
+@pytest.mark.parametrize(
+    "made", [Net, Chain, lambda: Net(dropout=0.5), lambda: Net(norm=True)], ids=["plain", "chain", "dropout", "norm"]
+)
+def test_plain_stacks_are_traced_once_a_layer(monkeypatch, made):
+    assert compared(monkeypatch, made(), {"x": torch.randn(3, WIDTH)})
+
+
+def late(layer):
+    return layer.number >= KEPT + 1
+
+
+def without_gradient(net, layer, x, seen):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not late(layer)):
+        y = layer(x)
+    return y + x
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda net, layer, x, seen: layer(x) * (layer.number + 1),
+        lambda net, layer, x, seen: layer(x) / len(net.layers),
+        lambda net, layer, x, seen: layer(x).relu() if late(layer) else layer(x),
+        lambda net, layer, x, seen: layer(x, x * 2) if late(layer) else layer(x, x * 3),
+        lambda net, layer, x, seen: layer(x, seen[-2] if late(layer) else x),
+        lambda net, layer, x, seen: layer(x, seen[layer.number // 2]),
+        lambda net, layer, x, seen: checkpoint(layer, x, use_reentrant=False) if late(layer) else layer(x),
+        lambda net, layer, x, seen: layer(x.detach() + x) if late(layer) else layer(x + x),
+        lambda net, layer, x, seen: layer(net.layers[-1].linear(x)),
+        lambda net, layer, x, seen: x if layer.number == 7 else layer(x),
+        without_gradient,
+    ],
+    ids=[
+        "number", "count", "another op", "another number", "another input", "skip", "checkpoint", "detached",
+        "another layer's weight", "left out", "without gradient",
+    ],
+)  # fmt: skip
+def test_layers_that_differ_are_traced_whole(monkeypatch, run):
+    assert not compared(monkeypatch, Net(run), {"x": torch.randn(3, WIDTH)})
+
+
+class Scaled(Layer):
+    """A layer whose gradient is scaled by a number that the forward does not show."""
+
+    def forward(self, x, extra=None):
+        return Double.apply(super().forward(x), 3.0 if late(self) else 2.0)
+
+
+class Hooked(Layer):
+    """A layer whose output scales its gradient."""
+
+    def forward(self, x, extra=None):
+        x = super().forward(x)
+        if late(self) and x.requires_grad:
+            x.register_hook(lambda grad: grad * 2)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Scaled, Hooked])
+def test_a_backward_that_no_forward_shows_is_traced(monkeypatch, kind):
+    net = Net()
+    net.layers = nn.ModuleList(kind(i) for i in range(LAYERS))
+    assert not compared(monkeypatch, net, {"x": torch.randn(3, WIDTH)})
+
+
+def test_what_is_seen_of_layers_must_be_equal(monkeypatch):
+    for change in (
+        lambda net: net.layers[7].requires_grad_(False),
+        lambda net: net.layers[7].norm.eval(),
+        lambda net: net.layers[7].register_full_backward_hook(lambda *_: None),
+        lambda net: setattr(net.layers[7], "linear", net.layers[6].linear),
+        lambda net: setattr(net.layers[7].linear, "weight", net.first.weight),
+    ):
+        net = Net(norm=True)
+        change(net)
+        assert stack_of(net) is None
+        compared(monkeypatch, net, {"x": torch.randn(3, WIDTH)})
+
+
+def test_what_the_rest_has_of_layers_must_be_equal(monkeypatch):
+    for end in (
+        lambda net, loss, seen: (loss, *seen),
+        lambda net, loss, seen: loss + sum(layer.linear.weight.square().sum() for layer in net.layers),
+        lambda net, loss, seen: loss + seen[4].sum(),
+        lambda net, loss, seen: (loss, seen[4]),
+        lambda net, loss, seen: (loss, len(seen)),
+    ):
+        assert not compared(monkeypatch, Net(end=end), {"x": torch.randn(3, WIDTH)})
+
+
+def test_nothing_is_left_behind():
+    apply, net = torch.autograd.Function.__dict__["apply"], Net()
+    hooks = [len(m._forward_hooks) for m in net.modules()]
+    capturing.capture(net, (torch.randn(3, WIDTH),))
+    assert torch.autograd.Function.__dict__["apply"] is apply
+    assert len(net.layers) == LAYERS and [len(m._forward_hooks) for m in net.modules()] == hooks
+    with pytest.raises(ValueError, match="stop"), Recorder(net, stack_of(net), [], lambda: None, repr):
+        raise ValueError("stop")
+    assert torch.autograd.Function.__dict__["apply"] is apply
