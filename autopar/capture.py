@@ -325,10 +325,17 @@ def _traceable() -> Iterator[None]:
 
 def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) -> fx.GraphModule | None:
     """As `_trace`, from a trace of a few layers of a stack; None without one, or if they are not proved to be alike."""
-    stack, returned = depth.stack_of(wrapper.model), wrapper.returned
-    if stack is None:
+    stack = depth.stack_of(wrapper.model) if wrapper.with_grad else None  # else ops do not know their modules
+    try:
+        return None if stack is None else _repeated(wrapper, inputs, mode, stack)
+    except Exception:  # a model that counts its layers; what fails for another reason fails in the whole trace too
         return None
-    heard = []
+
+
+def _repeated(
+    wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode, stack: depth.Stack
+) -> fx.GraphModule | None:
+    returned, heard = wrapper.returned, []
     for few in (False, True):
         with stack.short(wrapper.model) if few else contextlib.nullcontext(), mode, _traceable():
             with depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text) as recorder:
@@ -348,14 +355,19 @@ def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) ->
 
 
 def _surroundings() -> Any:
-    """What autograd does with a call depends on this too (`_top_saved_tensors_default_hooks`: in 2.11 and 2.13)."""
+    """What a call depends on besides its arguments (`_top_saved_tensors_default_hooks`: in 2.11 and 2.13)."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), hooks is None, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    kernels = torch.backends.cuda
+    return (
+        hooks is None, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
+        kernels.flash_sdp_enabled(), kernels.math_sdp_enabled(), kernels.mem_efficient_sdp_enabled(),
+    )  # fmt: skip
 
 
-def _text(value: Any) -> str:
-    """A number or whatever is no tensor; of a symbolic one its formula."""
-    return str(value.node.expr) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else repr(value)
+def _text(value: Any) -> str | None:
+    """An argument of a torch function that is no plain value, if its text tells all of it."""
+    return repr(value) if isinstance(value, torch._C.DispatchKeySet) else None
 
 
 @contextlib.contextmanager

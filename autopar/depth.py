@@ -17,12 +17,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from autopar.assemble import ROLE, Role
@@ -66,17 +67,20 @@ class Stack:
 
 
 def stack_of(model: nn.Module) -> Stack | None:
-    """The longest list of layers that look equal, and hold nothing that is held elsewhere too; None if it is short."""
+    """The longest list of layers that look equal, and hold nothing that is held elsewhere too; None if it is short.
+
+    Of a model that is called as a whole: a stack that is the model itself has no path, and is not found.
+    """
     holders: dict[int, int] = {}
     for module in model.modules():
         for held in (*module._parameters.values(), *module._buffers.values(), *module._modules.values()):
             holders[id(held)] = holders.get(id(held), 0) + 1
     found = None
     for path, module in model.named_modules():
+        layers = [layer for layer in module._modules.values() if layer is not None]
         stacked = isinstance(module, (nn.ModuleList, nn.Sequential))
-        longer = stacked and len(module) >= max(LEAST, found.count + 1 if found else 0)
-        if path and longer:
-            layers = list(module)
+        numbered = list(module._modules) == [str(number) for number in range(len(layers))]
+        if path and stacked and numbered and len(layers) >= max(LEAST, found.count + 1 if found else 0):
             inside = [t for layer in layers for t in (*layer.modules(), *layer.parameters(), *layer.buffers())]
             if all(holders[id(t)] == 1 for t in inside) and all(_looks(m) == _looks(layers[0]) for m in layers):
                 found = Stack(path, len(layers))
@@ -96,6 +100,17 @@ def _looks(layer: nn.Module) -> list[Any]:
 
 # ---- what a forward does -------------------------------------------------------------------------------------------
 
+#: Types whose text tells all there is to tell.
+_PLAIN = frozenset(
+    {
+        type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout,
+        torch.memory_format,
+    }
+)  # fmt: skip
+_HOOKS = frozenset({torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook})
+_GRAD_FN: Any = torch.Tensor.grad_fn
+_NODES = frozenset({_GRAD_FN.__get__})
+
 
 class Recorder(TorchFunctionMode):
     """Every call of a torch function in a forward, by layer of the stack.
@@ -106,7 +121,8 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         layers: what each has done, in order. outside: all else.
-        closed: nothing comes into a layer, or out of the stack, from where the graph could not be repeated.
+        closed: nothing comes into a layer, or out of the stack, from where the graph could not be repeated; the layers
+            are called one after the other; and all that a call depends on is seen.
     """
 
     def __init__(
@@ -115,9 +131,12 @@ class Recorder(TorchFunctionMode):
         stack: Stack,
         inputs: Sequence[torch.Tensor],
         state: Callable[[], Any],
-        text: Callable[[Any], str],
+        text: Callable[[Any], str | None],
     ) -> None:
-        """`inputs`: tensors of the call. `state`: what a call depends on besides its arguments. `text`: of a number."""
+        """`inputs`: tensors of the call. `state`: what a call depends on besides its arguments.
+
+        `text`: of an argument that is no plain value; None if its text does not tell all of it.
+        """
         super().__init__()
         self.state, self.text = state, text
         self.modules = list(model.get_submodule(stack.path).children())
@@ -125,6 +144,9 @@ class Recorder(TorchFunctionMode):
         self.outside: list[Any] = []
         self.closed = True
         self._at: int | None = None
+        self._last = -1  # layer that was called last
+        self._begun = 0  # calls outside before the first
+        self._functions: set[Any] = set()  # of autograd, whose arguments are noted
         self._from: dict[int, tuple[int | None, Any]] = {}  # id of a tensor -> layer, what of it
         self._kept: list[Any] = [*inputs]  # so that no other tensor gets its id
         for number, tensor in enumerate(inputs):
@@ -140,6 +162,7 @@ class Recorder(TorchFunctionMode):
         self._apply = before = Function.__dict__["apply"]
 
         def apply(function: Any, *args: Any, **kwargs: Any) -> Any:  # which no mode sees
+            self._functions.add(function)
             return self._noted(function, before.__get__(None, function), args, kwargs)
 
         Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -153,6 +176,11 @@ class Recorder(TorchFunctionMode):
 
     def _turn(self, layer: int | None) -> None:
         self._at = layer
+        if layer is not None:
+            if self._last < 0:
+                self._begun = len(self.outside)
+            self.closed &= layer in (self._last, self._last + 1) and len(self.outside) == self._begun
+            self._last = layer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As the function itself; it is noted."""
@@ -160,6 +188,7 @@ class Recorder(TorchFunctionMode):
 
     def _noted(self, name: Any, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         at, record = self._at, self.outside if self._at is None else self.layers[self._at]
+        self.closed &= name not in _HOOKS and (name not in _NODES or at is None)  # where others do what nobody sees
         record.append((name, self._told(args), self._told(kwargs), self.state()))
         place = len(record)
         out = func(*args, **kwargs)
@@ -170,19 +199,35 @@ class Recorder(TorchFunctionMode):
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self._origin(value)
+            shape = [self._told(n) for n in value.shape]
+            return (self._origin(value), shape, value.dtype, self._own_backward(value))
         if isinstance(value, (tuple, list)):
             return (type(value), *(self._told(v) for v in value))
         if isinstance(value, dict):
             return {k: self._told(v) for k, v in value.items()}
-        return self.text(value)
+        if isinstance(value, slice):
+            return (slice, self._told(value.start), self._told(value.stop), self._told(value.step))
+        if is_dataclass(value) and not isinstance(value, type):
+            return (type(value), {f.name: self._told(getattr(value, f.name)) for f in fields(value)})
+        if type(value) in _PLAIN:
+            return repr(value)
+        text = self.text(value)
+        self.closed &= text is not None
+        return text
+
+    def _own_backward(self, tensor: torch.Tensor) -> Any:
+        """Of the result of a custom autograd function: what its backward finds in its context."""
+        node: Any = tensor.grad_fn
+        if not isinstance(node, BackwardCFunction):
+            return None
+        self.closed &= type(node)._forward_cls in self._functions  # type: ignore[attr-defined]
+        return type(node).__name__, self._told(vars(node))
 
     def _origin(self, tensor: torch.Tensor) -> Any:
         if id(tensor) not in self._from:  # a constant, or made where no torch function is called
             self.closed &= self._at is None
             self._kept.append(tensor)
-            shape = [self.text(n) for n in tensor.shape]
-            self._from[id(tensor)] = (None, ("given", len(self.outside), shape, str(tensor.dtype)))
+            self._from[id(tensor)] = (None, ("given", id(tensor)))
         layer, what = self._from[id(tensor)]
         if layer is None:
             return ("outside", what)
@@ -202,7 +247,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def equal(whole: Recorder, short: Recorder) -> bool:
-    """Whether all layers of a model do the same, and the rest of it the same as with few of them."""
+    """Whether all layers of a model do the same, and the rest of it the same as with few of them.
+
+    `whole` must have been alive while `short` was recorded, so that their tensors are not taken for each other.
+    """
     inner = [*whole.layers[1:], *short.layers[1:]]
     return (
         whole.closed

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
@@ -204,11 +208,136 @@ class Hooked(Layer):
         return x
 
 
-@pytest.mark.parametrize("kind", [Scaled, Hooked])
+class HookedNode(Layer):
+    """As `Hooked`, by the node of the backward."""
+
+    def forward(self, x, extra=None):
+        x = super().forward(x)
+        if late(self) and x.requires_grad:
+            x.grad_fn.register_prehook(lambda grads: (grads[0] * 2,))
+        return x
+
+
+@pytest.mark.parametrize("kind", [Scaled, Hooked, HookedNode])
 def test_a_backward_that_no_forward_shows_is_traced(monkeypatch, kind):
     net = Net()
     net.layers = nn.ModuleList(kind(i) for i in range(LAYERS))
     assert not compared(monkeypatch, net, {"x": torch.randn(3, WIDTH)})
+
+
+double = Double.apply  # as many bind it; no patch of `apply` sees it
+
+
+class Bound(Layer):
+    """A layer whose method is a hook, with a number of the layer's own."""
+
+    def scale(self, grad):
+        return grad * (3.0 if late(self) else 2.0)
+
+    def forward(self, x, extra=None):
+        x = super().forward(x)
+        if x.requires_grad:
+            x.register_hook(self.scale)
+        return x
+
+
+class OfObject(torch.autograd.Function):
+    """x, its gradient times a number of an object."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (3.0 if late(ctx.layer) else 2.0), None
+
+
+def halved(net, layer, x, seen):
+    """A buffer that all layers read is changed between two of them."""
+    x = layer(x, net.mask)
+    if layer.number == 4:
+        net.mask.mul_(0.5)
+    return x
+
+
+def attended(net, layer, x, seen):
+    backend = SDPBackend.MATH if late(layer) else SDPBackend.FLASH_ATTENTION
+    with sdpa_kernel(backend):
+        q = layer(x).view(1, 1, 3, WIDTH)
+        return nn.functional.scaled_dot_product_attention(q, q, q).view(3, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda net, layer, x, seen: double(layer(x), 3.0 if late(layer) else 2.0),
+        lambda net, layer, x, seen: OfObject.apply(layer(x), layer),
+        lambda net, layer, x, seen: layer(x) * torch.from_numpy(np.full(WIDTH, layer.number, dtype=np.float32)),
+        lambda net, layer, x, seen: layer(x) if layer.number else layer(x) * torch.FloatTensor([len(net.layers)]),
+        lambda net, layer, x, seen: net.layers[KEPT - layer.number if 0 < layer.number < KEPT else layer.number](x),
+        halved, attended,
+    ],
+    ids=["bound function", "object", "numpy", "outside constant", "order", "between", "kernel"],
+)  # fmt: skip
+def test_what_no_argument_shows_is_not_taken_for_equal(monkeypatch, run):
+    net = Net(run)
+    net.register_buffer("mask", torch.ones(WIDTH))
+    assert not compared(monkeypatch, net, {"x": torch.randn(3, WIDTH)})
+
+
+def test_methods_as_hooks_are_not_taken_for_equal(monkeypatch):
+    net = Net()
+    net.layers = nn.ModuleList(Bound(i) for i in range(LAYERS))
+    assert not compared(monkeypatch, net, {"x": torch.randn(3, WIDTH)})
+
+
+class Body(nn.Module):
+    """`body` on x, and the mean of its squares."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(x).square().mean()
+
+
+class Counting(Body):
+    """Calls layers by number, as many as there were at first."""
+
+    def __init__(self, layers):
+        super().__init__(nn.ModuleList(layers))
+        self.count = len(self.body)
+
+    def forward(self, x):
+        for number in range(self.count):
+            x = self.body[number](x)
+        return x.square().mean()
+
+
+def test_layers_that_change_the_shape_are_traced_whole(monkeypatch):
+    layers = (nn.Sequential(nn.Conv1d(2, 2, 3), nn.Tanh()) for _ in range(LAYERS))
+    assert not compared(monkeypatch, Body(nn.Sequential(*layers)), {"x": torch.randn(2, 2, 40)})
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Counting(Layer(i) for i in range(LAYERS)),
+        lambda: Body(nn.Sequential(OrderedDict((f"{i:02d}", Layer(i)) for i in range(LAYERS)))),
+    ],
+    ids=["counting", "names"],
+)
+def test_models_that_cannot_be_shortened_are_traced_whole(monkeypatch, made):
+    assert not compared(monkeypatch, made(), {"x": torch.randn(3, WIDTH)})
+
+
+def test_a_list_with_gaps_does_no_harm(monkeypatch):
+    net = Net()
+    net.more = nn.ModuleList([None] * LAYERS + [nn.Linear(WIDTH, WIDTH)])
+    assert compared(monkeypatch, net, {"x": torch.randn(3, WIDTH)})
 
 
 def test_what_is_seen_of_layers_must_be_equal(monkeypatch):
