@@ -326,32 +326,31 @@ def _traceable() -> Iterator[None]:
 def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) -> fx.GraphModule | None:
     """As `_trace`, from a trace of a few layers of a stack; None without one, or if they are not proved to be alike."""
     stack = depth.stack_of(wrapper.model) if wrapper.with_grad else None  # else ops do not know their modules
-    try:
-        return None if stack is None else _repeated(wrapper, inputs, mode, stack)
-    except Exception:  # a model that counts its layers; what fails for another reason fails in the whole trace too
-        return None
-
-
-def _repeated(
-    wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode, stack: depth.Stack
-) -> fx.GraphModule | None:
-    returned, heard = wrapper.returned, []
-    for few in (False, True):
-        with stack.short(wrapper.model) if few else contextlib.nullcontext(), mode, _traceable():
-            with depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text) as recorder:
-                wrapper(*inputs)
-        heard.append((recorder, returned.leaves, returned.is_tensor, returned.cut, list(returned.notes)))
-    (whole, *results), (short, *same) = heard
-    if results != same or not depth.equal(whole, short):
+    if stack is None or (whole := _recorded(wrapper, inputs, mode, stack)) is None:
         return None
     with stack.short(wrapper.model):
+        short = _recorded(wrapper, inputs, mode, stack)
+        if short is None or short[1:] != whole[1:] or not depth.equal(whole[0], short[0]):
+            return None
         gm = _trace(wrapper, inputs)
     graph = depth.unroll(gm.graph, stack)
     if graph is None:
         return None
-    returned.reached = depth.names(returned.reached, stack)
+    wrapper.returned.reached = stack.names(wrapper.returned.reached)
     with _use_lazy_graph_module(True):
         return _make_graph_module(gm, graph)
+
+
+def _recorded(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode, stack: depth.Stack) -> Any:
+    """What a forward does and returns besides tensors. None if it fails: the whole trace tells why, or gets through."""
+    returned = wrapper.returned
+    recorder = depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text)
+    try:
+        with mode, _traceable(), recorder:
+            wrapper(*inputs)
+    except Exception:
+        return None
+    return recorder, returned.leaves, returned.is_tensor, returned.cut, list(returned.notes)
 
 
 def _surroundings() -> Any:

@@ -52,6 +52,20 @@ class Stack:
         """The name of `rest` in a layer."""
         return f"{self.path}.{layer}.{rest}".rstrip(".")
 
+    def like(self, traced: int) -> range:
+        """Layers of the whole stack that are made like a traced one: the one in the middle stands for many."""
+        middle, behind = KEPT // 2, self.count - KEPT
+        if traced == middle:
+            return range(middle, middle + behind + 1)
+        layer = traced if traced < middle else traced + behind
+        return range(layer, layer + 1)
+
+    def names(self, found: set[str]) -> set[str]:
+        """Names of the whole stack, from those of its traced layers."""
+        split = [(name, self.split(name)) for name in found]
+        here = {name for name, where in split if where is None}
+        return here | {self.join(layer, w[1]) for _, w in split if w is not None for layer in self.like(w[0])}
+
     @contextmanager
     def short(self, model: nn.Module) -> Iterator[None]:
         """Within, the stack holds its first `KEPT` layers only."""
@@ -312,8 +326,7 @@ class _Parts:
             segment = self.segments[expected]
             self.home[node] = (*expected, len(segment))
             segment.append(node)
-        self.passes = (begun + 1) // KEPT
-        if begun + 1 not in (KEPT, 2 * KEPT):
+        if begun + 1 != 2 * KEPT:
             raise _Unlike
         self._compare()
 
@@ -328,11 +341,10 @@ class _Parts:
             found.append(None if where is None else where[0])
         known = [at for at, layer in enumerate(found) if layer is not None]
         gaps = [(a, b) for a, b in itertools.pairwise(known) if b - a > 1]
-        if known and found[known[-1]] != KEPT - 1:
-            turns = [gap for gap in gaps if found[gap[0]] == found[gap[1]] == KEPT - 1]
-            if not turns:
-                raise _Unlike
-            gaps.remove(max(turns, key=lambda gap: gap[1] - gap[0]))
+        turns = [gap for gap in gaps if found[gap[0]] == found[gap[1]] == KEPT - 1]
+        if not turns:
+            raise _Unlike
+        gaps.remove(max(turns, key=lambda gap: gap[1] - gap[0]))
         for a, b in gaps:
             found[a + 1 : b] = [found[a]] * (b - a - 1)
         return found
@@ -343,7 +355,7 @@ class _Parts:
         The lowest of them reads what the first layer has made, and in the backward the highest what the last has, which
         may be others: there only the ops are compared.
         """
-        for which in range(self.passes):
+        for which in (0, 1):
             for layer in range(1, KEPT - 2):
                 a, b = self.segments[layer, which], self.segments[layer + 1, which]
                 if [n.target for n in a] != [n.target for n in b]:
@@ -387,24 +399,17 @@ class _Unrolled:
                 self._segment(*item)
         self._output()
 
-    def _layers(self, template: int) -> range:
-        """Layers that are made like it, from below."""
-        last = self.stack.count - 1
-        return {0: range(1), 1: range(1, 2), 2: range(2, last - 1), 3: range(last - 1, last)}.get(
-            template, range(last, last + 1)
-        )
-
     def _placeholder(self, node: fx.Node) -> None:
         where = self.parts.owner(node)
         if where is None:
             self.outside[node] = self._copy(node, self._of_outside, node.meta)
             return
-        for layer in self._layers(where[0]):
+        for layer in self.stack.like(where[0]):
             role = replace(node.meta[ROLE], name=self.stack.join(layer, where[1]))
             self.state[layer, where[1]] = self._copy(node, self._of_outside, {**node.meta, ROLE: role})
 
     def _segment(self, template: int, which: int) -> None:
-        layers = self._layers(template)
+        layers = self.stack.like(template)
         for layer in layers if which == 0 else reversed(layers):
             find = self._finder(template, layer)
             for at, node in enumerate(self.parts.segments[template, which]):
@@ -441,7 +446,7 @@ class _Unrolled:
     def _end(self, template: int) -> int:
         if template not in (0, KEPT - 1):
             raise _Unlike
-        return self._layers(template)[0]
+        return self.stack.like(template)[0]
 
     @staticmethod
     def _known(table: dict[Any, fx.Node], key: Any) -> fx.Node:
@@ -466,7 +471,7 @@ class _Unrolled:
                 values += [self._of_outside(v) if isinstance(v, fx.Node) else v for v, _ in found]
                 roles += [role for _, role in found]
                 continue
-            for layer in self._layers(template):
+            for layer in self.stack.like(template):
                 find = self._finder(template, layer)
                 values += [find(v) if isinstance(v, fx.Node) else v for v, _ in found]
                 roles += [replace(role, name=self._renamed(role.name, layer)) for _, role in found]
@@ -481,17 +486,3 @@ class _Unrolled:
     def _renamed(self, name: str, layer: int) -> str:
         where = self.stack.split(name)
         return name if where is None else self.stack.join(layer, where[1])
-
-
-def names(found: set[str], stack: Stack) -> set[str]:
-    """Names of the whole stack, from those of its first `KEPT` layers."""
-    out = set()
-    for name in found:
-        where = stack.split(name)
-        if where is None:
-            out.add(name)
-        else:
-            last = stack.count - KEPT
-            numbers = range(2, last + 3) if where[0] == 2 else [where[0] if where[0] < 2 else where[0] + last]
-            out |= {stack.join(layer, where[1]) for layer in numbers}
-    return out
