@@ -49,6 +49,7 @@ class Traced:
         tied: every parameter and buffer name -> the first name of the same memory.
         params, buffers: fake tensors by name, each memory once.
         training: with the backward.
+        module: makes the program's graph module from its constants and its graph.
     """
 
     gm: fx.GraphModule
@@ -60,6 +61,7 @@ class Traced:
     params: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
     training: bool
+    module: Callable[[dict[str, Any], fx.Graph], fx.GraphModule]
 
 
 def assemble(traced: Traced) -> Program:
@@ -114,7 +116,7 @@ def assemble(traced: Traced) -> Program:
     ]
     used = {n.target for n in clean.graph.nodes if n.op == "get_attr"}
     program = Program(
-        gm=fx.GraphModule({str(k): v for k, v in attributes.items() if k in used}, clean.graph),
+        gm=traced.module({str(k): v for k, v in attributes.items() if k in used}, clean.graph),
         sources=tuple(final_sources),
         sinks=tuple(final_sinks),
         training=traced.training,

@@ -360,6 +360,14 @@ def module_path(node: fx.Node) -> str | None:
     return str(list(stack.values())[-1][0]) if stack else None
 
 
+def set_modules(graph: fx.Graph) -> None:
+    """`meta["module"]`, as the user's path, on every op that carries one."""
+    for node in graph.nodes:
+        path = module_path(node)
+        if path is not None:
+            node.meta["module"] = path
+
+
 def _module(node: fx.Node, made: fx.Node) -> str:
     path = node.meta.get("module")
     if path is None:  # a sum of gradients: it belongs where its first operand comes from

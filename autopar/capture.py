@@ -35,7 +35,7 @@ import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
 from autopar import depth
 from autopar.assemble import ROLE, Role, Traced, assemble
 from autopar.call import Call, Wrapper
-from autopar.canonical import MODULE_KEY, module_path
+from autopar.canonical import MODULE_KEY, set_modules
 from autopar.collector import resting_collector
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
@@ -164,6 +164,7 @@ def _traced(
             params={n: t for n, t in model.named_parameters(remove_duplicate=False) if tied[n] == n},
             buffers={n: t for n, t in model.named_buffers(remove_duplicate=False) if tied[n] == n},
             training=training,
+            module=_unwritten,
         )
     return traced, lambda program: check_memory(overlapping, program), batch
 
@@ -301,7 +302,7 @@ def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> fx.GraphModule:
         gm = joint.graph_module
     check_host(gm.graph)
     _set_roles(gm.graph)
-    _set_modules(gm.graph)
+    set_modules(gm.graph)
     return gm
 
 
@@ -337,8 +338,13 @@ def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) ->
     if graph is None:
         return None
     wrapper.returned.reached = stack.names(wrapper.returned.reached)
+    return _unwritten(gm, graph)
+
+
+def _unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose code is written at its first call: nobody calls what is planned only."""
     with _use_lazy_graph_module(True):
-        return _make_graph_module(gm, graph)
+        return _make_graph_module(root, graph)
 
 
 def _recorded(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode, stack: depth.Stack) -> Any:
@@ -437,14 +443,6 @@ def compiled(gm: fx.GraphModule, arguments: Sequence[torch.Tensor]) -> Callable[
 
 
 # ---- what torch calls the parts of a joint graph -------------------------------------------------------------------
-
-
-def _set_modules(graph: fx.Graph) -> None:
-    """`meta["module"]`, as the user's path, on every op that carries one."""
-    for node in graph.nodes:
-        path = module_path(node)
-        if path is not None:
-            node.meta["module"] = path
 
 
 def _set_roles(graph: fx.Graph) -> None:

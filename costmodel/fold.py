@@ -8,6 +8,7 @@ consumer class); folding only ties decisions together. Small programs are not fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -31,6 +32,11 @@ class Fold:
     def first(self, cls: int) -> Item:
         """The item that stands for its class."""
         return self.items.items[self.members[cls][0]]
+
+    @functools.cached_property
+    def like(self) -> list[int]:
+        """For every item the first of its class."""
+        return [self.members[c][0] for c in self.of]
 
     def producers(self, cls: int) -> list[set[Tensor]]:
         """For every operand of a class: the (class, result) pairs it may come from."""

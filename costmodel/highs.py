@@ -1,13 +1,19 @@
-"""HiGHS on a Model, handed over in memory as arrays: the linear relaxation first, then whole numbers."""
+"""HiGHS on a Model, handed over in memory as arrays: the linear relaxation first, then whole numbers.
+
+Nearly all of the time goes into one relaxation from scratch per program; all that is asked afterwards (without rows (8)
+and (6), at other prices, with decisions fixed) starts from its basis.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from autopar.costmodel.branch import branch, is_whole
 from autopar.costmodel.model import CONST, Answer, Model, Terms, read
 from autopar.costmodel.problem import INF
 
@@ -18,6 +24,8 @@ except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan
 
 #: Seconds that a relaxation gets at least.
 LEAST = 0.5
+#: Relative gap of a choice at given prices, which are not exact either.
+CLOSE = 1e-2
 #: Prices of a byte that are tried where the first is too low.
 PRICES = 6
 #: With rows (8) or (6), a choice within so many times the gap asked for is taken without branching, and its gap told.
@@ -34,7 +42,7 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
         return Answer("infeasible", None, INF)
     whole = np.array(model.whole, dtype=np.int32)
     relaxed = np.array(solver.getSolution().col_value)
-    if _answered(solver) and _is_whole(relaxed, whole):
+    if _answered(solver) and is_whole(relaxed, whole):
         return Answer("optimal", relaxed, 0.0)
     solved = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal  # else its value is no bound
     if (model.exposed or model.memory) and solved:
@@ -50,13 +58,19 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
                 point[columns] = values
                 return Answer("optimal" if reached <= gap else "feasible", point, reached)
         solver = _solver(_arrays(model), time_limit, gap)
+    elif solved:
+        found = branch(solver, whole, gap, time.perf_counter() + time_limit)
+        if found.gap <= (NEAR * gap if len(model.high) > SMALL else gap):
+            return Answer("optimal" if found.gap <= gap else "feasible", found.values, found.gap)
+        start = start if found.values is None else read(model, found.values)
     if len(model.high) > SMALL:  # the last tenths of a percent would take all the time there is
         solver.setOptionValue("mip_rel_gap", NEAR * gap)
-        solver.setOptionValue("presolve", "off")  # it takes longer than what it saves
-    return _branch(model, solver, whole, time_limit, gap, start)
+    else:
+        solver.setOptionValue("presolve", "choose")
+    return _search(model, solver, whole, time_limit, gap, start)
 
 
-def _branch(
+def _search(
     model: Model, solver: Any, whole: Any, time_limit: float, gap: float, start: Sequence[int] | None
 ) -> Answer:
     solver.changeColsIntegrality(len(whole), whole, _integer(whole))
@@ -82,7 +96,8 @@ def _branch(
 def _nearest(
     model: Model, solver: Any, whole: Any, time_limit: float, start: Sequence[int] | None, enough: float
 ) -> Sequence[int] | None:
-    """The best choice of `start` and of relaxations without the rows that weigh all decisions at once.
+    """The best choice of `start` and of relaxations without the rows that weigh all decisions at once; `solver`, which
+    has solved the one with them, loses these rows.
 
     Rows (8) and the limit on memory (6) make the relaxation mix choices. Priced instead, by their multipliers in what
     `solver` holds (Lagrangian relaxation; Geoffrion, 1974), they leave a program that is integral nearly always. With
@@ -98,7 +113,7 @@ def _nearest(
     for terms in (t for part in model.late for t in part):
         _weigh(serial, terms, 1.0)
     for extra in (priced, serial) if model.exposed else (priced,):
-        found += _Relaxation(model, extra, duals, whole, end).choices()
+        found += _Relaxation(model, solver, extra, duals, whole, end).choices()
         if any(model.value(choice) <= enough for choice in found):
             break
     return min(found, key=model.value, default=None)
@@ -111,18 +126,18 @@ class _Relaxation:
     limit: the least multiple of them at which it is met is looked for.
     """
 
-    def __init__(self, model: Model, extra: Terms, duals: Any, whole: Any, end: float) -> None:
-        self.model, self.whole, self.end = model, whole, end
+    def __init__(self, model: Model, solver: Any, extra: Terms, duals: Any, whole: Any, end: float) -> None:
+        self.model, self.whole, self.end, self.solver = model, whole, end, solver
         self.memory: Terms = {}  # bytes at their prices
         for row in model.memory:
             if duals[row]:
                 _weigh(self.memory, model.rows[row][0], float(duals[row]))
-        lp = _arrays(model, [*model.exposed, *model.memory])
-        self.base = np.array(lp.col_cost_)
+        self.base = _costs(model)
         for v, c in extra.items():
             if v != CONST:
                 self.base[v] += c
-        self.solver = _solver(lp, max(LEAST, end - time.perf_counter()), 1e-2)
+        for row in (*model.exposed, *model.memory):
+            solver.changeRowBounds(row, -INF, INF)
 
     def choices(self) -> list[list[int]]:
         """At the multiplier, and, where that does not meet the limit, the best that do."""
@@ -154,14 +169,12 @@ class _Relaxation:
         solver.changeColsCost(len(cost), columns, cost)
         solver.setOptionValue("time_limit", solver.getRunTime() + max(LEAST, self.end - time.perf_counter()))
         solver.run()
-        values = np.array(solver.getSolution().col_value)
-        if _answered(solver) and not _is_whole(values, self.whole):
-            solver.changeColsIntegrality(len(self.whole), self.whole, _integer(self.whole))
-            solver.setOptionValue("presolve", "off")
-            solver.run()
-            values = np.array(solver.getSolution().col_value)
-            solver.changeColsIntegrality(len(self.whole), self.whole, np.zeros(len(self.whole), dtype=np.uint8))
-        return read(self.model, values) if _answered(solver) else None
+        if not _answered(solver):
+            return None
+        values: Any = np.array(solver.getSolution().col_value)
+        if not is_whole(values, self.whole):
+            values = branch(solver, self.whole, CLOSE, max(self.end, time.perf_counter() + LEAST)).values
+        return None if values is None else read(self.model, values)
 
 
 def _weigh(into: Terms, terms: Terms, weight: float) -> None:
@@ -171,38 +184,39 @@ def _weigh(into: Terms, terms: Terms, weight: float) -> None:
 
 def _solver(lp: Any, time_limit: float, gap: float) -> Any:
     solver = highspy.Highs()
-    for key, value in (("output_flag", False), ("threads", 1), ("mip_rel_gap", gap), ("time_limit", float(time_limit))):
+    options: dict[str, Any] = {"output_flag": False, "threads": 1, "mip_rel_gap": gap, "time_limit": float(time_limit)}
+    options["presolve"] = "off"  # it takes as long as what follows: `costmodel.problem` has pruned before
+    for key, value in options.items():
         solver.setOptionValue(key, value)
     solver.passModel(lp)
     return solver
-
-
-def _is_whole(values: Any, whole: Any) -> bool:
-    return bool(np.all(np.abs(values[whole] - np.round(values[whole])) < 1e-6))
 
 
 def _integer(whole: Any) -> Any:
     return np.full(len(whole), int(highspy.HighsVarType.kInteger), dtype=np.uint8)
 
 
-def _arrays(model: Model, without: Sequence[int] = ()) -> Any:
-    """The model as HiGHS takes it; the rows in `without` are there and hold nothing."""
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = len(model.high), len(model.rows)
+def _costs(model: Model) -> Any:
     cost = np.zeros(len(model.high))
     for v, c in model.objective.items():
         if v != CONST:
             cost[v] = c
-    lp.col_cost_, lp.offset_ = cost, model.objective.get(CONST, 0.0)
+    return cost
+
+
+def _arrays(model: Model) -> Any:
+    """The model as HiGHS takes it."""
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(model.high), len(model.rows)
+    lp.col_cost_, lp.offset_ = _costs(model), model.objective.get(CONST, 0.0)
     lp.col_lower_, lp.col_upper_ = np.zeros(len(model.high)), np.array(model.high)
     lp.row_lower_ = np.array([low for _, low, _ in model.rows])
-    upper = np.array([high for _, _, high in model.rows])
-    upper[list(without)] = INF
-    lp.row_upper_ = upper
+    lp.row_upper_ = np.array([high for _, _, high in model.rows])
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.cumsum([0, *(len(terms) for terms, _, _ in model.rows)], dtype=np.int32)
-    lp.a_matrix_.index_ = np.array([v for terms, _, _ in model.rows for v in terms], dtype=np.int32)
-    lp.a_matrix_.value_ = np.array([c for terms, _, _ in model.rows for c in terms.values()], dtype=np.float64)
+    rows = [terms for terms, _, _ in model.rows]
+    lp.a_matrix_.start_ = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    lp.a_matrix_.index_ = np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+    lp.a_matrix_.value_ = np.fromiter(chain.from_iterable(map(dict.values, rows)), dtype=np.float64)
     return lp
 
 

@@ -40,7 +40,13 @@ class Meta(NamedTuple):
 
 @dataclass
 class Item:
-    """One op, source or sink. `name` is the op's address, or the name of the source or sink."""
+    """One op, source or sink.
+
+    Attributes:
+        name: the op's address, or the name of the source or sink.
+        signature: ops of one number are alike in all that a rule or a price depends on (`rules.signature`).
+        constant: depends on no source: the same on every rank at no cost.
+    """
 
     index: int
     kind: str
@@ -51,8 +57,8 @@ class Item:
     outs: tuple[Meta | None, ...]
     node: fx.Node | None = None
     source: Source | None = None
-    signature: Hashable = None
-    constant: bool = False  # depends on no source: the same on every rank at no cost
+    signature: int = -1
+    constant: bool = False
 
 
 @dataclass
@@ -63,7 +69,7 @@ class Items:
     items: list[Item]
     users: dict[Tensor, list[tuple[int, int]]]  # tensor -> [(item, operand)]
     param: dict[str, int] = field(default_factory=dict)  # parameter name (and aliases) -> its source item
-    _rules: dict[Hashable, BoundRule] = field(default_factory=dict)
+    _rules: dict[int, BoundRule] = field(default_factory=dict)
 
     def rule(self, item: Item) -> BoundRule:
         """The rule of an op; ops of one signature share it."""
@@ -98,6 +104,7 @@ def items_of(program: Program) -> Items:
     by_name: dict[str, Tensor] = {}
     users: dict[Tensor, list[tuple[int, int]]] = {}
     param: dict[str, int] = {}
+    signatures: dict[Hashable, int] = {}
 
     def add(item: Item) -> None:
         items.append(item)
@@ -113,13 +120,13 @@ def items_of(program: Program) -> Items:
                 by_name[node.name] = Tensor(number[value.node], value.index)
             elif node.op == "get_attr":
                 number[node] = index
-                add(Item(index, "constant", str(node.target), FORWARD, (), (), _results(node), node, None, None, True))
+                add(Item(index, "constant", str(node.target), FORWARD, (), (), _results(node), node, constant=True))
             continue
         number[node] = index
         if source is not None:
             phase = source.phase
             constant = source.kind == "constant"
-            add(Item(index, source.kind, source.name, phase, (), (), _results(node), node, source, None, constant))
+            add(Item(index, source.kind, source.name, phase, (), (), _results(node), node, source, constant=constant))
             if source.kind == "param":
                 param.update({name: index for name in (source.name, *source.aliases)})
             continue
@@ -137,7 +144,7 @@ def items_of(program: Program) -> Items:
                 _results(node),
                 node,
                 None,
-                signature(node),
+                signatures.setdefault(signature(node), len(signatures)),
                 constant,
             )
         )

@@ -63,8 +63,11 @@ def check_plan(program: Program, plan: Plan) -> None:
     plan_specs(items_of(program), plan)
 
 
-def plan_specs(items: Items, plan: Plan) -> Specs:
-    """Spec of every operand and result under a plan. Raises PlanError as `check_plan`."""
+def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> Specs:
+    """Spec of every operand and result under a plan. Raises PlanError as `check_plan`.
+
+    like: for every item the first that the plan, the planner's own, treats in the same way: only that one is looked at.
+    """
     sizes = plan.mesh.sizes
     whole: Spec = (R,) * len(sizes)
     _check_names(items, plan)
@@ -73,6 +76,10 @@ def plan_specs(items: Items, plan: Plan) -> Specs:
     known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule
     found: tuple[tuple[Spec, ...], tuple[Spec, ...]]
     for item in items.items:
+        if like is not None and like[item.index] != item.index:
+            ins.append(ins[like[item.index]])
+            outs.append(outs[like[item.index]])
+            continue
         if item.kind == "op":
             rule, row = items.rule(item), tuple(plan.choice(item.name))
             op = known.get((id(rule), row))
@@ -182,9 +189,10 @@ def _check_partial(
 
 def _check_names(items: Items, plan: Plan) -> None:
     ops = {i.name for i in items.items if i.kind == "op"}
-    known = ops | {pattern(name) for name in ops}
-    for address in plan.choices:
-        if address not in known:
+    others = [address for address in plan.choices if address not in ops]
+    patterns = {pattern(name) for name in ops} if others else ()
+    for address in others:
+        if address not in patterns:
             raise PlanError(
                 f"the plan names the op {address!r}, which the program does not have; was it made for another model?"
             )

@@ -23,6 +23,9 @@ from autopar.graph import BACKWARD
 from autopar.rule import WHOLE
 from autopar.spec import R, Spec, local_shape
 
+#: A tensor, how it may come (and how its parameter is gathered), and how it may be wanted (and reduced).
+_Ways = tuple[Meta, tuple[tuple[Spec, str], ...], tuple[tuple[Spec, str], ...]]
+
 
 @dataclass
 class Prices:
@@ -33,7 +36,8 @@ class Prices:
     compute: Compute
     comm: Comm
     policy: Policy
-    _seconds: dict[tuple[int, tuple[object, ...]], float] = field(default_factory=dict)
+    costs: dict[_Ways, list[list[float]]] = field(default_factory=dict)  # seconds, and by tier, of ways seen before
+    tiers: dict[_Ways, list[list[tuple[float, ...]]]] = field(default_factory=dict)
 
     @functools.cached_property
     def kept(self) -> list[Kept]:
@@ -46,11 +50,7 @@ class Prices:
 
     def op_seconds(self, cls: int, row: tuple) -> float:  # type: ignore[type-arg]
         """Seconds of one member of an op class."""
-        key = (cls, row)
-        found = self._seconds.get(key)
-        if found is None:
-            found = self._seconds[key] = self.compute.seconds(self.space.fold.first(cls), row)
-        return found
+        return self.compute.seconds(self.space.fold.first(cls), row)
 
     def update_seconds(self, cls: int, spec: Spec) -> float:
         """Seconds of the optimizer's update of one parameter."""
@@ -200,11 +200,18 @@ def _edge(
             specs = [o.ins[reader.operand] for o in options[group]]
         column = [wants.setdefault((s, reduce), len(wants)) for s in specs]
         consumers.append(Consumer(group, column, int(reader.phase == BACKWARD)))
-    cost = [[_seconds(prices, edge.meta, src, dst, reduce) for dst, reduce in wants] for src, _ in rows]
+    key = (edge.meta, tuple(rows), tuple(wants))  # the same in every layer that is like it, and from sweep to sweep
+    cost = prices.costs.get(key)
+    if cost is None:
+        cost = [[_seconds(prices, edge.meta, src, dst, reduce) for dst, reduce in wants] for src, _ in rows]
+        prices.costs[key] = cost
     phase = min(c.share for c in consumers)
     flow = Flow(producer, row, consumers, cost, float(edge.count), late=edge.late, phase=phase)
     if problem.usable is not None:
-        flow.tiers = [[_links(prices, edge.meta, *way) for way in line] for line in _ways(rows, wants, cost)]
+        flow.tiers = prices.tiers.get(key)
+        if flow.tiers is None:
+            flow.tiers = [[_links(prices, edge.meta, *way) for way in line] for line in _ways(rows, wants, cost)]
+            prices.tiers[key] = flow.tiers
     if stored:
         flow.apart = [gather == "twice" for _, gather in rows]
         if problem.limit is not None:

@@ -85,7 +85,8 @@ class Compute:
 
     items: Items
     machine: Machine
-    _flops: dict[Any, float] = field(default_factory=dict)
+    _flops: dict[int, float] = field(default_factory=dict)
+    _seconds: dict[tuple[int, tuple[Choice, ...]], float] = field(default_factory=dict)
 
     def flops(self, item: Item) -> float:
         found = self._flops.get(item.signature)
@@ -94,8 +95,15 @@ class Compute:
             found = self._flops[item.signature] = global_flops(item.node)
         return found
 
-    def seconds(self, item: Item, row: Sequence[Choice]) -> float:
+    def seconds(self, item: Item, row: tuple[Choice, ...]) -> float:
         """Seconds of the op on one rank under one choice per axis, its own communication included."""
+        key = (item.signature, row)
+        found = self._seconds.get(key)
+        if found is None:
+            found = self._seconds[key] = self._priced(item, row)
+        return found
+
+    def _priced(self, item: Item, row: tuple[Choice, ...]) -> float:
         assert item.node is not None
         name = op_name(item.node)
         sizes, device = self.machine.mesh.sizes, self.machine.device

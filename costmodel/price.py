@@ -92,13 +92,10 @@ class _Pricer:
 
     def run(self) -> Price:
         sizes = self.plan.mesh.sizes
-        compute, seconds = 0.0, {}
+        compute = 0.0
         for item in self.items.items:
             if item.kind == "op":
-                key = (item.signature, self._row(item))
-                if key not in seconds:
-                    seconds[key] = self.compute.seconds(item, key[1])
-                compute += seconds[key]
+                compute += self.compute.seconds(item, self._row(item))
         comm, counts = self._comm()
         device = self.compute.machine.device
         update = sum(

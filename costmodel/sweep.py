@@ -34,6 +34,8 @@ from autopar.plan import Plan
 SWEEPS, GAIN = 3, 1e-3
 #: How many experts' plans are improved by a sweep, the quickest first: a slower one may lead further.
 IMPROVED = 3
+#: And how many times slower than the best one may be: a sweep takes off a sixth at most (`benchmarks/expert_grid.py`).
+SLOWER = 1.25
 #: How often the stand-in for memory is tightened when the priced peak is above the limit.
 ROUNDS = 4
 #: Part of a phase that a window of gathers can use, until a simulation has shown it.
@@ -95,6 +97,7 @@ class Search:
         self.patient = False  # nothing fits so far: no short cuts
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
+        self.serial = math.inf  # seconds of the best sweep without overlap
 
     def run(self, orders: list[list[int]]) -> Found | None:
         """The best that fits; None if none was found."""
@@ -119,6 +122,8 @@ class Search:
         for number, seed in enumerate(seeds[:IMPROVED]):
             self.progress("improving experts' plans", 0.9 + 0.03 * number)
             beat = math.inf if best is None else _seconds(best)
+            if _seconds(seed) > SLOWER * beat:
+                break
             if _seconds(seed) < beat and self._fits(seed):
                 best, beat = seed, _seconds(seed)
             if best is None or not self._late():
@@ -242,11 +247,19 @@ class Search:
                 if fits and unsolved == 1 and (best is None or seconds < best[0]):
                     best = (seconds, state)
                 if quiet >= len(order) - 1 and not first:
-                    return best[1] if best else None
-            if self._late() or (fits and last - seconds < GAIN * seconds):
-                break
+                    return self._settled(best)
+            gained = last - seconds if fits else math.inf
+            if self._late() or gained < GAIN * seconds or gained < seconds - self.serial:
+                break  # or it will not come near the other order any more
             last = seconds if fits else math.inf
-        return best[1] if best else None
+        return self._settled(best)
+
+    def _settled(self, best: tuple[float, State] | None) -> State | None:
+        if best is None:
+            return None
+        if not self.overlap:
+            self.serial = min(self.serial, best[0])
+        return best[1]
 
     def _solve(
         self, state: State, axis: int, limit: float | None, unsolved: int, pins: Pins | None = None
@@ -321,7 +334,7 @@ class Search:
         """Unfold a state and simulate it."""
         began = time.perf_counter()
         made, prices = self.make(state), self.prices
-        specs = plan_specs(self.items, made)
+        specs = plan_specs(self.items, made, self.space.fold.like)
         timeline = run(self.items, made, specs, prices.compute, prices.comm, prices.policy)
         self.clock["price"] += time.perf_counter() - began
         return Found(state, made, timeline, seed=seed)

@@ -73,7 +73,6 @@ class Tasks:
         self.at: dict[tuple[Tensor, Spec, str, str], Task | None] = {}  # what is at hand
         self.ends: list[Task] = []  # what the output reads
         self._ways: dict[tuple[Meta, Spec, Spec, str], list[tuple[Step, float]]] = {}
-        self._seconds: dict[tuple[Any, ...], float] = {}
         self.twice = {i.index for i in items.items if i.kind == "param" and storage_of(plan, i).gather == "twice"}
         sizes = plan.mesh.sizes
         for item in items.items:
@@ -93,10 +92,7 @@ class Tasks:
         self.at[tensor, self.specs.outs[tensor.item][tensor.index], "", ""] = task
 
     def _op(self, item: Item, row: tuple[Any, ...]) -> None:
-        key = (item.signature, row)
-        seconds = self._seconds.get(key)
-        if seconds is None:
-            seconds = self._seconds[key] = self.compute.seconds(item, row)
+        seconds = self.compute.seconds(item, row)
         srcs = [t for k in range(len(item.ins)) if (t := self._bring(item, k, "")) is not None]
         assert item.node is not None
         task = Task(item.name, item.phase, seconds, -1, item.node.target in MOVES, srcs)
