@@ -314,8 +314,8 @@ class _Parts:
             if layer is None:
                 self.order.append(node)
                 continue
-            if node.op == "get_attr":
-                raise _Unlike
+            if node.op == "get_attr" and self._constant(node).numel():
+                raise _Unlike  # of all layers, others might hold other values
             if at == 0 or layers[at - 1] != layer:
                 begun += 1
                 expected = (begun, 0) if begun < KEPT else (2 * KEPT - 1 - begun, 1)
@@ -358,11 +358,21 @@ class _Parts:
         for which in (0, 1):
             for layer in range(1, KEPT - 2):
                 a, b = self.segments[layer, which], self.segments[layer + 1, which]
-                if [n.target for n in a] != [n.target for n in b]:
+                if list(map(self._what, a)) != list(map(self._what, b)):
                     raise _Unlike
                 inner = layer == KEPT - 3 if which == 0 else layer == 1
                 if inner and any(self._told(x, layer) != self._told(y, layer + 1) for x, y in zip(a, b)):
                     raise _Unlike
+
+    def _constant(self, node: fx.Node) -> torch.Tensor:
+        return getattr(self.old.owning_module, str(node.target))  # type: ignore[no-any-return]
+
+    def _what(self, node: fx.Node) -> Any:
+        """What a node does; of a constant, which has a name of its own in every layer, what it is."""
+        if node.op != "get_attr":
+            return node.target
+        constant = self._constant(node)
+        return constant.dtype, tuple(constant.shape)
 
     def _told(self, node: fx.Node, layer: int) -> Any:
         def tell(arg: fx.Node) -> Any:

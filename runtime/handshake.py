@@ -77,6 +77,16 @@ class Argument:
     piece: bool = False
 
 
+@lru_cache(maxsize=1024)
+def tensor_form(dtype: torch.dtype, shape: torch.Size) -> str:
+    """The form of a tensor argument.
+
+    >>> tensor_form(torch.int64, torch.Size((8, 64)))
+    'int64 (8, 64)'
+    """
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+
+
 @dataclass(frozen=True)
 class Call:
     """What one rank is about to run.

@@ -18,7 +18,7 @@ from autopar.mesh import Mesh
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
-from autopar.runtime.handshake import Argument, Call, Control, answered, checksum
+from autopar.runtime.handshake import Argument, Call, Control, answered, checksum, tensor_form
 from autopar.runtime.lane import lane_of
 from autopar.runtime.optimizers import watch
 from autopar.runtime.pipeline import Pipelined, PipelineStep
@@ -307,7 +307,9 @@ class ParallelModule(Trainable):
                 raise BatchError(f"argument {name!r} is given twice, by position and by name")
         at.update(kwargs)
         at = dict(sorted(at.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
-        return tree.flatten(at)[0] if at else []
+        if all(isinstance(value, torch.Tensor) for value in at.values()):
+            return [tree.Leaf(name, value) for name, value in at.items()]
+        return tree.flatten(at)[0]
 
     def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Any]:
         """The call as the ranks compare it, and the key of its program."""
@@ -350,7 +352,7 @@ class ParallelModule(Trainable):
                 raise BatchError(
                     f"argument {name!r} is on {value.device}, the module runs on {home}; pass {name}.cpu()"
                 )
-            form = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+            form = tensor_form(value.dtype, value.shape)
             compared = self._state.options.check and self._state.grid.size > 1
             return Argument(name, form, checksum(value) if compared else 0, piece)
         text = repr(value)

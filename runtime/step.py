@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -199,7 +200,9 @@ class Step:
 
     def _run(self, graph: Any, box: list[Any]) -> Any:
         """The graph says itself where it casts: autocast is off. A rank that is gone is told from a bad value."""
-        with torch.autocast(self.grid.device.type, enabled=False), answered(self.grid):
+        kind = self.grid.device.type
+        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with off, answered(self.grid):
             return graph(box)
 
     def _shape(self, sink: Sink) -> tuple[int, ...]:

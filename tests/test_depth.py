@@ -61,11 +61,12 @@ def compared(monkeypatch, model, kwargs, training=True):
     "made",
     [
         lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+        lambda: LlamaForCausalLM(LlamaConfig(**SMALL, use_cache=True)),  # an empty constant in every layer
         lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=2)),
         lambda: BertForMaskedLM(BertConfig(**SMALL)),
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=LAYERS, n_head=2, use_cache=False)),
     ],
-    ids=["llama", "mixtral", "bert", "gpt2"],
+    ids=["llama", "llama with a cache", "mixtral", "bert", "gpt2"],
 )
 def test_hugging_face_models_are_traced_once_a_layer(monkeypatch, made):
     ids = torch.zeros(2, 6, dtype=torch.long)
@@ -76,6 +77,13 @@ def test_layers_that_take_turns_are_traced_whole(monkeypatch):
     model = Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)).train()
     ids = torch.zeros(2, 6, dtype=torch.long)
     assert not compared(monkeypatch, model, {"input_ids": ids, "labels": ids})
+
+
+def test_layers_with_constants_are_traced_whole(monkeypatch):
+    """A name says nothing about the values that other layers would have under it."""
+    model = Net(after=lambda layer, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert not compared(monkeypatch, model, {"x": torch.ones(3, WIDTH)})
+    assert compared(monkeypatch, Net(after=lambda layer, x: torch.cat([torch.tensor([]), x])), {"x": torch.ones(3, WIDTH)})
 
 
 class Double(torch.autograd.Function):
