@@ -57,6 +57,11 @@ class Call:
         tensors = [leaf for leaf in self.leaves if isinstance(leaf.value, torch.Tensor)]
         self.names = [leaf.path for leaf in tensors]
         self.tensors: list[torch.Tensor] = [leaf.value for leaf in tensors]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        keywords = {name for name, p in self.signature.parameters.items() if p.kind in kinds}
+        # Nothing but tensors, each an argument that may be given by its name.
+        self._simple = all(path in keywords or (path == TARGET and loss is not None) for path, _ in self.leaves)
+        self._simple &= len(tensors) == len(self.leaves)
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tree.Leaf], tree.Rebuild]:
         kwargs = dict(kwargs)
@@ -113,7 +118,7 @@ class Call:
         Raises:
             BatchError: names the argument that is missing, new, of another kind, or has another non-tensor value.
         """
-        if not args and (same := self._as_before(kwargs)) is not None:
+        if self._simple and not args and (same := self._as_before(kwargs)) is not None:
             return same
         given = dict(self._flatten(args, kwargs)[0])
         expected = dict(self.leaves)
@@ -137,7 +142,7 @@ class Call:
 
     def _as_before(self, kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
         """The tensors of a call by keywords that has nothing but the same tensors: the usual one, at every step."""
-        if len(kwargs) != len(self.leaves) or len(self.names) != len(self.leaves):
+        if len(kwargs) != len(self.names):
             return None
         tensors = [kwargs.get(name) for name in self.names]
         if any(not isinstance(t, torch.Tensor) or t.dtype != known.dtype for t, known in zip(tensors, self.tensors)):

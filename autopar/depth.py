@@ -314,7 +314,7 @@ class _Parts:
             if layer is None:
                 self.order.append(node)
                 continue
-            if node.op == "get_attr" and self._constant(node).numel():
+            if node.op == "get_attr" and not self._vanishes(node):
                 raise _Unlike  # of all layers, others might hold other values
             if at == 0 or layers[at - 1] != layer:
                 begun += 1
@@ -363,6 +363,16 @@ class _Parts:
                 inner = layer == KEPT - 3 if which == 0 else layer == 1
                 if inner and any(self._told(x, layer) != self._told(y, layer + 1) for x, y in zip(a, b)):
                     raise _Unlike
+
+    def _vanishes(self, constant: fx.Node) -> bool:
+        """Whether it is empty and nothing but a `cat` reads it, which is left without it."""
+        copies = set(constant.users)
+        readers = {user for copy in copies for user in copy.users}
+        return (
+            self._constant(constant).numel() == 0
+            and {n.target for n in copies} <= {torch.ops.aten.lift_fresh_copy.default}
+            and {n.target for n in readers} <= {torch.ops.aten.cat.default}
+        )
 
     def _constant(self, node: fx.Node) -> torch.Tensor:
         return getattr(self.old.owning_module, str(node.target))  # type: ignore[no-any-return]

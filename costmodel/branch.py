@@ -47,14 +47,16 @@ class _Node:
 
 
 def branch(solver: Any, whole: Any, gap: float, end: float, nodes: int = NODES) -> Branched:
-    """Whole values for the 0-1 columns `whole` of the relaxation that `solver` holds solved, within `gap` of the best.
+    """Whole values for the 0-1 columns `whole` of the relaxation that `solver` holds, within `gap` of the best.
 
     It stops earlier after so many nodes, or at `end` (of `time.perf_counter`). The solver has its own bounds of columns
-    afterwards, and nothing else of before.
+    afterwards, and nothing else of before. No bound of `Branched` comes from what it held: the root is solved again,
+    which takes no step if it was.
     """
     best = Branched(None, np.inf, np.inf)
-    value = float(solver.getInfo().objective_function_value)
-    open_nodes = [_Node(value, {})]
+    # HiGHS counts its limit over all runs.
+    solver.setOptionValue("time_limit", solver.getRunTime() + max(0.0, end - time.perf_counter()))
+    open_nodes = [_Node(-np.inf, {})]
     now: dict[int, float] = {}
     for _ in range(nodes):
         least = min(open_nodes, key=lambda n: n.bound, default=None)
@@ -76,8 +78,7 @@ def branch(solver: Any, whole: Any, gap: float, end: float, nodes: int = NODES) 
         if is_whole(values, whole):
             best.values, best.value = values, value
             continue
-        parts = np.where(values[whole] < 1 - _WHOLE, values[whole], 0.0)
-        torn = int(whole[int(np.argmax(parts))])
+        torn = int(whole[int(np.argmax(np.where(_torn(values, whole), values[whole], -1.0)))])
         open_nodes += [_Node(value, {**node.fixed, torn: 0.0}), _Node(value, {**node.fixed, torn: 1.0})]
     _fix(solver, now, {})
     best.bound = min([best.value, *(n.bound for n in open_nodes)])
@@ -96,7 +97,11 @@ def _fix(solver: Any, now: dict[int, float], to: dict[int, float]) -> dict[int, 
 
 def is_whole(values: Any, whole: Any) -> bool:
     """Whether the columns `whole` are whole numbers."""
-    return bool(np.all(np.abs(values[whole] - np.round(values[whole])) < _WHOLE))
+    return not np.any(_torn(values, whole))
+
+
+def _torn(values: Any, whole: Any) -> Any:
+    return np.abs(values[whole] - np.round(values[whole])) >= _WHOLE
 
 
 __all__ = ["NODES", "Branched", "branch", "is_whole"]

@@ -42,9 +42,9 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
         return Answer("infeasible", None, INF)
     whole = np.array(model.whole, dtype=np.int32)
     relaxed = np.array(solver.getSolution().col_value)
-    if _answered(solver) and is_whole(relaxed, whole):
-        return Answer("optimal", relaxed, 0.0)
     solved = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal  # else its value is no bound
+    if solved and is_whole(relaxed, whole):
+        return Answer("optimal", relaxed, 0.0)
     if (model.exposed or model.memory) and solved:
         bound = float(solver.getInfo().objective_function_value)
         start = _nearest(model, solver, whole, time_limit, start, bound / max(1e-9, 1 - NEAR * gap))
@@ -184,7 +184,9 @@ def _weigh(into: Terms, terms: Terms, weight: float) -> None:
 
 def _solver(lp: Any, time_limit: float, gap: float) -> Any:
     solver = highspy.Highs()
-    options: dict[str, Any] = {"output_flag": False, "threads": 1, "mip_rel_gap": gap, "time_limit": float(time_limit)}
+    # Not "threads": HiGHS refuses a number other than that of the first solver in the process, perhaps the user's.
+    options: dict[str, Any] = {"output_flag": False, "parallel": "off"}
+    options |= {"mip_rel_gap": gap, "time_limit": float(time_limit)}
     options["presolve"] = "off"  # it takes as long as what follows: `costmodel.problem` has pruned before
     for key, value in options.items():
         solver.setOptionValue(key, value)

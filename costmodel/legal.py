@@ -67,6 +67,7 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     """Spec of every operand and result under a plan. Raises PlanError as `check_plan`.
 
     like: for every item the first that the plan, the planner's own, treats in the same way: only that one is looked at.
+    Gradients lie as their own parameters do.
     """
     sizes = plan.mesh.sizes
     whole: Spec = (R,) * len(sizes)
@@ -76,7 +77,7 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule
     found: tuple[tuple[Spec, ...], tuple[Spec, ...]]
     for item in items.items:
-        if like is not None and like[item.index] != item.index:
+        if like is not None and like[item.index] != item.index and item.kind != "grad":
             ins.append(ins[like[item.index]])
             outs.append(outs[like[item.index]])
             continue

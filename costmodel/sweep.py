@@ -97,7 +97,7 @@ class Search:
         self.patient = False  # nothing fits so far: no short cuts
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
-        self.serial = math.inf  # seconds of the best sweep without overlap
+        self.serial: dict[float | None, float] = {}  # limit -> seconds of the best sweep without overlap
 
     def run(self, orders: list[list[int]]) -> Found | None:
         """The best that fits; None if none was found."""
@@ -247,18 +247,20 @@ class Search:
                 if fits and unsolved == 1 and (best is None or seconds < best[0]):
                     best = (seconds, state)
                 if quiet >= len(order) - 1 and not first:
-                    return self._settled(best)
+                    return self._settled(best, limit)
             gained = last - seconds if fits else math.inf
-            if self._late() or gained < GAIN * seconds or gained < seconds - self.serial:
-                break  # or it will not come near the other order any more
+            if self._late() or gained < GAIN * seconds:
+                break
+            if not self.patient and gained < seconds - self.serial.get(limit, math.inf):
+                break  # it will not come near the other order any more
             last = seconds if fits else math.inf
-        return self._settled(best)
+        return self._settled(best, limit)
 
-    def _settled(self, best: tuple[float, State] | None) -> State | None:
+    def _settled(self, best: tuple[float, State] | None, limit: float | None) -> State | None:
         if best is None:
             return None
         if not self.overlap:
-            self.serial = min(self.serial, best[0])
+            self.serial[limit] = min(self.serial.get(limit, math.inf), best[0])
         return best[1]
 
     def _solve(

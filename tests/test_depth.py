@@ -83,7 +83,9 @@ def test_layers_with_constants_are_traced_whole(monkeypatch):
     """A name says nothing about the values that other layers would have under it."""
     model = Net(after=lambda layer, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert not compared(monkeypatch, model, {"x": torch.ones(3, WIDTH)})
-    assert compared(monkeypatch, Net(after=lambda layer, x: torch.cat([torch.tensor([]), x])), {"x": torch.ones(3, WIDTH)})
+    batch = {"x": torch.ones(3, WIDTH)}
+    assert compared(monkeypatch, Net(after=lambda layer, x: torch.cat([torch.tensor([]), x])), batch)
+    assert not compared(monkeypatch, Net(after=lambda layer, x: x + torch.tensor([]).sum()), batch)
 
 
 class Double(torch.autograd.Function):

@@ -3,6 +3,9 @@
 import itertools
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pulp
 import pytest
@@ -43,6 +46,23 @@ def random_problem(seed: int) -> Problem:
         flows.append(Flow(producer, row, consumers, cost, 2.0, memory, [rng.random() < 0.5 for _ in range(rows)]))
         keeps.append(Keep([float(rng.randint(0, 4)) for _ in range(cols)], consumers))
     return Problem(groups, flows, keeps, fixed=1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_solver_of_the_users_own_comes_first(threads):
+    """HiGHS has one pool of threads in a process."""
+    code = f"""
+import highspy
+from autopar.costmodel.ilp import solve
+from tests.test_ilp import random_problem
+theirs = highspy.Highs()
+theirs.setOptionValue("threads", {threads})
+theirs.addCol(1.0, 0.0, 1.0, 0, [], [])
+theirs.run()
+assert solve(random_problem(0)).status == "optimal"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def brute(problem: Problem) -> float:

@@ -260,3 +260,13 @@ def matmul():
 def test_an_illegal_plan_is_refused(changes, message):
     with pytest.raises(PlanError, match=message):
         check_plan(block(), edited(**changes()))
+
+
+def test_layers_stored_apart_are_simulated_as_they_lie():
+    """Gradients of all layers may form one class; each lies as its own parameter."""
+    program = block(depth=12)
+    names = [s.name for s in program.of_kind("param")]
+    stored = {n: Storage((S(0),) if n.startswith("layers.3.") else (R,)) for n in names}
+    found = plan(program, Mesh.parse("a=4"), device=SLOW, storage=stored)
+    assert found.stored("layers.3.0.weight").spec == (S(0),) and found.stored("layers.4.0.weight").spec == (R,)
+    assert found.predicted["step_s"] == pytest.approx(simulate(program, found, SLOW).step_s, rel=1e-9)
