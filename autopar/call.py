@@ -144,7 +144,7 @@ class Call:
         """The tensors of a call by keywords that has nothing but the same tensors: the usual one, at every step."""
         if len(kwargs) != len(self.names):
             return None
-        tensors = [kwargs.get(name) for name in self.names]
+        tensors: list[Any] = [kwargs.get(name) for name in self.names]
         if any(not isinstance(t, torch.Tensor) or t.dtype != known.dtype for t, known in zip(tensors, self.tensors)):
             return None
         return tensors
