@@ -99,7 +99,7 @@ def test_words_for_pipelines_without_an_axis(capsys):
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(("--mesh", "pp=2,dp=4", "--micro-batches", "8", "--schedule", "1f1b"), id="two axes"),
+        pytest.param(("--mesh", "pp=2,dp=2", "--micro-batches", "4", "--schedule", "1f1b"), id="two axes"),
         pytest.param(
             ("--mesh", "pp=2", "--schedule", "zb-v", "--set", "num_hidden_layers=6", "--batch", "16"),
             id="two stages a rank",

@@ -62,8 +62,8 @@ def compared(monkeypatch, model, kwargs, training=True):
     [
         lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
         lambda: LlamaForCausalLM(LlamaConfig(**SMALL, use_cache=True)),  # an empty constant in every layer
-        lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=2)),
-        lambda: BertForMaskedLM(BertConfig(**SMALL)),
+        pytest.param(lambda: MixtralForCausalLM(MixtralConfig(**GROUPED, num_local_experts=2)), marks=pytest.mark.slow),
+        pytest.param(lambda: BertForMaskedLM(BertConfig(**SMALL)), marks=pytest.mark.slow),
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=LAYERS, n_head=2, use_cache=False)),
     ],
     ids=["llama", "llama with a cache", "mixtral", "bert", "gpt2"],

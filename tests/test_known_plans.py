@@ -56,7 +56,11 @@ def _factors(found: Plan, axis: int) -> dict[str, str]:
     return out
 
 
-@pytest.mark.parametrize("limit", ["tight", "looser"])
+#: Under either limit; the second in the slow sweep.
+BOTH = pytest.mark.parametrize("limit", ["tight", pytest.param("looser", marks=pytest.mark.slow)])
+
+
+@BOTH
 def test_a_llama_block_is_megatrons_on_the_fast_axis(limit, request):
     """Column, then row (Shoeybi et al., 2019, section 3): `mm` is [i, k] x [k, j], so j then k.
 
@@ -67,7 +71,7 @@ def test_a_llama_block_is_megatrons_on_the_fast_axis(limit, request):
     assert found == {**dict.fromkeys(COLUMN, "j"), **dict.fromkeys(ROW, "k")}
 
 
-@pytest.mark.parametrize("limit", ["tight", "looser"])
+@BOTH
 def test_it_is_zero_3_on_the_slow_axis(limit, request):
     """The batch is split; each rank stores its piece of every matrix, and the large ones are gathered anew in the
     backward (Rajbhandari et al., 2020): as many as it takes, where the limit leaves room for some."""

@@ -50,7 +50,7 @@ def mixing(model, batch, micro=MICRO):
 QUICK = [name for name in zoo.ZOO if name != "qwen3_moe"]
 
 
-@pytest.mark.parametrize("micro", [MICRO, ROWS])
+@pytest.mark.parametrize("micro", [MICRO, pytest.param(ROWS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*QUICK, "unet"])
 def test_rows_of_the_zoo_are_independent(name, micro):
     model, batch = pipeline_runs.example(name, double=False)

@@ -61,7 +61,7 @@ def _parity(mesh: str, constraints: dict[str, str], shapes: list[tuple[int, int,
 ALL = slice(None)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_ignored_labels_on_some_ranks_only(ranks, strategy):
     # ranks 0..3 hold rows 0-1, 2-3, 4-5, 6-7: all valid labels on rank 0, then on rank 3, then one row in the middle
     shapes = [(8, 8, slice(0, 2)), (8, 8, slice(6, 8)), (8, 8, slice(3, 4))]

@@ -249,7 +249,13 @@ def cuts(program, regions, seed, tries):
             break
 
 
-@pytest.mark.parametrize("name", [*zoo.ZOO, *HARD])
+#: As others are, for a cut: in the slow sweep only.
+ALIKE = ("bert", "mixtral", "encoder", "vit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in [*zoo.ZOO, *HARD]]
+)
 def test_stages_are_together_the_program(name):
     model, batch, program = program_of(name)
     regions = regions_of(program)

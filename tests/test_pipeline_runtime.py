@@ -415,12 +415,12 @@ def test_as_the_plain_module(two, case):
     two.run(case)
 
 
-@pytest.mark.parametrize("part", ["head", "embed"])
+@pytest.mark.parametrize("part", [pytest.param("head", marks=pytest.mark.slow), "embed"])
 def test_stages_that_train_nothing(two, part):
     two.run(frozen_stages, part)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb-v"])
+@pytest.mark.parametrize("name", ["1f1b", pytest.param("zb-v", marks=pytest.mark.slow)])
 def test_batches_of_any_size(two, name):
     two.run(sizes, name)
 

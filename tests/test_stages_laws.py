@@ -261,7 +261,7 @@ def test_without_a_flush_the_bubble_is_paid_once_a_segment():
     assert [r.schedule for r in choice.runners] == ["1f1b"]
 
 
-@pytest.mark.parametrize("limit", [None, 60.0])
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 60.0])
 def test_large_questions_are_answered_within_a_few_percent(limit):
     """What no brute force could: 90 pieces, two options, loops and vees."""
     rng = random.Random(5)
