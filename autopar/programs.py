@@ -38,7 +38,7 @@ class Programs:
     """Captures calls of one model, which must stay the same but for its training and requires_grad flags."""
 
     def __init__(self) -> None:
-        self._seen: dict[Hashable, tuple[int, str]] = {}  # form -> size and digest of its first program
+        self._seen: dict[Hashable, tuple[int, Program]] = {}  # form -> size of the batch, and its first program
         self._batches: dict[Hashable, Batches | None] = {}
 
     def capture(
@@ -72,7 +72,7 @@ class Programs:
         if program is None:
             program, how = capture(model, args, kwargs, loss=loss, training=training), TRACED
         if form not in self._seen:
-            self._seen[form] = (size, program.digest())
+            self._seen[form] = (size, program)
         return Captured(program, form, how)
 
     @property
@@ -82,7 +82,7 @@ class Programs:
 
     @staticmethod
     def _symbolic(
-        model: nn.Module, args: Any, kwargs: Any, loss: Any, training: bool, size: int, first: int, digest: str
+        model: nn.Module, args: Any, kwargs: Any, loss: Any, training: bool, size: int, first: int, known: Program
     ) -> Batches | None:
         """None where the batch must be a number: the trace by itself then says what is wrong, if anything is.
 
@@ -95,6 +95,6 @@ class Programs:
             return None
         same = batches.at(first)
         if same is None:  # the first size was one row, say
-            digest = capture(model, args, kwargs, loss=loss, training=training).digest()
+            known = capture(model, args, kwargs, loss=loss, training=training)
             same = batches.at(size)
-        return batches if same is not None and same.digest() == digest else None
+        return batches if same is not None and same.digest() == known.digest() else None

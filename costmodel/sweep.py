@@ -36,6 +36,8 @@ SWEEPS, GAIN = 3, 1e-3
 IMPROVED = 3
 #: And how many times slower than the best one may be: a sweep takes off a sixth at most (`benchmarks/expert_grid.py`).
 SLOWER = 1.25
+#: How many times slower a sweep of the second order may be than what the first came to: those that follow gain less.
+BEHIND = 1.15
 #: How often the stand-in for memory is tightened when the priced peak is above the limit.
 ROUNDS = 4
 #: Part of a phase that a window of gathers can use, until a simulation has shown it.
@@ -251,7 +253,9 @@ class Search:
             gained = last - seconds if fits else math.inf
             if self._late() or gained < GAIN * seconds:
                 break
-            if not self.patient and gained < seconds - self.serial.get(limit, math.inf):
+            other = self.serial.get(limit, math.inf)
+            short_cuts = fits and not self.patient and not self.overlap
+            if short_cuts and (gained < seconds - other or seconds > BEHIND * other):
                 break  # it will not come near the other order any more
             last = seconds if fits else math.inf
         return self._settled(best, limit)
