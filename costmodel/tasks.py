@@ -70,7 +70,9 @@ class Tasks:
         for name, tier in zip(plan.mesh.names, self.tier):
             names[tier].append(name)
         self.streams = ["+".join(row) for row in names]
-        self.at: dict[tuple[Tensor, Spec, str, str], Task | None] = {}  # what is at hand
+        self.home: list[Task | None] = [None] * len(items.items)  # what makes the results of an item; None: nothing
+        self.at: dict[tuple[Tensor, Spec, str, str], Task | None] = {}  # what has been brought
+        self._kinds: dict[int, tuple[bool, bool]] = {}  # by signature: a move, a product
         self.ends: list[Task] = []  # what the output reads
         self._ways: dict[tuple[Meta, Spec, Spec, str], list[tuple[Step, float]]] = {}
         self.twice = {i.index for i in items.items if i.kind == "param" and storage_of(plan, i).gather == "twice"}
@@ -84,22 +86,18 @@ class Tasks:
                 self._end(self._bring(item, 0, held.reduce))
             elif item.ins:
                 self._end(self._bring(item, 0, ""))
-            else:
-                for index in range(len(item.outs)):
-                    self._own(Tensor(item.index, index), None)
-
-    def _own(self, tensor: Tensor, task: Task | None) -> None:
-        self.at[tensor, self.specs.outs[tensor.item][tensor.index], "", ""] = task
 
     def _op(self, item: Item, row: tuple[Any, ...]) -> None:
         seconds = self.compute.seconds(item, row)
         srcs = [t for k in range(len(item.ins)) if (t := self._bring(item, k, "")) is not None]
-        assert item.node is not None
-        task = Task(item.name, item.phase, seconds, -1, item.node.target in MOVES, srcs)
-        task.product = item.node.target is aten.mm.default
+        kinds = self._kinds.get(item.signature)
+        if kinds is None:
+            assert item.node is not None
+            kinds = self._kinds[item.signature] = item.node.target in MOVES, item.node.target is aten.mm.default
+        task = Task(item.name, item.phase, seconds, -1, kinds[0], srcs)
+        task.product = kinds[1]
         self.all.append(task)
-        for index in range(len(item.outs)):
-            self._own(Tensor(item.index, index), task)
+        self.home[item.index] = task
 
     def _end(self, task: Task | None) -> None:
         if task is not None:
@@ -109,7 +107,7 @@ class Tasks:
         """What makes operand `position` of `reader` in the spec that it wants; None: it is there from the start."""
         tensor, dst = reader.ins[position], self.specs.ins[reader.index][position]
         src = self.specs.outs[tensor.item][tensor.index]
-        home = self.at[tensor, src, "", ""]
+        home = self.home[tensor.item]
         if src == dst:
             return home
         phase = reader.phase if tensor.item in self.twice else ""
