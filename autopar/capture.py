@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -34,20 +32,19 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
 from autopar import depth
 from autopar.assemble import ROLE, Role, Traced, assemble
-from autopar.call import Call, Wrapper
+from autopar.call import SYMBOLIC, Call, Wrapper
 from autopar.canonical import MODULE_KEY, set_modules
 from autopar.collector import resting_collector
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
 from autopar.graph import Program
-from autopar.modes import HOST, ExplicitAttention, OnHost, check_host, setting, sizes_as_text
+from autopar.modes import HOST, ExplicitAttention, OnHost, check_host, quiet, setting, sizes_as_text
 from autopar.shared_memory import check_memory, overlaps
 from autopar.symbolic import Batches
 from autopar.tree import batched
 
 _PREFIX = "model."
-_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def capture(
@@ -137,7 +134,9 @@ def _traced(
     names = batched({name: tuple(t.shape) for name, t in zip(call.names, call.tensors)})
     with _fakes(model, training) as mode:
         tied = _tied(model)
-        batch = _symbol(mode, [t for n, t in zip(call.names, call.tensors) if n in names]) if symbolic else None
+        batch = None
+        if symbolic:
+            batch = _symbol(mode, _size_of([t for n, t in zip(call.names, call.tensors) if n in names]))
         inputs = [
             _fake(mode, t, f"input {n!r}", batch if n in names else None) for n, t in zip(call.names, call.tensors)
         ]
@@ -147,9 +146,8 @@ def _traced(
                 "torch.no_grad() (training=False)"
             )
         try:
-            with _quiet(), torch.set_grad_enabled(training), sizes_as_text():
-                # Symbols would take values where two layers are compared.
-                gm = (None if symbolic else _deep(wrapper, inputs, mode)) or _trace(wrapper, inputs)
+            with quiet(), torch.set_grad_enabled(training), sizes_as_text():
+                gm = _deep(wrapper, inputs, mode) or _trace(wrapper, inputs)
         except CaptureError:
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
@@ -169,17 +167,24 @@ def _traced(
     return traced, lambda program: check_memory(overlapping, program), batch
 
 
-def _symbol(mode: FakeTensorMode, examples: list[torch.Tensor]) -> torch.SymInt:
-    """A symbol for the batch, which torch first takes for the length that `examples` have.
-
-    Raises:
-        CaptureError: a length that the trace would take for special.
-    """
+def _size_of(examples: list[torch.Tensor]) -> int:
+    """The length of the batch that `examples` have; raises CaptureError if the trace would take it for special."""
     if not examples:
         raise CaptureError("no argument is a tensor with a dim 0 that could be the batch")
-    size, source, shapes = int(examples[0].shape[0]), ConstantSource("batch"), mode.shape_env
+    size = int(examples[0].shape[0])
     if size < 2:
         raise CaptureError(f"a batch of {size} cannot stand for others: tensors of one row broadcast; pass 2 or more")
+    return size
+
+
+def _sizes() -> ShapeEnv:
+    """Without numbers read out of tensors: the line that asks for one raises, rather than something after it."""
+    return ShapeEnv(tracked_fakes=[], allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+
+
+def _symbol(mode: FakeTensorMode, size: int) -> torch.SymInt:
+    """A symbol for the batch, which torch first takes for `size`."""
+    source, shapes = ConstantSource("batch"), mode.shape_env
     assert shapes is not None
     symbol = shapes.create_symbol(size, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     found = shapes.create_symintnode(symbol, hint=size, source=source)
@@ -208,9 +213,7 @@ def _fake(mode: FakeTensorMode, tensor: torch.Tensor, what: str, batch: torch.Sy
 @contextlib.contextmanager
 def _fakes(model: nn.Module, training: bool) -> Iterator[FakeTensorMode]:
     """Within, `model` has fake parameters and buffers; afterwards it is exactly as before, attributes included."""
-    # Without numbers read out of tensors: the line that asks for one raises, rather than something after it.
-    shapes = ShapeEnv(tracked_fakes=[], allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=_sizes(), allow_non_fake_inputs=True)
     saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
     twins: dict[int, torch.Tensor] = {}
 
@@ -268,22 +271,6 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings and log lines from inside torch's tracing say nothing that `explain` does not say better."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), resting_collector():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
 # ---- tracing -------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +321,7 @@ def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) ->
         if short is None or short[1:] != whole[1:] or not depth.equal(whole[0], short[0]):
             return None
         gm = _trace(wrapper, inputs)
-    graph = depth.unroll(gm.graph, stack)
+    graph = depth.unroll(gm.graph, stack, _text)
     if graph is None:
         return None
     wrapper.returned.reached = stack.names(wrapper.returned.reached)
@@ -350,13 +337,25 @@ def _unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
 def _recorded(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode, stack: depth.Stack) -> Any:
     """What a forward does and returns besides tensors. None if it fails: the whole trace tells why, or gets through."""
     returned = wrapper.returned
-    recorder = depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text)
-    try:
-        with mode, _traceable(), recorder:
-            wrapper(*inputs)
-    except Exception:
-        return None
-    return recorder, returned.leaves, returned.is_tensor, returned.cut, list(returned.notes)
+    lengths: list[Any] = [t.shape[0] for t in inputs if t.ndim]
+    hint = next((n.node.hint for n in lengths if isinstance(n, torch.SymInt)), None)
+    # Of their own: what is asked of sizes here is no condition of the trace.
+    sizes = mode.shape_env if hint is None else _sizes()
+    with setting(mode, "shape_env", sizes):
+        if hint is not None:
+            batch = _symbol(mode, hint)
+            cut = [t.ndim > 0 and isinstance(t.shape[0], torch.SymInt) for t in inputs]
+            inputs = [_fake(mode, t, "", batch if c else None) for t, c in zip(inputs, cut)]
+        recorder = depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text)
+        try:
+            with mode, _traceable(), recorder:
+                wrapper(*inputs)
+        except Exception:
+            return None
+    assert sizes is not None
+    asked = [str(guard.expr) for guard in sizes.guards], str(sizes.replacements), str(sizes.deferred_runtime_asserts)
+    leaves = [(path, _text(v) if isinstance(v, SYMBOLIC) else v) for path, v in returned.leaves]
+    return recorder, leaves, returned.is_tensor, returned.cut, list(returned.notes), asked
 
 
 def _surroundings() -> Any:
@@ -371,7 +370,12 @@ def _surroundings() -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """An argument of a torch function that is no plain value, if its text tells all of it."""
+    """An argument of a torch function that is no plain value, if its text tells all of it.
+
+    Of a size that depends on the batch, what it is in terms of that: compared as it is, the batch would take a value.
+    """
+    if isinstance(value, SYMBOLIC):
+        return str(value.node.expr)
     return repr(value) if isinstance(value, torch._C.DispatchKeySet) else None
 
 

@@ -27,6 +27,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from autopar.assemble import ROLE, Role
+from autopar.call import SYMBOLIC
 
 #: Layers that are traced: two at each end, and one to repeat.
 KEPT = 5
@@ -282,13 +283,14 @@ class _Unlike(Exception):
     """The graph is not periodic, as `unroll` reads it."""
 
 
-def unroll(graph: fx.Graph, stack: Stack) -> fx.Graph | None:
+def unroll(graph: fx.Graph, stack: Stack, text: Callable[[Any], str | None]) -> fx.Graph | None:
     """The joint graph of the whole stack from that of its first `KEPT` layers, `graph`; None if it is not periodic.
 
     Both with a `Role` on every placeholder and result, and `meta["module"]` where known. `graph` is not changed.
+    `text`: of a symbolic size.
     """
     try:
-        return _Unrolled(_Parts(graph, stack)).graph
+        return _Unrolled(_Parts(graph, stack, text)).graph
     except _Unlike:
         return None
 
@@ -302,12 +304,19 @@ class _Parts:
         home: node in a segment -> (layer, pass, position).
     """
 
-    def __init__(self, graph: fx.Graph, stack: Stack) -> None:
-        self.old, self.stack = graph, stack
+    def __init__(self, graph: fx.Graph, stack: Stack, text: Callable[[Any], str | None]) -> None:
+        self.old, self.stack, self.text = graph, stack, text
         self.order: list[fx.Node | tuple[int, int]] = []
         self.segments: dict[tuple[int, int], list[fx.Node]] = {}
         self.home: dict[fx.Node, tuple[int, int, int]] = {}
-        nodes = [n for n in graph.nodes if n.op in ("call_function", "get_attr")]
+        sizes: dict[fx.Node, None] = {}  # of the batch alone: not a part of the layer that asks first
+        for node in graph.nodes:
+            given = all(n.op == "placeholder" or n in sizes for n in node.all_input_nodes)
+            if node.op == "call_function" and isinstance(node.meta.get("val"), SYMBOLIC) and given:
+                sizes[node] = None
+        self.order += sizes
+        self.sizes = sizes
+        nodes = [n for n in graph.nodes if n.op in ("call_function", "get_attr") and n not in sizes]
         layers = self._layers(nodes)
         begun = -1
         for at, (node, layer) in enumerate(zip(nodes, layers)):
@@ -389,6 +398,8 @@ class _Parts:
             if arg in self.home:
                 other, which, at = self.home[arg]
                 return ("node", other - layer, which, at)
+            if arg in self.sizes:  # every layer asks anew
+                return ("size", self.text(arg.meta["val"]))
             where = self.owner(arg)
             return ("outside", arg.name) if where is None else ("state", where[0] - layer, where[1])
 
@@ -477,6 +488,8 @@ class _Unrolled:
     def _copy(self, node: fx.Node, find: Callable[[fx.Node], fx.Node], meta: dict[str, Any]) -> fx.Node:
         made = self.graph.node_copy(node, find)
         made.meta = dict(meta)
+        if made.op == "placeholder":
+            made.target = made.name  # in code that is written for the graph, the name of the argument
         return made
 
     def _output(self) -> None:

@@ -8,7 +8,9 @@ have fake twins on the CPU (`autopar/capture.py`), and here the user's own words
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,11 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from autopar.canonical import where
+from autopar.collector import resting_collector
 from autopar.errors import CaptureError
 
 HOST = torch.device("cpu")
 #: Functions that take the name of a device by position; in all others a name is given as `device=`.
 _POSITIONAL = frozenset({torch.Tensor.to, torch.as_tensor})
+
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 class ExplicitAttention(TorchFunctionMode):
@@ -128,4 +133,20 @@ def sizes_as_text() -> Iterator[None]:
         yield
 
 
-__all__ = ["ExplicitAttention", "OnHost", "check_host", "host_of", "setting", "sizes_as_text"]
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings and log lines from inside torch's tracing say nothing that `explain` does not say better."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), resting_collector():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+__all__ = ["ExplicitAttention", "OnHost", "check_host", "host_of", "quiet", "setting", "sizes_as_text"]

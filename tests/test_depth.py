@@ -73,6 +73,41 @@ def test_hugging_face_models_are_traced_once_a_layer(monkeypatch, made):
     assert compared(monkeypatch, made().train(), {"input_ids": ids, "labels": ids})
 
 
+def compared_batches(monkeypatch, model, kwargs):
+    """As `compared`, with the batch as a symbol."""
+    used, deep = [], capturing._deep
+
+    def spied(*args):
+        found = deep(*args)
+        used.append(found is not None)
+        return found
+
+    monkeypatch.setattr(capturing, "_deep", spied)
+    got = capturing.capture_batches(model, (), kwargs)
+    monkeypatch.setattr(capturing, "_deep", lambda *args: None)
+    want = capturing.capture_batches(model, (), kwargs)
+    monkeypatch.setattr(capturing, "_deep", deep)
+    for size in (1, 2, 3, 16, 17, 64):
+        mine, plain = got.at(size), want.at(size)
+        assert (mine and mine.digest()) == (plain and plain.digest()), size
+    return used == [True]
+
+
+def test_with_the_batch_as_a_symbol(monkeypatch):
+    ids = torch.zeros(4, 6, dtype=torch.long)
+    model = LlamaForCausalLM(LlamaConfig(**GROUPED)).train()
+    assert compared_batches(monkeypatch, model, {"input_ids": ids, "labels": ids})
+
+
+def test_layers_that_look_at_the_batch(monkeypatch):
+    """All alike: the program holds for sizes that all take so. One of those that are not traced: for sizes it takes."""
+    batch = {"x": torch.ones(4, WIDTH)}
+    alike = Net(after=lambda layer, x: 2 * x if len(x) > 16 else x)
+    assert compared_batches(monkeypatch, alike, batch)
+    one = Net(after=lambda layer, x: 2 * x if late(layer) and len(x) > 16 else x)
+    assert not compared_batches(monkeypatch, one, batch)
+
+
 def test_layers_that_take_turns_are_traced_whole(monkeypatch):
     model = Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)).train()
     ids = torch.zeros(2, 6, dtype=torch.long)
