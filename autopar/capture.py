@@ -30,7 +30,7 @@ from torch.fx.traceback import get_current_meta
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
-from autopar import depth
+from autopar import depth, repeat
 from autopar.assemble import ROLE, Role, Traced, assemble
 from autopar.call import SYMBOLIC, Call, Wrapper
 from autopar.canonical import MODULE_KEY, set_modules
@@ -321,7 +321,7 @@ def _deep(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode) ->
         if short is None or short[1:] != whole[1:] or not depth.equal(whole[0], short[0]):
             return None
         gm = _trace(wrapper, inputs)
-    graph = depth.unroll(gm.graph, stack, _text)
+    graph = repeat.unroll(gm.graph, stack, _text)
     if graph is None:
         return None
     wrapper.returned.reached = stack.names(wrapper.returned.reached)
