@@ -49,7 +49,7 @@ class Traced:
         tied: every parameter and buffer name -> the first name of the same memory.
         params, buffers: fake tensors by name, each memory once.
         training: with the backward.
-        module: makes the program's graph module from its constants and its graph.
+        module: makes a graph module, as `fx.GraphModule` does, of constants (or a module that has them) and a graph.
     """
 
     gm: fx.GraphModule
@@ -61,7 +61,7 @@ class Traced:
     params: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
     training: bool
-    module: Callable[[dict[str, Any], fx.Graph], fx.GraphModule]
+    module: Callable[[Any, fx.Graph], fx.GraphModule]
 
 
 def assemble(traced: Traced) -> Program:

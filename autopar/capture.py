@@ -336,23 +336,18 @@ def _unwritten(root: Any, graph: fx.Graph) -> fx.GraphModule:
 
 def _recorded(wrapper: Wrapper, inputs: list[torch.Tensor], mode: FakeTensorMode, stack: depth.Stack) -> Any:
     """What a forward does and returns besides tensors. None if it fails: the whole trace tells why, or gets through."""
-    returned = wrapper.returned
-    lengths: list[Any] = [t.shape[0] for t in inputs if t.ndim]
-    hint = next((n.node.hint for n in lengths if isinstance(n, torch.SymInt)), None)
-    # Of their own: what is asked of sizes here is no condition of the trace.
-    sizes = mode.shape_env if hint is None else _sizes()
+    returned, sizes = wrapper.returned, _sizes()  # of its own: what is asked of sizes here is no condition of the trace
     with setting(mode, "shape_env", sizes):
-        if hint is not None:
-            batch = _symbol(mode, hint)
-            cut = [t.ndim > 0 and isinstance(t.shape[0], torch.SymInt) for t in inputs]
-            inputs = [_fake(mode, t, "", batch if c else None) for t, c in zip(inputs, cut)]
+        lengths: list[Any] = [t.shape[0] if t.ndim else None for t in inputs]
+        size = next((n.node.hint for n in lengths if isinstance(n, SYMBOLIC)), None)
+        batch = None if size is None else _symbol(mode, size)
+        inputs = [_fake(mode, t, "", batch) if isinstance(n, SYMBOLIC) else t for t, n in zip(inputs, lengths)]
         recorder = depth.Recorder(wrapper.model, stack, inputs, _surroundings, _text)
         try:
             with mode, _traceable(), recorder:
                 wrapper(*inputs)
         except Exception:
             return None
-    assert sizes is not None
     asked = [str(guard.expr) for guard in sizes.guards], str(sizes.replacements), str(sizes.deferred_runtime_asserts)
     leaves = [(path, _text(v) if isinstance(v, SYMBOLIC) else v) for path, v in returned.leaves]
     return recorder, leaves, returned.is_tensor, returned.cut, list(returned.notes), asked

@@ -110,13 +110,15 @@ class _Parts:
                     raise _Unlike
 
     def _vanishes(self, constant: fx.Node) -> bool:
-        """Whether it is empty and nothing but a `cat` reads it, which is left without it."""
+        """Whether it is empty, of one dim, and read by nothing but a `cat` with something else: `canonicalise` then
+        leaves it out."""
         copies = set(constant.users)
         readers = {user for copy in copies for user in copy.users}
         return (
-            self._constant(constant).numel() == 0
+            tuple(self._constant(constant).shape) == (0,)
             and {n.target for n in copies} <= {torch.ops.aten.lift_fresh_copy.default}
             and {n.target for n in readers} <= {torch.ops.aten.cat.default}
+            and all(any(part.meta["val"].dim() != 1 for part in n.args[0]) for n in readers)  # type: ignore[union-attr]
         )
 
     def _constant(self, node: fx.Node) -> torch.Tensor:

@@ -46,8 +46,8 @@ class Batches:
         if not self.allowed(size):
             return None
         old = self.traced
-        gm = _substituted(old.gm, lambda value: self.number(value, size))
-        program = assemble(replace(old, gm=gm, returned=self._returned(size)))
+        graph = _substituted(old.gm.graph, lambda value: self.number(value, size))
+        program = assemble(replace(old, gm=old.module(old.gm, graph), returned=self._returned(size)))
         self.finish(program)
         return program
 
@@ -61,11 +61,11 @@ class Batches:
         return new
 
 
-def _substituted(gm: fx.GraphModule, number: Callable[[Any], int | float | bool]) -> fx.GraphModule:
+def _substituted(graph: fx.Graph, number: Callable[[Any], int | float | bool]) -> fx.Graph:
     """A copy of the graph without symbols: nodes that compute sizes are gone, fake tensors have numbers as shapes."""
     new = fx.Graph()
     env: dict[fx.Node, Any] = {}
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         val = node.meta.get("val")
         if isinstance(val, SYMBOLIC):
             env[node] = number(val)
@@ -76,7 +76,7 @@ def _substituted(gm: fx.GraphModule, number: Callable[[Any], int | float | bool]
         if "val" in made.meta:
             made.meta["val"] = _mapped(val, env, number)
         env[node] = made
-    return fx.GraphModule(gm, new)
+    return new
 
 
 def _mapped(value: Any, env: dict[fx.Node, Any], number: Callable[[Any], int | float | bool]) -> Any:

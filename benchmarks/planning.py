@@ -1,6 +1,6 @@
 """Capture and plan LLaMA-3-8B and 70B, never allocated, on meshes of 64 and 128 H100: seconds by phase, memory, size.
 
-    python benchmarks/planning.py            # the four bars below, then time against depth, about 4 minutes
+    python benchmarks/planning.py            # the four bars below, then time against depth, about 5 minutes
     python benchmarks/planning.py --quick    # 4 layers each, no depths
 
 Bars, capture included, on 2 processor cores: 8B on 8x8 under 20 s and 2 GiB; 8B on 4x4x4 under 40 s; 70B on 8x2x8 under

@@ -16,7 +16,7 @@ import numpy as np
 
 try:
     import highspy
-except ImportError:  # nothing here is called without it
+except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan says so
     highspy = None  # type: ignore[assignment]
 
 #: Nodes at most: what is not found in so many is told as a gap, or left to the general solver.
@@ -104,4 +104,4 @@ def _torn(values: Any, whole: Any) -> Any:
     return np.abs(values[whole] - np.round(values[whole])) >= _WHOLE
 
 
-__all__ = ["NODES", "Branched", "branch", "is_whole"]
+__all__ = ["NODES", "Branched", "branch", "highspy", "is_whole"]

@@ -13,14 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from autopar.costmodel.branch import branch, is_whole
+from autopar.costmodel.branch import branch, highspy, is_whole
 from autopar.costmodel.model import CONST, Answer, Model, Terms, read
 from autopar.costmodel.problem import INF
-
-try:
-    import highspy
-except ImportError:  # CBC, which comes with PuLP, is used instead, and the plan says so
-    highspy = None  # type: ignore[assignment]
 
 #: Seconds that a relaxation gets at least.
 LEAST = 0.5

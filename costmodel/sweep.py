@@ -34,9 +34,10 @@ from autopar.plan import Plan
 SWEEPS, GAIN = 3, 1e-3
 #: How many experts' plans are improved by a sweep, the quickest first: a slower one may lead further.
 IMPROVED = 3
-#: And how many times slower than the best one may be: a sweep takes off a sixth at most (`benchmarks/expert_grid.py`).
+#: And how many times slower than the best one may be: a sixth is the most that a sweep was seen to take off.
 SLOWER = 1.25
-#: How many times slower a sweep of the second order may be than what the first came to: those that follow gain less.
+#: How many times slower a sweep of the second order may be than what the first came to: those that follow were seen to
+#: gain less.
 BEHIND = 1.15
 #: How often the stand-in for memory is tightened when the priced peak is above the limit.
 ROUNDS = 4

@@ -34,8 +34,8 @@ SMALL = {
 GROUPED = {**SMALL, "num_key_value_heads": 1, "use_cache": False}
 
 
-def compared(monkeypatch, model, kwargs, training=True):
-    """Whether few layers were traced; checks that the program is that of a whole trace."""
+def both(monkeypatch, capture):
+    """What `capture` gives with few layers traced where that is possible, and with all; and whether it was."""
     used, deep = [], capturing._deep
 
     def spied(*args):
@@ -43,18 +43,32 @@ def compared(monkeypatch, model, kwargs, training=True):
         used.append(found is not None)
         return found
 
-    monkeypatch.setattr(capturing, "_deep", spied)
-    got = capturing.capture(model, (), kwargs, training=training)
-    monkeypatch.setattr(capturing, "_deep", lambda *args: None)
-    want = capturing.capture(model, (), kwargs, training=training)
-    monkeypatch.setattr(capturing, "_deep", deep)
+    with monkeypatch.context() as patch:
+        patch.setattr(capturing, "_deep", spied)
+        got = capture()
+        patch.setattr(capturing, "_deep", lambda *args: None)
+        return got, capture(), used == [True]
+
+
+def compared(monkeypatch, model, kwargs, training=True):
+    """Whether few layers were traced; checks that the program is that of a whole trace."""
+    got, want, used = both(monkeypatch, lambda: capturing.capture(model, (), kwargs, training=training))
     assert got.digest() == want.digest()
     assert got.sources == want.sources and got.sinks == want.sinks and got.notes == want.notes
     for mine, plain in zip(got.gm.graph.nodes, want.gm.graph.nodes, strict=True):
         for key in ("address", "phase", "module"):
             assert mine.meta.get(key) == plain.meta.get(key), mine
         assert str(mine.meta.get("val")) == str(plain.meta.get("val")), mine
-    return used == [True]
+    return used
+
+
+def compared_batches(monkeypatch, model, kwargs):
+    """As `compared`, with the batch as a symbol."""
+    got, want, used = both(monkeypatch, lambda: capturing.capture_batches(model, (), kwargs))
+    for size in (1, 2, 3, 16, 17, 64):
+        mine, plain = got.at(size), want.at(size)
+        assert (mine and mine.digest()) == (plain and plain.digest()), size
+    return used
 
 
 @pytest.mark.parametrize(
@@ -71,26 +85,6 @@ def compared(monkeypatch, model, kwargs, training=True):
 def test_hugging_face_models_are_traced_once_a_layer(monkeypatch, made):
     ids = torch.zeros(2, 6, dtype=torch.long)
     assert compared(monkeypatch, made().train(), {"input_ids": ids, "labels": ids})
-
-
-def compared_batches(monkeypatch, model, kwargs):
-    """As `compared`, with the batch as a symbol."""
-    used, deep = [], capturing._deep
-
-    def spied(*args):
-        found = deep(*args)
-        used.append(found is not None)
-        return found
-
-    monkeypatch.setattr(capturing, "_deep", spied)
-    got = capturing.capture_batches(model, (), kwargs)
-    monkeypatch.setattr(capturing, "_deep", lambda *args: None)
-    want = capturing.capture_batches(model, (), kwargs)
-    monkeypatch.setattr(capturing, "_deep", deep)
-    for size in (1, 2, 3, 16, 17, 64):
-        mine, plain = got.at(size), want.at(size)
-        assert (mine and mine.digest()) == (plain and plain.digest()), size
-    return used == [True]
 
 
 def test_with_the_batch_as_a_symbol(monkeypatch):
@@ -114,13 +108,20 @@ def test_layers_that_take_turns_are_traced_whole(monkeypatch):
     assert not compared(monkeypatch, model, {"input_ids": ids, "labels": ids})
 
 
-def test_layers_with_constants_are_traced_whole(monkeypatch):
-    """A name says nothing about the values that other layers would have under it."""
-    model = Net(after=lambda layer, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert not compared(monkeypatch, model, {"x": torch.ones(3, WIDTH)})
-    batch = {"x": torch.ones(3, WIDTH)}
-    assert compared(monkeypatch, Net(after=lambda layer, x: torch.cat([torch.tensor([]), x])), batch)
-    assert not compared(monkeypatch, Net(after=lambda layer, x: x + torch.tensor([]).sum()), batch)
+@pytest.mark.parametrize(
+    "after, few",
+    [
+        (lambda layer, x: torch.cat([torch.tensor([]), x]), True),
+        (lambda layer, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]), False),
+        (lambda layer, x: x + torch.tensor([]).sum(), False),
+        (lambda layer, x: x + torch.cat([torch.tensor([]), torch.tensor([])]).sum(), False),
+        (lambda layer, x: torch.cat([torch.tensor([[], [], []]), x], dim=1), False),
+    ],
+    ids=["dropped", "values", "read", "with another", "two dims"],
+)
+def test_constants_of_layers(monkeypatch, after, few):
+    """A name says nothing about the values of other layers; those that are dropped hold none."""
+    assert compared(monkeypatch, Net(after=after), {"x": torch.ones(3, WIDTH)}) == few
 
 
 class Double(torch.autograd.Function):

@@ -36,8 +36,7 @@ CAPTURE = {
     f"autopar.{m}"
     for m in (
         "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "depth", "explain",
-        "modes",
-        "param_views", "programs", "repeat", "shared_memory", "symbolic",
+        "modes", "param_views", "programs", "repeat", "shared_memory", "symbolic",
     )
 }  # fmt: skip
 #: The rest of the front door, and what each may use besides the plain data.
