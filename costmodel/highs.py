@@ -17,6 +17,16 @@ from autopar.costmodel.branch import branch, highspy, is_whole
 from autopar.costmodel.model import CONST, Answer, Model, Terms, read
 from autopar.costmodel.problem import INF
 
+if highspy is not None:
+
+    class _Silent(highspy.Highs):  # type: ignore[misc]
+        """HiGHS without its first words, which it prints when callbacks are enabled, before it can be told not to."""
+
+        def enableCallbacks(self) -> None:
+            self.silent()
+            super().enableCallbacks()
+
+
 #: Seconds that a relaxation gets at least.
 LEAST = 0.5
 #: Relative gap of a choice at given prices, which are not exact either.
@@ -178,11 +188,10 @@ def _weigh(into: Terms, terms: Terms, weight: float) -> None:
 
 
 def _solver(lp: Any, time_limit: float, gap: float) -> Any:
-    solver = highspy.Highs()
-    # Not "threads": HiGHS refuses a number other than that of the first solver in the process, perhaps the user's.
-    options: dict[str, Any] = {"output_flag": False, "parallel": "off"}
-    options |= {"mip_rel_gap": gap, "time_limit": float(time_limit)}
-    options["presolve"] = "off"  # it takes as long as what follows: `costmodel.problem` has pruned before
+    solver = _Silent()
+    # Not "threads": HiGHS refuses a number other than that of the first solver in the process, perhaps the user's. No
+    # presolve: it takes as long as what follows, for `costmodel.problem` has pruned before.
+    options: dict[str, Any] = {"parallel": "off", "presolve": "off", "mip_rel_gap": gap, "time_limit": time_limit}
     for key, value in options.items():
         solver.setOptionValue(key, value)
     solver.passModel(lp)

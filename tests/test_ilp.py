@@ -48,21 +48,31 @@ def random_problem(seed: int) -> Problem:
     return Problem(groups, flows, keeps, fixed=1.0)
 
 
+def apart(code: str) -> str:
+    """What a fresh process prints that runs `code`."""
+    start = "import highspy\nfrom autopar.costmodel.ilp import solve\nfrom tests.test_ilp import random_problem\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_nothing_is_printed():
+    """What a command prints may be read by another."""
+    assert apart("solve(random_problem(0))\n") == ""
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_solver_of_the_users_own_comes_first(threads):
     """HiGHS has one pool of threads in a process."""
-    code = f"""
-import highspy
-from autopar.costmodel.ilp import solve
-from tests.test_ilp import random_problem
+    apart(f"""
 theirs = highspy.Highs()
 theirs.setOptionValue("threads", {threads})
 theirs.addCol(1.0, 0.0, 1.0, 0, [], [])
 theirs.run()
 assert solve(random_problem(0)).status == "optimal"
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+""")
 
 
 def brute(problem: Problem) -> float:
