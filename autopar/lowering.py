@@ -30,7 +30,7 @@ def lower(
     Raises:
         PlanError: the plan is not legal for the program; names the op.
     """
-    local, _ = passes.lower(program, plan, rules.rule_for, target)
+    local, _ = passes.lower(program, plan, rules.rule_for, target, fuses=not eager)
     parts = passes.cut(local, fuses=not eager)
     title = "-".join(map(str, coordinates))
     place = (plan.mesh, coordinates, group_names)

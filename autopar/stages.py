@@ -330,7 +330,7 @@ def _lower(
     stage: Stage, plan: Plan, place: Place, kinds: set[str], eager: bool, target: passes.Target
 ) -> LoweredStage:
     program, mesh = stage.program, plan.mesh
-    local, _ = passes.lower(program, plan, rules.rule_for, target, defer=True)
+    local, _ = passes.lower(program, plan, rules.rule_for, target, defer=True, fuses=not eager)
     parts = passes.cut(local, fuses=not eager)
     title = "-".join(map(str, (f"stage{stage.index}", *place.coordinates)))
 

@@ -1,7 +1,7 @@
 """Graph rewriting: from a program and its plan to the two graphs that one rank runs.
 
 lower    program + plan -> local graph with symbolic collectives, the same for every rank    insert, then SYMBOLIC;
-                                                                              on a GPU causal and to_device
+                                                    for a compiler cross_entropy; on a GPU causal and to_device
 cut      joint local graph -> forward and backward                                           partition
 halves   a backward -> gradients of inputs, gradients of weights                             halves
 close    what ends an accumulation of gradients                                              reduction
@@ -26,6 +26,7 @@ from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
 from autopar.passes.causal import causal
 from autopar.passes.constants import constants
+from autopar.passes.cross_entropy import cross_entropy
 from autopar.passes.device import HOST, Target, statistics, to_device
 from autopar.passes.direct import direct
 from autopar.passes.edit import finished
@@ -55,9 +56,11 @@ EAGER: tuple[Pass, ...] = (
 
 
 def lower(
-    program: Program, plan: Plan, rule_of: RuleOf, target: Target = HOST, defer: bool = False
+    program: Program, plan: Plan, rule_of: RuleOf, target: Target = HOST, defer: bool = False, fuses: bool = False
 ) -> tuple[LocalProgram, Report]:
-    """The local graph of `program` under `plan` for `target`, and what each pass did. defer: as `insert_collectives`.
+    """The local graph of `program` under `plan` for `target`, and what each pass did.
+
+    defer: as `insert_collectives`. fuses: a compiler will fuse what it can.
 
     Raises:
         PlanError: the plan is not legal for the program.
@@ -65,7 +68,7 @@ def lower(
     """
     local = insert_collectives(program, plan, rule_of, defer)
     # The device last: all others know the program's ops; before the cut, which sees what is saved for the backward.
-    steps = SYMBOLIC
+    steps = (*SYMBOLIC, cross_entropy) if fuses else SYMBOLIC
     if target.device != HOST.device:
         steps = (statistics, *steps, partial(causal, mesh=plan.mesh), partial(to_device, target=target))
     gm, report = run(local.gm, steps, mesh=plan.mesh, title="local")

@@ -238,7 +238,8 @@ def test_nothing_of_the_cpu_is_left():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_graphs_run_on_imagined_gpus(name, dtype, monkeypatch):
+@pytest.mark.parametrize("eager", [True, False])
+def test_graphs_run_on_imagined_gpus(name, dtype, eager, monkeypatch):
     """Every op takes what it is given, all of it on the GPU, and gives what its node says."""
     model, batch = ZOO[name](0)
     program, plan = planned(model.to(dtype), batch, "dp=1", {})
@@ -252,10 +253,10 @@ def test_graphs_run_on_imagined_gpus(name, dtype, monkeypatch):
     monkeypatch.setattr(device_pass, "_move", move)
     monkeypatch.setattr(passes, "direct", lambda gm: gm)  # torch's own functions look for the GPU
     target = passes.Target(torch.device("cuda", 0))
-    parts = passes.cut(passes.lower(program, plan, rule_for, target)[0])
+    parts = passes.cut(passes.lower(program, plan, rule_for, target, fuses=not eager)[0], fuses=not eager)
     saved = None
     for part in (parts.forward, parts.backward):
-        gm, _ = passes.finish(part, plan.mesh, (0,), {}, "part", True, target)
+        gm, _ = passes.finish(part, plan.mesh, (0,), {}, "part", eager, target)
         with imagined:
             vals = [n.meta["val"] for n in edit.placeholders(gm)]
             inputs = [torch.empty(v.shape, dtype=v.dtype, device="cuda:0") for v in vals]
