@@ -83,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", choices=list(targets.DTYPES), default="fp32", help="of the weights (default: fp32)")
     plan.add_argument("--memory", metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
     plan.add_argument(
+        "--optimizer", choices=options.OPTIMIZER_CLASSES, default=options.ADAMW, metavar="NAME",
+        help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw)",
+    )  # fmt: skip
+    plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="change an entry of the Hugging Face configuration; may be repeated",
     )  # fmt: skip
@@ -170,6 +174,7 @@ def _plan(args: argparse.Namespace) -> int:
             target=target.to_dict(),
             micro_batches=args.micro_batches,
             schedule=args.schedule,
+            optimizer_class=args.optimizer,
         )
     if args.output is not None:
         plan.save(args.output)

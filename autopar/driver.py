@@ -65,6 +65,7 @@ def compile(
     weights: str = "current",
     nonfinite: str = "skip",
     flush_updates: int = 0,
+    optimizer_class: str | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -113,6 +114,9 @@ def compile(
             find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
         flush_updates: with "paci", so many updates at the beginning, when weights change most, are as of 1f1b.
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
+        optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for its memory and
+            the time of its update: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
+            default: the given plan's, else "adamw". A function in `optimizer` is not asked.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -133,7 +137,7 @@ def compile(
             given = _searched(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
-                schedule=schedule, weights=weights,
+                schedule=schedule, weights=weights, optimizer_class=optimizer_class,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -144,9 +148,15 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
+        if given is not None and optimizer_class not in (None, given.optimizer):
+            raise PlanError(
+                f"optimizer_class={optimizer_class} is asked for, and the plan was made for {given.optimizer}; leave "
+                "it out, or plan again"
+            )
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights,
+            optimizer_class=given.optimizer if given is not None else optimizer_class,
         )  # fmt: skip
         recipe = None
         if optimizer is not None:
@@ -191,6 +201,7 @@ def plan_model(
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
     weights: str = "current",
+    optimizer_class: str | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -214,7 +225,7 @@ def plan_model(
     shape = as_mesh(mesh)
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
-        weights=weights, searched=count is not None,
+        weights=weights, searched=count is not None, optimizer_class=optimizer_class,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -406,6 +417,7 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
         "device": asked.device,
         "memory_limit": asked.memory_limit,
         "constraints": dict(asked.constraints),
+        "optimizer": asked.optimizer_class,
         "output_specs": "free" if free else "replicated",
     }
 
@@ -473,7 +485,7 @@ def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, S
 
 
 def _decisions(plan: Plan) -> str:
-    """What of a plan changes the graphs; seconds and notes differ where every rank makes the same plan itself."""
+    """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
     return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
 
 

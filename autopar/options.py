@@ -18,6 +18,7 @@ from autopar.call import TARGET, Call
 from autopar.checks import check_dtypes, refuse_old_norms, watched_generators
 from autopar.costmodel import profile
 from autopar.costmodel.devices import DEVICES, Device
+from autopar.costmodel.memory import OPTIMIZERS
 from autopar.errors import BatchError, CaptureError, ConstraintError, RuntimeUseError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
@@ -28,6 +29,8 @@ from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
 OUTPUTS = ("auto", "full", "sharded")
+#: What `optimizer_class=` may be, and what it is where nobody says.
+OPTIMIZER_CLASSES, ADAMW = tuple(OPTIMIZERS), "adamw"
 #: The name of the device that `autopar calibrate` measured.
 CALIBRATED = "calibrated"
 #: Axes of these names, or constrained to one of these strategies, split the batch when ranks bring their own.
@@ -53,6 +56,7 @@ class Asked:
     schedule: str | None = None
     table: str = ""
     weights: str = "current"
+    optimizer_class: str = ADAMW
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -62,7 +66,8 @@ class Asked:
             f"outputs {self.outputs}, local batches over {self.data_axes or 'no axis'}, "
             f"shared {', '.join(self.shared) or 'nothing'}, "
             f"{'with' if self.loss else 'without'} loss=, "
-            f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}"
+            f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
+            f"optimizer_class {self.optimizer_class}"
         )
 
     @property
@@ -187,6 +192,7 @@ def ask(
     trains: bool = False,
     weights: str = "current",
     searched: bool = False,
+    optimizer_class: str | None = None,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
@@ -209,6 +215,11 @@ def ask(
     names = (shared,) if isinstance(shared, str) else tuple(shared) if isinstance(shared, Sequence) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
+    if optimizer_class is not None and optimizer_class not in OPTIMIZER_CLASSES:
+        raise ConstraintError(
+            f"optimizer_class={optimizer_class!r} is not the name of one that is known; choose one of "
+            f"{', '.join(OPTIMIZER_CLASSES)}: one that keeps as many tensors of a parameter's size as yours does"
+        )
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
     name, table = _schedule(mesh, micro_batches, schedule, searched)
@@ -222,7 +233,7 @@ def ask(
         )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights,
+        weights, optimizer_class or ADAMW,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -75,6 +75,7 @@ class Plan:
         target: how the CLI rebuilds the model (`autopar verify`), free-form; empty for plans made in Python.
         notes: what the user should know (replicated ops, ignored settings).
         pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
+        optimizer: the class of optimizer it was priced for (`autopar.costmodel.memory.OPTIMIZERS`).
     """
 
     mesh: Mesh
@@ -88,6 +89,7 @@ class Plan:
     target: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
+    optimizer: str = "adamw"
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere."""
@@ -119,6 +121,7 @@ class Plan:
             "inputs": {k: spec(v) for k, v in self.inputs.items()},
             "outputs": {k: spec(v) for k, v in self.outputs.items()},
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
+            "optimizer": self.optimizer,
             "predicted": dict(self.predicted),
             "solver": dict(self.solver),
             "target": dict(self.target),
@@ -188,6 +191,9 @@ class Plan:
                 numbers = list(v.values()) if isinstance(v, dict) else [] if k == "device" else [v]
                 if not all(type(n) in (int, float) for n in numbers) or (k in _TABLES) != isinstance(v, dict):
                     raise PlanError(f"cannot read {v!r}")
+            key, optimizer = "optimizer", data.get("optimizer", "adamw")
+            if not isinstance(optimizer, str):
+                raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
             return cls(
                 mesh=mesh,
                 fingerprint=str(data["fingerprint"]),
@@ -200,6 +206,7 @@ class Plan:
                 target=section("target"),
                 notes=tuple(data["notes"]),
                 pipeline=pipeline,
+                optimizer=optimizer,
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

@@ -367,6 +367,7 @@ def solve_again(opened: Opened, *, constraints: Mapping[str, str], limit: float 
         constraints=constraints,
         input_specs=plan.inputs,
         output_specs="free" if opened.free_outputs else "replicated",
+        optimizer=plan.optimizer,
         **kept,
     )
 

@@ -98,6 +98,7 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
         storage=storage,
         inputs=inputs,
         outputs={s.name: whole for s in program.sinks if s.kind == "output" and s.node is not None},
+        optimizer=plan.optimizer,
     )
     return Adapted(small, kept, total, tuple(dict.fromkeys(changed)))
 

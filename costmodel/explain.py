@@ -164,7 +164,7 @@ class Bench:
             edges_of(folded),
             Compute(items, where),
             Comm(where),
-            Policy(items.program.training, optimizer_bytes),
+            Policy(items.program.training, optimizer_bytes, plan.optimizer),
         )
         bench = cls(items, plan, where, prices, pins, state, memory_limit, optimizer_bytes, links)
         bench.usable = bench._fitted()

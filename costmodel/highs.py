@@ -191,7 +191,8 @@ def _solver(lp: Any, time_limit: float, gap: float) -> Any:
     solver = _Silent()
     # Not "threads": HiGHS refuses a number other than that of the first solver in the process, perhaps the user's. No
     # presolve: it takes as long as what follows, for `costmodel.problem` has pruned before.
-    options: dict[str, Any] = {"parallel": "off", "presolve": "off", "mip_rel_gap": gap, "time_limit": time_limit}
+    options: dict[str, Any] = {"output_flag": False, "parallel": "off", "presolve": "off"}
+    options |= {"mip_rel_gap": gap, "time_limit": time_limit}
     for key, value in options.items():
         solver.setOptionValue(key, value)
     solver.passModel(lp)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from autopar.costmodel.items import Item, Items, items_of
+from autopar.costmodel.memory import OPTIMIZERS
 from autopar.errors import PlanError, RuleError
 from autopar.graph import Program, pattern
 from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
@@ -58,7 +59,8 @@ def check_plan(program: Program, plan: Plan) -> None:
 
     Raises:
         PlanError: it names an op, parameter, input or output that the program does not have, a factor the op does not
-            have or may not split, a split that does not divide, or a partial sum that nothing produces. Says which.
+            have or may not split, a split that does not divide, a partial sum that nothing produces, or an optimizer
+            that nobody knows. Says which.
     """
     plan_specs(items_of(program), plan)
 
@@ -72,6 +74,8 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     sizes = plan.mesh.sizes
     whole: Spec = (R,) * len(sizes)
     _check_names(items, plan)
+    if plan.optimizer not in OPTIMIZERS:
+        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; those known are {', '.join(OPTIMIZERS)}")
     ins: list[tuple[Spec, ...]] = []
     outs: list[tuple[Spec, ...]] = []
     known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule

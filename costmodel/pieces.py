@@ -80,7 +80,7 @@ class _Pieces:
     ) -> None:
         self.starts = frozenset(starts)
         self.program, self.plan, self.stages, self.micro, self.copies = program, plan, stages, micro, copies
-        self.policy = Policy(program.training)
+        self.policy = Policy(program.training, optimizer=plan.optimizer)
         self.items: Items = items_of(program)
         self.specs: Specs = plan_specs(self.items, plan)
         self.where = machine(device, plan.mesh)

@@ -270,6 +270,7 @@ class _Planner:
             storage=storage,
             inputs={n: tuple(self.space.inputs.get(n, whole)) for n in names},
             outputs=outputs,
+            optimizer=self.optimizer,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -304,6 +305,7 @@ class _Planner:
             storage=p.storage,
             inputs=p.inputs,
             outputs=p.outputs,
+            optimizer=p.optimizer,
             predicted=predicted,
             solver=solver,
             notes=tuple(

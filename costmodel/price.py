@@ -60,14 +60,13 @@ def price(
     device: str | Device = "cpu",
     *,
     optimizer_bytes: float | None = None,
-    optimizer: str = "adamw",
     links: Mapping[str, Link] | None = None,
 ) -> Price:
     """Price any legal plan, edited by hand or not.
 
     Args:
-        device: preset name or Device. optimizer: its class (`costmodel.memory.OPTIMIZERS`). optimizer_bytes: bytes of
-            state per parameter element, in place of what the class keeps.
+        device: preset name or Device.
+        optimizer_bytes: bytes of optimizer state per parameter element, in place of what the plan's class keeps.
         links: axis name -> Link, in place of the device's.
 
     Raises:
@@ -77,7 +76,7 @@ def price(
     items = program if isinstance(program, Items) else items_of(program)
     specs = plan_specs(items, plan)
     where = machine(device, plan.mesh, links)
-    policy = Policy(items.program.training, optimizer_bytes, optimizer)
+    policy = Policy(items.program.training, optimizer_bytes, plan.optimizer)
     return _Pricer(items, plan, specs, Compute(items, where), Comm(where), policy).run()
 
 

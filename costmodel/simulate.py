@@ -86,7 +86,7 @@ def simulate(
 
     Args:
         device: preset name or Device. links: axis name -> Link, in place of the device's.
-        policy: what the optimizer keeps, for its update; None: Adam.
+        policy: what the optimizer keeps, for its update; None: as the class that the plan names.
         overlap: False: every collective is waited for at once and travels alone; the sum of all seconds then.
         spans: keep what ran when.
 
@@ -96,7 +96,7 @@ def simulate(
     """
     items = program if isinstance(program, Items) else items_of(program)
     where = machine(device, plan.mesh, links)
-    policy = policy or Policy(items.program.training)
+    policy = policy or Policy(items.program.training, optimizer=plan.optimizer)
     return run(items, plan, plan_specs(items, plan), Compute(items, where), Comm(where), policy, overlap, spans)
 
 

@@ -362,7 +362,6 @@ class Search:
             found.plan,
             self.prices.compute.machine.device,
             optimizer_bytes=policy.optimizer_bytes,
-            optimizer=policy.optimizer,
             links=self.links,
         )
         lowered = lower(self.prices, found.state, 0, None, 0.0)

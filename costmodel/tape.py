@@ -151,7 +151,29 @@ class _Recorder:
             for events in (self.tape.forward, self.tape.backward):
                 self.tape.owner.update(dict.fromkeys(events[seen[id(events)] :], item.index))
                 seen[id(events)] = len(events)
+        self._levels()
         return self.tape
+
+    def _levels(self) -> None:
+        """Numbers of gathers before and behind each gather of what is stored, by which `passes/bucket.py` groups."""
+        events = [*self.tape.forward, *self.tape.backward]
+        before: dict[Buffer, int] = {}
+        behind: dict[Buffer, int] = {}
+        for event in events:
+            for x in _outs(event):
+                if x in self.stored:
+                    before[x] = max((before.get(i, 0) for i in _ins(event)), default=0) + isinstance(event, Travel)
+        for event in reversed(events):
+            level = max(
+                (behind.get(x, 0) + isinstance(event, Travel) for x in _outs(event) if x in self.stored), default=0
+            )
+            for i in _ins(event):
+                behind[i] = max(behind.get(i, 0), level)
+        for event in events:
+            if isinstance(event, Travel) and event.out in self.stored:
+                kind, axis, reduce, itemsize, _, _, *rest = event.key
+                level = before[event.out], behind.get(event.out, 0)
+                event.key = (kind, axis, reduce, itemsize, *level, *rest)
 
     def _source(self, item: Item) -> None:
         if not item.outs or item.outs[0] is None:
@@ -254,6 +276,8 @@ class _Recorder:
         if x.strided and step.kind != "all_to_all":
             copy = Buffer(x.size, (x,), free=True, kind="collectives")
             events.append(Event((x,), (copy,)))
+            if x in self.stored:
+                self.stored.add(copy)
             x = copy
         key = (step.kind, step.axis, step.reduce, itemsize, *mark)
         gather, reduction = step.kind == "all_gather" and x in self.stored, grad and bool(step.reduce)
@@ -289,6 +313,14 @@ class _Recorder:
         if found is None:
             found = self._bytes[key] = float(math.prod(local_shape(meta.shape, spec, self.sizes)) * meta.itemsize)
         return found
+
+
+def _ins(event: Event | Travel) -> tuple[Buffer, ...]:
+    return (event.source,) if isinstance(event, Travel) else event.ins
+
+
+def _outs(event: Event | Travel) -> tuple[Buffer, ...]:
+    return (event.out,) if isinstance(event, Travel) else event.outs
 
 
 def _dense(target: object, ins: Sequence[Buffer], out: Buffer) -> bool:

@@ -13,6 +13,7 @@ an output, or the operand of a cast. One by one these ops would take longer than
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,25 +23,57 @@ from autopar.graph import FORWARD, named_arguments
 from autopar.passes import edit
 
 aten = torch.ops.aten
-_NONE, _MEAN = 0, 1  # ATen's numbers of reductions
+_MEAN = 1  # ATen's number of that reduction
 
 
 def cross_entropy(gm: fx.GraphModule) -> fx.GraphModule:
     """Rewrite a symbolic local joint graph, still the CPU's, as described above. `gm` is changed.
 
-    What has weights of classes, more dims than two, or another gradient of the logarithms stays as it is.
+    What stays as it is: logarithms that something else reads, which are there anyway; weights of classes; logits of
+    more dims than two; classes that are split over ranks; means, which the capture takes apart; and so few classes that
+    nothing is gained.
     """
     for node in list(gm.graph.nodes):
-        if node.target is aten._log_softmax_backward_data.default:
-            grad, log_p = _origin(node.args[0]), _origin(node.args[1])
-            if grad.target is aten.nll_loss_backward.default and log_p.target is aten._log_softmax.default:
-                loss = named_arguments(grad.target, grad.args, grad.kwargs)
-                forward = log_p.meta.get("phase") == FORWARD
-                if forward and loss["weight"] is None and len(edit.shape(log_p)) == 2 and node.args[2] in (1, -1):
-                    _rewrite(gm.graph, log_p, loss, node)
+        if node.target is aten._log_softmax.default:
+            losses = _losses(node)
+            if losses:
+                _rewrite(gm.graph, node, losses)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A gradient of a cross entropy to its logits: arguments of nll_loss_backward, and the node that it ends in."""
+
+    seed: fx.Node
+    label: fx.Node
+    ignored: int
+    end: fx.Node
+
+
+def _losses(log_p: fx.Node) -> list[_Loss]:
+    """Those that start from `log_p`, if nothing else does and rewriting them pays; else none."""
+    rows, classes = edit.shape(log_p) if len(edit.shape(log_p)) == 2 else (0, 0)
+    kept = 2 * _wide(log_p).itemsize  # of a row
+    if log_p.meta.get("phase") != FORWARD or log_p.args[1] not in (1, -1) or not rows:
+        return []
+    if classes * log_p.meta["val"].dtype.itemsize <= kept:
+        return []
+    found = []
+    for user in _users(log_p):
+        if user.target is aten._log_softmax_backward_data.default and _origin(user.args[1]) is log_p:
+            loss = _origin(user.args[0])
+            if loss.target is not aten.nll_loss_backward.default:
+                return []
+            given = named_arguments(loss.target, loss.args, loss.kwargs)
+            if given["weight"] is not None or given["reduction"] == _MEAN:
+                return []
+            found.append(_Loss(given["grad_output"], given["target"], given["ignore_index"], user))
+        elif user.target not in (aten.nll_loss_forward.default, aten.nll_loss_backward.default):
+            return []
+    return found
 
 
 def _origin(node: Any) -> fx.Node:
@@ -49,44 +82,57 @@ def _origin(node: Any) -> fx.Node:
     return node
 
 
-def _rewrite(graph: fx.Graph, log_p: fx.Node, loss: dict[str, Any], backward: fx.Node) -> None:
-    x: Any = log_p.args[0]
-    half = x.meta["val"].dtype in (torch.bfloat16, torch.float16)
-    wide = torch.float32 if half else x.meta["val"].dtype
+def _users(node: fx.Node) -> list[fx.Node]:
+    """Who reads the node, or what `contiguous` makes of it."""
+    out = []
+    for user in node.users:
+        out += _users(user) if user.target is aten.contiguous.default else [user]
+    return out
 
-    def in_dtype(value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+
+def _wide(node: fx.Node) -> torch.dtype:
+    """The dtype in which torch computes: of half precision, float32."""
+    dtype = node.meta["val"].dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _rewrite(graph: fx.Graph, log_p: fx.Node, losses: list[_Loss]) -> None:
+    x: Any = log_p.args[0]
+    wide = _wide(x)
+
+    def cast(value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
         same = value.meta["val"].dtype is dtype
         return value if same else edit.call(graph, aten._to_copy.default, value, like=like, dtype=dtype)
 
-    def shifted(by: fx.Node, like: fx.Node) -> fx.Node:
-        return edit.call(graph, aten.sub.Tensor, in_dtype(x, wide, like), by, like=like)
+    def forward(target: Any, *args: Any) -> fx.Node:
+        return edit.call(graph, target, *args, like=log_p)
 
     with graph.inserting_before(log_p):
-        largest = edit.call(graph, aten.amax.default, in_dtype(x, wide, log_p), [1], True, like=log_p)
-        less = shifted(largest, log_p)
-        total = edit.call(
-            graph, aten.sum.dim_IntList, edit.call(graph, aten.exp.default, less, like=log_p), [1], True, like=log_p
-        )
-        log = edit.call(graph, aten.log.default, total, like=log_p)
-        new = in_dtype(edit.call(graph, aten.sub.Tensor, less, log, like=log_p), log_p.meta["val"].dtype, log_p)
-    log_p.replace_all_uses_with(new)
+        logits = cast(x, wide, log_p)
+        largest = forward(aten.amax.default, logits, [1], True)
+        less = forward(aten.sub.Tensor, logits, largest)
+        total = forward(aten.sum.dim_IntList, forward(aten.exp.default, less), [1], True)
+        log = forward(aten.log.default, total)
+        log_p.replace_all_uses_with(cast(forward(aten.sub.Tensor, less, log), log_p.meta["val"].dtype, log_p))
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return edit.call(graph, target, *args, like=backward, **kwargs)
+    for loss in losses:
+        end = loss.end
 
-    with graph.inserting_before(backward):
-        p = call(aten.exp.default, call(aten.sub.Tensor, shifted(largest, backward), log))
-        label, seed = loss["target"], loss["grad_output"]
-        if loss["reduction"] == _MEAN:
-            seed = call(aten.div.Tensor, seed, loss["total_weight"])
-        zero = call(aten.full.default, [], 0.0, dtype=seed.meta["val"].dtype, device=torch.device("cpu"))
-        counts = call(aten.ne.Scalar, label, loss["ignore_index"])
-        scale = call(aten.unsqueeze.default, in_dtype(call(aten.where.self, counts, seed, zero), wide, backward), 1)
-        classes = call(aten.arange.default, edit.shape(x)[1], dtype=torch.int64, device=torch.device("cpu"))
-        hit = call(aten.eq.Tensor, call(aten.unsqueeze.default, label, 1), classes)
-        error = call(aten.where.self, hit, call(aten.sub.Tensor, p, 1.0), p)
-        grad = in_dtype(call(aten.mul.Tensor, error, scale), backward.meta["val"].dtype, backward)
-    backward.replace_all_uses_with(grad)
+        def backward(target: Any, *args: Any, like: fx.Node = end, **kwargs: Any) -> fx.Node:
+            return edit.call(graph, target, *args, like=like, **kwargs)
+
+        with graph.inserting_before(end):
+            less = backward(aten.sub.Tensor, cast(x, wide, end), largest)
+            p = backward(aten.exp.default, backward(aten.sub.Tensor, less, log))
+            host = torch.device("cpu")
+            zero = backward(aten.full.default, [], 0.0, dtype=loss.seed.meta["val"].dtype, device=host)
+            counts = backward(aten.ne.Scalar, loss.label, loss.ignored)
+            scale = cast(backward(aten.where.self, counts, loss.seed, zero), wide, end)
+            classes = backward(aten.arange.default, edit.shape(x)[1], dtype=torch.int64, device=host)
+            hit = backward(aten.eq.Tensor, backward(aten.unsqueeze.default, loss.label, 1), classes)
+            error = backward(aten.where.self, hit, backward(aten.sub.Tensor, p, 1.0), p)
+            grad = backward(aten.mul.Tensor, error, backward(aten.unsqueeze.default, scale, 1))
+            end.replace_all_uses_with(cast(grad, end.meta["val"].dtype, end))
 
 
 __all__ = ["cross_entropy"]

@@ -172,6 +172,23 @@ def test_an_edited_plan_that_does_not_fit(capsys, mlp, tmp_path):
     assert code == 1 and "legal, but " in out and "over its limit" in out
 
 
+def test_the_optimizer_is_in_the_plan(capsys, mlp, tmp_path):
+    path = str(tmp_path / "plan.json")
+    code, out, err = run(capsys, "plan", mlp, "--mesh", "dp=2", "--batch", "4", "--optimizer", "sgd", "-o", path)
+    assert code == 0 and "optimizer: sgd" in out, err
+    assert Plan.load(path).predicted["memory"]["optimizer"] == 0
+    for command in ("price", "show", "explain"):
+        code, out, err = run(capsys, command, path, *["up"] * (command == "explain"))
+        assert code == 0, err
+    priced = str(tmp_path / "priced.json")
+    assert run(capsys, "price", path, "-o", priced)[0] == 0
+    assert run(capsys, "resolve", path, "--keep", "up", "-o", priced)[0] == 0
+    assert Plan.load(priced).optimizer == "sgd" and Plan.load(priced).predicted["memory"]["optimizer"] == 0
+    replace(Plan.load(path), optimizer="adamx").save(path)
+    code, _, err = run(capsys, "price", path)
+    assert code == 2 and "the plan is for optimizer 'adamx'; those known are adamw, " in err
+
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "explain.md"
 #: The page's model, small enough to be planned in seconds: what its commands say -> what is run.
 TINY = {

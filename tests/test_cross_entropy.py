@@ -7,6 +7,7 @@ import torch
 from parity import feeds, max_error, run_global, run_local
 from torch import nn
 
+import autopar
 from autopar import passes
 from autopar.capture import capture
 from autopar.costmodel import planner
@@ -16,6 +17,20 @@ from autopar.passes import edit
 
 ROWS, CLASSES = 6, 12
 LABELS = torch.tensor([3, 0, -100, 11, 5, 3])
+
+
+class Two(nn.Module):
+    """Two losses of the same logits; `shown`: their logarithms are an output too."""
+
+    def __init__(self, shown):
+        super().__init__()
+        self.layer, self.shown = nn.Linear(8, CLASSES), shown
+
+    def forward(self, x, labels):
+        """x: [rows, 8] -> loss, and what is shown."""
+        logits = self.layer(x)
+        both = nn.functional.cross_entropy(logits, labels), nn.functional.cross_entropy(logits, labels.roll(1))
+        return both[0] + 0.3 * both[1], nn.functional.log_softmax(logits, 1) if self.shown else logits
 
 
 class Head(nn.Module):
@@ -38,6 +53,18 @@ class Head(nn.Module):
         return nn.functional.cross_entropy(out, labels, **options), logits
 
 
+class Few(nn.Module):
+    """Two classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, x, labels):
+        """x: [rows, 8] -> loss."""
+        return nn.functional.cross_entropy(self.layer(x), labels)
+
+
 def lowered(model, labels=LABELS, dtype=torch.float64, mesh="dp=1", constraints=None):
     """(program, feeds, local program for a compiler)."""
     batch = {"x": torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(0)).to(dtype), "labels": labels}
@@ -49,6 +76,12 @@ def lowered(model, labels=LABELS, dtype=torch.float64, mesh="dp=1", constraints=
 
 def ops(local):
     return [str(n.target) for n in local.gm.graph.nodes if n.op == "call_function"]
+
+
+def saved(local):
+    """What is kept for the backward that is as large as the logits."""
+    shapes = {n.name: edit.shape(n) for n in local.gm.graph.nodes if edit.is_tensor(n)}
+    return [name for name in passes.cut(local, fuses=True).saved if shapes[name] == (ROWS, CLASSES)]
 
 
 def gone(local):
@@ -92,6 +125,32 @@ def test_a_row_without_a_label_has_no_gradient_and_a_broken_one_keeps_its_own():
             torch.testing.assert_close(got[key], value, equal_nan=True)
 
 
+def test_two_losses_of_the_same_logits():
+    torch.manual_seed(0)
+    program, values, local = lowered(Two(shown=False))
+    assert gone(local) and sum("amax" in op for op in ops(local)) == 1
+    error, where = max_error(run_local(local, values), run_global(program, values))
+    assert error < 1e-13, where
+    assert saved(local) == [edit.output_node(local.gm).args[0][1].name]
+
+
+def test_logarithms_that_are_there_anyway_are_read():
+    torch.manual_seed(0)
+    program, values, local = lowered(Two(shown=True))
+    assert not gone(local) and saved(local) == [edit.output_node(local.gm).args[0][1].name]
+    error, where = max_error(run_local(local, values), run_global(program, values))
+    assert error < 1e-13, where
+
+
+@pytest.mark.parametrize("split", [{"*nll*": "tp:k"}, {"*nll*": "tp:k", "*log_softmax*": "tp:b"}])
+def test_split_classes_stay_as_they_are(split):
+    torch.manual_seed(0)
+    program, values, local = lowered(Head(), mesh="tp=2", constraints=split)
+    assert any("nll_loss_backward" in op for op in ops(local))
+    error, where = max_error(run_local(local, values), run_global(program, values))
+    assert error < 1e-13, where
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("widen", [False, True])
 def test_half_precision(dtype, widen):
@@ -107,10 +166,7 @@ def test_half_precision(dtype, widen):
 @pytest.mark.parametrize("widen", [False, True])
 def test_nothing_as_large_as_the_logits_is_kept_but_they(widen):
     _, _, local = lowered(Head(widen=widen), dtype=torch.bfloat16 if widen else torch.float32)
-    shapes = {n.name: edit.shape(n) for n in local.gm.graph.nodes if edit.is_tensor(n)}
-    large = [name for name in passes.cut(local, fuses=True).saved if shapes[name] == (ROWS, CLASSES)]
-    logits = edit.output_node(local.gm).args[0][1]
-    assert large == [logits.name]
+    assert saved(local) == [edit.output_node(local.gm).args[0][1].name]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +175,7 @@ def test_nothing_as_large_as_the_logits_is_kept_but_they(widen):
         (Head(weight=torch.rand(CLASSES).double()), LABELS.clamp_min(0)),  # weights of classes
         (Head(log=True), LABELS),  # the logarithms have another gradient
         (Head(shape=(4, 3)), torch.tensor([[1, 0, 3]] * ROWS)),  # a class for each of three places
+        (Few(), LABELS.clamp(-100, 1)),  # what is kept in their place would be as much
         (Head(label_smoothing=0.1), LABELS),
         (Head(), torch.rand(ROWS, CLASSES).double()),  # probabilities
     ],
@@ -128,3 +185,15 @@ def test_others_stay_as_they_are(model, labels):
     assert any("log_softmax_backward" in op for op in ops(local))
     error, where = max_error(run_local(local, values), run_global(program, values))
     assert error < 1e-13, where
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    model = Head()
+    x = torch.randn(ROWS, 8)
+    module = autopar.compile(model, "dp=1", example=(x, LABELS), backend="inductor")
+    for forward in (model, module):
+        forward(x, LABELS)[0].backward()
+    torch.testing.assert_close(module(x, LABELS), model(x, LABELS))
+    for name, param in module.named_parameters():
+        torch.testing.assert_close(param.grad, model.get_parameter(name).grad)

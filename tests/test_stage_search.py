@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import autopar
+from autopar import report
 from autopar.capture import capture
 from autopar.costmodel.curve import Curve
 from autopar.costmodel.devices import DEVICES, Crowd, Link, Measured, machine, part
@@ -19,7 +20,7 @@ from autopar.costmodel.planner import plan
 from autopar.costmodel.stages import Additive, Option, choose
 from autopar.costmodel.stages import Link as Between
 from autopar.costmodel.stages_chain import Twice
-from autopar.errors import InfeasibleError, PlanError, ScheduleError
+from autopar.errors import ConstraintError, InfeasibleError, PlanError, ScheduleError
 from autopar.mesh import Mesh
 from autopar.options import ask
 from autopar.pipeline.plans import inner_mesh
@@ -253,3 +254,36 @@ def test_nothing_is_split_along_the_stages():
 def test_links_by_name_win_over_those_of_the_whole_mesh():
     seen = part("h100", Mesh.parse("pp=2,dp=2"), Mesh.parse("dp=2"))
     assert machine(seen, Mesh.parse("dp=2"), {"dp": Link(1.0, 1.0)}).links == (Link(1.0, 1.0),)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "pp=2", "pp=2,dp=2", 4])
+def test_the_optimizer_is_the_users(mesh):
+    """Its state and its update are those of the class that is named; a plan file says which, and is priced so."""
+    plans = {name: planned(mesh, 64, optimizer_class=name) for name in ("sgd", "sgd_momentum", "amsgrad")}
+    peaks = [plans[name].predicted["peak_bytes"] for name in plans]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
+    for name, found in plans.items():
+        assert Plan.from_json(found.to_json()).optimizer == found.optimizer == name
+        assert f"optimizer: {name}" in str(report.heading(found))
+        if found.pipeline is None:
+            kinds = found.predicted["memory"]
+            assert kinds["optimizer"] == {"sgd": 0, "sgd_momentum": 1, "amsgrad": 3}[name] * kinds["parameters"]
+
+
+def test_an_optimizer_that_nobody_knows():
+    with pytest.raises(ConstraintError, match="'adamx' is not the name of one that is known; choose one of adamw"):
+        planned("dp=2", 64, optimizer_class="adamx")
+
+
+def test_a_given_plan_says_the_optimizer():
+    """Of plans to come for other batches too, unless the user says another: then one of them is wrong."""
+    model, batch = Net(), torch.zeros(8, 64)
+    plan = autopar.plan(model, "dp=1", example=(batch,), optimizer_class="sgd")
+    module = autopar.compile(model, "dp=1", example=(batch,), plan=plan)
+    module(torch.zeros(8, 64)).backward()
+    with pytest.warns(UserWarning, match="captured"):
+        module(torch.zeros(12, 64)).backward()
+    assert module.plan.optimizer == "sgd" and module.plan.predicted["memory"]["optimizer"] == 0
+    autopar.compile(model, "dp=1", example=(batch,), plan=plan, optimizer_class="sgd")
+    with pytest.raises(PlanError, match="optimizer_class=lion is asked for, and the plan was made for sgd; leave it"):
+        autopar.compile(model, "dp=1", example=(batch,), plan=plan, optimizer_class="lion")
