@@ -91,8 +91,9 @@ def tables(device: Device) -> list[Table]:
     for name, c in own.memory.items():
         rates.add_row(f"memory: {name}", *(f"{c.points[i][1] / 1e9:.1f} GB/s" for i in (0, -1)))
     rates.add_row("launch, view", f"{device.launch * 1e6:.1f} us", f"{own.view * 1e6:.1f} us")
-    if own.linear_from is not None:
-        rates.add_row("oneDNN is quicker", f"from {own.linear_from / 1e6:.1f} MFLOP")
+    for what, least in (("", own.linear_from), (", gradients of weights", own.weights_from)):
+        if least is not None:
+            rates.add_row(f"oneDNN is quicker{what}", f"from {least / 1e6:.1f} MFLOP")
     shared = Table(title="slower by, when ranks share this machine", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("ranks", "matmul", "memory", "launch", "update", "lost beside communication"):
         shared.add_column(name, justify="right")

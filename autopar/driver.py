@@ -294,7 +294,7 @@ class _Builder:
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
         self.homes: dict[str, int] = {}  # what one stage of a pipeline has alone -> that stage
         # The same on every rank: what ranks compute alike must stay alike to the last bit.
-        self.linear_from = control.share("reading the profile", lambda: _linear_from(asked.device))
+        self.quicker = control.share("reading the profile", lambda: _quicker(asked.device))
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, first: Plan | None
@@ -315,7 +315,7 @@ class _Builder:
             self.plans[captured.form] = plan
             with control.together("lowering"):
                 at = grid.mesh.coordinates(grid.rank)
-                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid, self.linear_from))
+                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid, self.quicker))
         return replace(lowered, news=_NEWS[captured.how])
 
     def _pipelined(
@@ -358,7 +358,7 @@ class _Builder:
             place = inner_place(grid.mesh, grid.rank, plan.pipeline.axis, grid.group_names)
             lowered = lower_pipeline(
                 program, whole, plan, place, full=asked.outputs == "full", eager=self.eager,
-                target=target_of(grid, self.linear_from), news=_NEWS[captured.how],
+                target=target_of(grid, self.quicker), news=_NEWS[captured.how],
             )  # fmt: skip
             self.homes = {**stage_of_state(program, plan.pipeline.starts), **self.homes}
         control.same(
@@ -378,9 +378,10 @@ class _Builder:
         return Plan.from_json(text, "the plan of rank 0")
 
 
-def _linear_from(device: str | Device) -> float | None:
+def _quicker(device: str | Device) -> tuple[float | None, float | None]:
+    """FLOPs from which oneDNN is quicker, as calibrated: of any product, and of gradients of weights."""
     own = None if isinstance(device, str) else device.measured
-    return own.linear_from if own is not None and linear.available() else None
+    return (own.linear_from, own.weights_from) if own is not None and linear.available() else (None, None)
 
 
 def _plan(

@@ -44,10 +44,13 @@ def lower(
     return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
 
 
-def target_of(grid: Grid, linear_from: float | None = None) -> passes.Target:
-    """What this rank's graphs are made for; `linear_from`: of the device that was measured, if it is a CPU."""
+def target_of(grid: Grid, quicker: tuple[float | None, float | None] = (None, None)) -> passes.Target:
+    """What this rank's graphs are made for.
+
+    quicker: `linear_from` and `weights_from` of the device that was measured, if it is a CPU.
+    """
     if grid.device.type != "cuda":
-        return passes.Target(grid.device, staged=grid.staged, linear_from=linear_from)
+        return passes.Target(grid.device, staged=grid.staged, linear_from=quicker[0], weights_from=quicker[1])
     power, kernels = torch.cuda.get_device_capability(grid.device), set()
     if power >= (8, 0) and torch.backends.cuda.flash_sdp_enabled():
         kernels.add("flash")

@@ -332,10 +332,9 @@ def main() -> int:
     counts = args.processes or ([1, 2] if args.quick else [1, 2, 4])
     device = calibrated(max(counts), args.quick, console)
     assert device.measured is not None
-    least = device.measured.linear_from
-    console.print(
-        "oneDNN is not the quicker" if least is None else f"oneDNN is quicker from {least / 1e6:.0f} MFLOP on"
-    )
+    for what, least in (("", device.measured.linear_from), (" for gradients of weights", device.measured.weights_from)):
+        found = "not the quicker" if least is None else f"quicker from {least / 1e6:.0f} MFLOP on"
+        console.print(f"oneDNN is {found}{what}")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, DEVICE).write_text(profile.to_json(device), encoding="utf-8")
         for count in counts:

@@ -33,8 +33,8 @@ SHORTEST = 1e-6
 #: Bytes of the larger side of a collective.
 SIZES = (1 << 8, 1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 23)
 QUICK_SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 22)
-#: Sides of the square products on a processor.
-SIDES = (32, 96, 256, 384, 512)
+#: Sides of the square products on a processor, and of those that many ranks compute at once.
+SIDES, SIDE = (32, 96, 256, 384, 512), 256
 COLD = 1 << 27  # bytes that an update moves, so that none of them is in a cache
 MOST_UPDATED = 200  # parameters of it
 #: Steps of which the median is taken: they are long, and what else the machine's memory does falls on single ones.
@@ -108,7 +108,9 @@ def calibrate(world: World, quick: bool, device: torch.device, clock: Clock, bus
     # Sharing processor cores says nothing of GPUs.
     crowds: tuple[Crowd, ...] = ()
     if device.type != "cuda":
-        crowds = _beside(world, ruler, _crowds(world, ruler, kernels_ruler, rounds), rounds)
+        own = found.measured.linear_from if found is not None and found.measured is not None else None
+        product = _product(world.largest(own or 0.0))
+        crowds = _beside(world, ruler, _crowds(world, ruler, kernels_ruler, rounds, product), rounds, product)
     collectives = _collectives(world, ruler, QUICK_SIZES if quick else SIZES, rounds)
     if found is None or found.measured is None:
         return None
@@ -137,6 +139,7 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
 
     matmul: dict[str, Curve] = {}
     linear_from: float | None = None
+    weights_from: float | None = None
     dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.float64, torch.bfloat16)
     for dtype in dtypes:
         tell(f"matmul {str(dtype).removeprefix('torch.')}", 0.05)
@@ -145,7 +148,7 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
             a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
             points.append((2.0 * n**3, 2.0 * n**3 / net(lambda a=a, b=b: a @ b)))  # type: ignore[misc]
         if dtype is torch.float32 and not big and available():
-            points, linear_from = _with_onednn(net, points)
+            points, linear_from, weights_from = _with_onednn(net, points)
         matmul[str(dtype).removeprefix("torch.")] = curve(points)
     tell("convolution", 0.2)
     points = []
@@ -173,31 +176,39 @@ def _kernels(ruler: _Ruler, quick: bool, tell: Callable[[str, float], None]) -> 
     nothing = Link(1e9, 1e-4)
     return Device(
         "this machine", rates, memory["elementwise"].points[-1][1], memory_bytes, nothing, nothing, launch=launch,
-        slack=0.02 if big else 0.0, measured=Measured(matmul, attention, memory, view=view, linear_from=linear_from),
+        slack=0.02 if big else 0.0,
+        measured=Measured(matmul, attention, memory, view=view, linear_from=linear_from, weights_from=weights_from),
     )  # fmt: skip
 
 
 def _with_onednn(
     net: Callable[[Work], float], blas: Sequence[tuple[float, float]]
-) -> tuple[list[tuple[float, float]], float | None]:
-    """(FLOPs, FLOP/s) of float32 products when large ones are oneDNN's, and FLOPs from which they are.
+) -> tuple[list[tuple[float, float]], float | None, float | None]:
+    """(FLOPs, FLOP/s) of float32 products when oneDNN has those that it is quicker at, and FLOPs from which it is.
 
-    Of the three products of a layer two can be (`passes/products.py`); the rate is that of all three.
+    First of products whose left operand lies row by row, two of the three of a layer, then of those where both lie
+    column by column, the third (`passes/products.py`). The rate is that of all three.
     """
-    seconds, gains = [], []
-    for side in SIDES:
-        a, b = (torch.ones(side, side) for _ in range(2))
-        works: Sequence[Work] = (functools.partial(linear, a, b), functools.partial(torch.mm, a, b.t()))
-        turns = [[net(work) for work in works] for _ in range(5)]
-        seconds.append(statistics.median(own for own, _ in turns))
-        gains.append(math.log(statistics.median(other / own for own, other in turns)))
-    # The cut with most gain above it: one size that noise has got wrong does not decide.
-    cut = max(range(len(SIDES) + 1), key=lambda at: sum(gains[at:]))
-    points = [
-        point if at < cut else (point[0], 3 * point[0] / (2 * seconds[at] + point[0] / point[1]))
-        for at, point in enumerate(blas)
-    ]
-    return points, points[cut][0] if cut < len(points) else None
+    cuts, seconds = [], [0.0] * len(SIDES)
+    for turned, count in ((False, 2), (True, 1)):
+        own, gains = [], []
+        for side in SIDES:
+            a, b = (torch.ones(side, side) for _ in range(2))
+            left, right = (a.t(), b) if turned else (a, b.t())
+            works: Sequence[Work] = (
+                functools.partial(linear, left, right.t()),
+                functools.partial(torch.mm, left, right),
+            )
+            turns = [[net(work) for work in works] for _ in range(5)]
+            own.append(statistics.median(mine for mine, _ in turns))
+            gains.append(math.log(statistics.median(other / mine for mine, other in turns)))
+        # The cut with most gain above it: one size that noise has got wrong does not decide.
+        cut = max(range(len(SIDES) + 1), key=lambda at: sum(gains[at:]))
+        for at, (flops, rate) in enumerate(blas):
+            seconds[at] += count * (flops / rate if at < cut else own[at])
+        cuts.append(blas[cut][0] if cut < len(blas) else None)
+    points = [(flops, 3 * flops / total) for (flops, _), total in zip(blas, seconds)]
+    return points, cuts[0], cuts[1]
 
 
 def _launch(ruler: _Ruler) -> tuple[float, float]:
@@ -291,17 +302,22 @@ TRAFFIC: dict[str, Callable[[torch.Tensor], tuple[float, Work]]] = {
 # ---- ranks that share the machine ----------------------------------------------------------------------------------
 
 
-def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Crowd, ...]:
+def _product(least: float) -> Work:
+    """A product of matrices, by the library that graphs take; least: FLOPs from which that is oneDNN, 0: never."""
+    a = torch.ones(SIDE, SIDE)
+    return functools.partial(linear, a, a) if 0 < least <= 2.0 * SIDE**3 else functools.partial(torch.mm, a, a)
+
+
+def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int, product: Work) -> tuple[Crowd, ...]:
     """A matmul, a product of large tensors, a chain of small ops, and an update, on 1, 2, 4 ... ranks at once.
 
     Factors are the time that passes over the time that one rank alone is busy with it, so that they also hold what
     else runs on the machine.
     """
-    a = torch.ones(256, 256)
     x = torch.ones(2048, 256)
     small = torch.ones(16)
     works: Sequence[Work] = (
-        lambda: a @ a, lambda: x * x.detach(), lambda: [small * 1.5 for _ in range(50)],
+        product, lambda: x * x.detach(), lambda: [small * 1.5 for _ in range(50)],
         _update(torch.ones(1024, 256), 16),
     )  # fmt: skip
     counts = [n for n in (1, 2, 4, 8) if n <= world.num]
@@ -324,13 +340,12 @@ def _crowds(world: World, ruler: _Ruler, alone: _Ruler, rounds: int) -> tuple[Cr
     return tuple(rows)
 
 
-def _beside(world: World, ruler: _Ruler, crowds: tuple[Crowd, ...], rounds: int) -> tuple[Crowd, ...]:
+def _beside(world: World, ruler: _Ruler, crowds: tuple[Crowd, ...], rounds: int, product: Work) -> tuple[Crowd, ...]:
     """The crowds with what computation loses when collectives run beside it.
 
     Seconds of both at once, beyond the longer of the two alone, by those of the shorter: products of matrices, about as
     long as the collective, between its start and its end.
     """
-    a = torch.ones(256, 256)
     found = []
     for crowd in crowds:
         lost, mine = [], world.rank < crowd.ranks
@@ -342,10 +357,10 @@ def _beside(world: World, ruler: _Ruler, crowds: tuple[Crowd, ...], rounds: int)
         for kind in ("all_gather", "all_reduce") if crowd.ranks > 1 else ():
             plain = world.collective(kind, crowd.ranks, crowd.ranks, BESIDE) if mine else _nothing
             take(plain)  # connects
-            count = max(1, round(take(plain) / max(take(lambda: a @ a), 1e-7)))
-            product = functools.partial(_times, count, lambda: a @ a)
-            both = world.collective(kind, crowd.ranks, crowd.ranks, BESIDE, product) if mine else _nothing
-            times = [(take(plain), take(product), take(both)) for _ in range(rounds)]
+            count = max(1, round(take(plain) / max(take(product), 1e-7)))
+            many = functools.partial(_times, count, product)
+            both = world.collective(kind, crowd.ranks, crowd.ranks, BESIDE, many) if mine else _nothing
+            times = [(take(plain), take(many), take(both)) for _ in range(rounds)]
             carried, computed, together = (statistics.median(column) for column in zip(*times))
             lost.append((together - max(carried, computed)) / max(min(carried, computed), 1e-7))
         found.append(replace(crowd, beside=min(max(statistics.mean(lost), 0.0), 1.0) if lost else 0.0))

@@ -53,6 +53,7 @@ class Measured:
         crowds: factors by number of ranks that share the machine.
         view: seconds of an op that only makes a view.
         linear_from: FLOPs of a float32 product from which oneDNN is quicker than the BLAS; None: at no size.
+        weights_from: likewise where both operands lie column by column, as of the gradient of a weight.
     """
 
     matmul: Mapping[str, Curve] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Measured:
     crowds: tuple[Crowd, ...] = ()
     view: float = 0.0
     linear_from: float | None = None
+    weights_from: float | None = None
 
 
 @dataclass(frozen=True)

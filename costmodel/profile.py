@@ -17,7 +17,7 @@ from autopar.costmodel.curve import Curve
 from autopar.costmodel.devices import Crowd, Device, Link, Measured
 from autopar.errors import ProfileError
 
-SCHEMA = 5
+SCHEMA = 6
 #: Environment variable with the path of the profile; empty: there is none.
 PROFILE = "AUTOPAR_PROFILE"
 
@@ -239,4 +239,5 @@ def _measured(value: Any) -> Measured | None:
         crowds=tuple(crowds),
         view=_not_negative(value["view"]),
         linear_from=None if value["linear_from"] is None else _above_zero(value["linear_from"]),
+        weights_from=None if value["weights_from"] is None else _above_zero(value["weights_from"]),
     )

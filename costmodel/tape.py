@@ -172,8 +172,7 @@ class _Recorder:
         for event in events:
             if isinstance(event, Travel) and event.out in self.stored:
                 kind, axis, reduce, itemsize, _, _, *rest = event.key
-                level = before[event.out], behind.get(event.out, 0)
-                event.key = (kind, axis, reduce, itemsize, *level, *rest)
+                event.key = (kind, axis, reduce, itemsize, before[event.out], behind.get(event.out, 0), *rest)
 
     def _source(self, item: Item) -> None:
         if not item.outs or item.outs[0] is None:

@@ -120,8 +120,9 @@ def finish(
         steps = (*steps, constants)
     if eager:
         steps = (*steps, *EAGER)
-    if target.linear_from is not None:  # after fuse and inplace, which know torch's own products
-        steps = (*steps, partial(products, least=target.linear_from, eager=eager))
+    if target.linear_from is not None or target.weights_from is not None:
+        # After fuse and inplace, which know torch's own products.
+        steps = (*steps, partial(products, least=target.linear_from, of_weights=target.weights_from, eager=eager))
     if target.staged or target.device.type == "cpu":  # so that collectives are gloo's
         steps = (*steps, partial(exchange, mesh=mesh, group_names=groups))
     out, report = run(gm, steps, mesh=mesh, title=title)

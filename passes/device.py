@@ -32,12 +32,14 @@ class Target:
         kernels: kinds of attention kernels that it has, of those that not all GPUs have: "flash", "cudnn".
         staged: collectives go through host memory, for ranks that share a GPU.
         linear_from: FLOPs of a float32 product from which oneDNN computes it; None: never (`passes/products.py`).
+        weights_from: likewise where both operands lie column by column, as of the gradient of a weight.
     """
 
     device: torch.device
     kernels: frozenset[str] = attention.FLASH_ONLY
     staged: bool = False
     linear_from: float | None = None
+    weights_from: float | None = None
 
 
 #: What programs speak of.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -21,8 +22,11 @@ from tests.harness import Ranks
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.skipif(not linear.available(), reason="this torch is built without oneDNN")
+TURNS = (aten.permute.default, aten.t.default)
 #: A device that says that oneDNN always pays.
 ALWAYS = replace(DEVICES["cpu"], measured=Measured(linear_from=1.0))
+#: A device that says so of gradients of weights too.
+ALL = replace(DEVICES["cpu"], measured=Measured(linear_from=1.0, weights_from=1.0))
 
 
 def _strided(rows, columns):
@@ -69,7 +73,7 @@ def _graph(dtype=torch.float32):
 def test_products_of_a_layer(eager):
     gm, arguments = _graph()
     want = gm(*arguments)
-    out = products(gm, 1.0, eager)
+    out = products(gm, 1.0, None, eager)
     out.graph.lint()
     op = linear.linear if eager else torch.ops.autopar.linear.default
     targets = [n.target for n in out.graph.nodes]
@@ -79,11 +83,34 @@ def test_products_of_a_layer(eager):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_gradients_of_weights(eager):
+    """Alone, and where a bucket wants them."""
+    gm, arguments = _graph()
+    product = next(n for n in gm.graph.nodes if n.target is aten.mm.default and n.args[0].target in TURNS)
+    with gm.graph.inserting_before(product):
+        place = edit.call(gm.graph, aten.new_empty.default, product.args[0], list(edit.shape(product)), like=product)
+        written = gm.graph.call_function(aten.mm.out, product.args, {"out": place})
+        written.meta.update(product.meta)
+    gm.graph.output_node().args = ((*gm.graph.output_node().args[0], place),)
+    gm.recompile()
+    want = gm(*arguments)
+    out = products(gm, None, 1.0, eager)
+    out.graph.lint()
+    op = linear.linear if eager else torch.ops.autopar.linear.default
+    targets = [n.target for n in out.graph.nodes]
+    assert targets.count(op) == 2 and targets.count(aten.mm.default) == 2 and targets.count(aten.copy_.default) == 1
+    assert aten.mm.out not in targets
+    for got, expected in zip(out(*arguments), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_small_ones_and_other_dtypes_stay():
     for gm, least in ((_graph()[0], 241.0), (_graph(torch.float64)[0], 1.0), (_graph(torch.bfloat16)[0], 1.0)):
         before = str(gm.graph)
-        assert str(products(gm, least, True).graph) == before
-    assert str(products(_graph()[0], 240.0, True).graph) != str(_graph()[0].graph)
+        assert str(products(gm, least, least, True).graph) == before
+    for leasts in ((240.0, None), (None, 240.0)):
+        assert str(products(_graph()[0], *leasts, True).graph) != str(_graph()[0].graph)
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):
@@ -134,20 +161,19 @@ class WithLoss(nn.Module):
 def test_training_is_the_same(backend):
     reference = _train(WithLoss(_net()))
     call = {"example": EXAMPLE, "loss": nn.functional.mse_loss, "backend": backend}
-    plain, ours = (autopar.compile(_net(), "dp=1", device=d, **call) for d in ("cpu", ALWAYS))
-    assert _train(plain) == pytest.approx(reference, rel=1e-6) and _train(ours) == pytest.approx(reference, rel=1e-6)
-    if backend == "eager":
-        with Seen() as seen:
-            _train(plain, 1)
-            assert seen.count == 0
-            _train(ours, 1)
-            assert seen.count == 5  # three layers, and the gradients that go through two of them
+    # Three layers, the gradients that go through two of them, and those of three weights.
+    for device, products_of_a_step in (("cpu", 0), (ALWAYS, 5), (ALL, 8)):
+        module = autopar.compile(_net(), "dp=1", device=device, **call)
+        assert _train(module) == pytest.approx(reference, rel=1e-6)
+        if backend == "eager":
+            with Seen() as seen:
+                _train(module, 1)
+            assert seen.count == products_of_a_step
 
 
 def _ranks_with_other_profiles():
     """Rank 0's is used: what ranks compute alike must stay alike to the last bit."""
-    device = ALWAYS if dist.get_rank() == 0 else "cpu"
-    device = replace(ALWAYS, measured=Measured()) if device == "cpu" else device
+    device = ALL if dist.get_rank() == 0 else replace(ALL, measured=Measured())
     pm = autopar.compile(_net(), "dp=2", example=EXAMPLE, loss=nn.functional.mse_loss, device=device)
     with Seen() as seen:
         losses = _train(pm)
@@ -168,17 +194,20 @@ def test_calibration_takes_it_from_where_it_is_quicker():
     sides = {n: 2.0 * n**3 for n in calibrate.SIDES}
     blas = [(flops, 100.0) for flops in sides.values()]
 
-    def net(quicker, work):
-        own = work.func is linear.linear
+    def net(quicker, kind, work):
+        own = work.func is linear.linear and work.args[0].is_contiguous() != kind
         flops = 2.0 * len(work.args[0]) ** 3
-        return flops / 100 * (1.0 if not own else 0.8 if len(work.args[0]) in quicker else 1.1)
+        other = work.func is linear.linear and not own
+        return flops / 100 * (1.1 if other else 1.0 if not own else 0.8 if len(work.args[0]) in quicker else 1.1)
 
     first, second, third, fourth, last = calibrate.SIDES
     cases = {(): None, (first,): None, (last,): last, (second, third, fourth, last): second}
     cases[(third, last)] = third  # noise in between does not decide
-    for quicker, expected in cases.items():
-        points, least = calibrate._with_onednn(partial(net, quicker), blas)
-        assert least == (None if expected is None else sides[expected])
+    for (quicker, expected), of_weights in itertools.product(cases.items(), (False, True)):
+        points, *least = calibrate._with_onednn(partial(net, quicker, of_weights), blas)
+        found = None if expected is None else sides[expected]
+        assert least == ([None, found] if of_weights else [found, None])
         for (flops, rate), side in zip(points, calibrate.SIDES, strict=True):
             seconds = 1.0 if expected is None or side < expected else 0.8 if side in quicker else 1.1
-            assert flops == sides[side] and rate == pytest.approx(300 / (2 * seconds + 1))
+            taken = 2 + seconds if of_weights else 2 * seconds + 1
+            assert flops == sides[side] and rate == pytest.approx(300 / taken)
