@@ -192,7 +192,33 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
         _unpack(event, head, makers, wholes, out)
     for tail in tails.values():
         out += tail
-    return out
+    return _operands_first(out)
+
+
+def _operands_first(events: Sequence[Event]) -> list[Event]:
+    """The events in their order, each behind what makes its operands: a bucket pulls forward what it packs."""
+    makers: dict[Buffer, Event] = {}
+    for event in events:
+        for x in event.outs:
+            makers.setdefault(x, event)
+    return _placed(events, makers)
+
+
+def _placed(events: Iterable[Event], makers: Mapping[Buffer, Event]) -> list[Event]:
+    placed: dict[Event, None] = {}
+    opened: set[Event] = set()  # what waits for its operands: never for itself
+    for event in events:
+        stack = [event]
+        while stack:
+            top = stack[-1]
+            opened.add(top)
+            found = (makers[x] for x in top.ins if x in makers)
+            before = [e for e in found if e not in placed and e not in opened]
+            if before:
+                stack += reversed(before)
+            else:
+                placed[stack.pop()] = None
+    return list(placed)
 
 
 def _unpack(
@@ -250,6 +276,10 @@ def _gather(group: list[Travel], out: list[Event]) -> Buffer:
     whole = Buffer(sum(t.received for t in group), sources, kind="collectives", sent=sources)
     if len(group) == 1:
         whole.kind = "gathered"
+        if group[0].copied:
+            copy = Buffer(group[0].sent, sources, free=True, kind="collectives")
+            out.append(Event(sources, (copy,)))
+            sources = whole.ins = whole.sent = (copy,)
         out.append(Event(sources, (whole,), ahead=True))
         return whole
     packed = Buffer(sum(t.sent for t in group), sources, free=True, kind="collectives")
@@ -283,7 +313,7 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
     if packed is None:
         (travel,) = group
         row = travel.source
-        if travel.stacked:
+        if travel.copied:
             row = Buffer(travel.sent, (row,), kind="collectives")
             out.append(Event((travel.source,), (row,)))
         if not travel.exchanged:
@@ -395,18 +425,7 @@ def _behind_operands(forward: Sequence[Event], cuts: Sequence[Event]) -> list[Ev
 
 def _late_as_possible(again: Sequence[Event], backward: Sequence[Event]) -> list[Event]:
     """The backward with what is computed again right before its first reader."""
-    makers = {x: e for e in again for x in e.outs}
-    placed: dict[Event, None] = {}
-    for event in (*backward, *again):
-        stack = [event]
-        while stack:
-            top = stack[-1]
-            before = [makers[x] for x in top.ins if x in makers and makers[x] not in placed and makers[x] is not top]
-            if before:
-                stack += reversed(before)
-            else:
-                placed[stack.pop()] = None
-    return list(placed)
+    return _placed((*backward, *again), {x: e for e in again for x in e.outs})
 
 
 def _missing(x: Buffer, saved: dict[Buffer, None]) -> list[Buffer]:

@@ -96,7 +96,7 @@ class Travel:
     received: float
     key: tuple[object, ...]
     moved: bool  # the result is copied into place
-    stacked: bool  # the operand is copied before it is sent
+    copied: bool  # the operand is copied before it is sent alone; into a bucket, all are
     exchanged: bool = False  # all that is summed arrives here
 
 
@@ -272,18 +272,17 @@ class _Recorder:
             if x in self.stored:
                 self.stored.add(out)
             return out
-        if x.strided and step.kind != "all_to_all":
+        gather, reduction = step.kind == "all_gather" and x in self.stored, grad and bool(step.reduce)
+        if x.strided and step.kind != "all_to_all" and not gather:
             copy = Buffer(x.size, (x,), free=True, kind="collectives")
             events.append(Event((x,), (copy,)))
-            if x in self.stored:
-                self.stored.add(copy)
-            x = copy
+            x, out.ins = copy, (copy,)
         key = (step.kind, step.axis, step.reduce, itemsize, *mark)
-        gather, reduction = step.kind == "all_gather" and x in self.stored, grad and bool(step.reduce)
         scatter = step.kind == "reduce_scatter"
         exchanged = scatter and self.gloo
         if gather or reduction:
-            events.append(Travel(x, out, before, after, key, step.unpacks, scatter and step.stacks, exchanged))
+            copied = x.strided if gather else scatter and step.stacks
+            events.append(Travel(x, out, before, after, key, step.unpacks, copied, exchanged))
             if gather:
                 out.kind = "gathered"
                 self.stored.add(out)

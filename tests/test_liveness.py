@@ -79,6 +79,12 @@ def ranks():
         yield started
 
 
+@pytest.fixture(scope="module")
+def four():
+    with Ranks(4) as started:
+        yield started
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_llama_within_five_percent(ranks, strategy):
     plan = planned("llama", strategy)
@@ -90,6 +96,16 @@ def test_llama_within_five_percent(ranks, strategy):
 def test_other_models_within_five_percent(ranks, name, strategy):
     plan = planned(name, strategy)
     peak = max(ranks.run(measured, name, plan.to_json()))
+    assert plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("strategies", ["dp:zero3 tp:tp_sp", "dp:zero2 tp:tp_sp", "dp:zero3 tp:tp"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_two_axes_within_five_percent(four, name, strategies):
+    """Gathers over one axis behind gathers over the other, in buckets."""
+    wishes = dict(text.split(":") for text in strategies.split())
+    plan = planner.plan(program(name), Mesh.parse("dp=2,tp=2"), constraints=wishes, output_specs="free")
+    peak = max(four.run(measured, name, plan.to_json()))
     assert plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
 
 
