@@ -24,7 +24,7 @@ from autopar.graph import Program
 from autopar.lowering import lower, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import Asked, Example, arguments, ask, batch_rows
+from autopar.options import OPTIMIZER_CLASSES, Asked, Example, arguments, ask, batch_rows
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
@@ -114,8 +114,8 @@ def compile(
             find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
         flush_updates: with "paci", so many updates at the beginning, when weights change most, are as of 1f1b.
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
-        optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for its memory and
-            the time of its update: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
+        optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
+            it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
             default: the given plan's, else "adamw". A function in `optimizer` is not asked.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
@@ -148,6 +148,8 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
+        if given is not None and given.optimizer not in OPTIMIZER_CLASSES:
+            raise PlanError(f"the plan is for optimizer {given.optimizer!r}, which is none of {OPTIMIZER_CLASSES}")
         if given is not None and optimizer_class not in (None, given.optimizer):
             raise PlanError(
                 f"optimizer_class={optimizer_class} is asked for, and the plan was made for {given.optimizer}; leave "
@@ -379,7 +381,7 @@ class _Builder:
 
 
 def _quicker(device: str | Device) -> tuple[float | None, float | None]:
-    """FLOPs from which oneDNN is quicker, as calibrated: of any product, and of gradients of weights."""
+    """`Measured.linear_from` and `weights_from` of a calibrated device, where oneDNN is there."""
     own = None if isinstance(device, str) else device.measured
     return (own.linear_from, own.weights_from) if own is not None and linear.available() else (None, None)
 

@@ -4,7 +4,8 @@ PyTorch sends float32 products on x86 to the BLAS it is built with, and has oneD
 sizes on some processors. From which size on, `autopar calibrate` measures; `passes/products.py` then puts the op in.
 Sums are taken in another order than by the BLAS, otherwise the values are the same.
 
-oneDNN takes matrices that are dense along one dim, and reads a bias as if it were dense: others are copied here first.
+oneDNN takes rows that are dense, a weight that is dense along one dim, and reads a bias as if it were dense: others are
+copied, here and not within, where nobody would see how much memory that takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _BUILT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 #: Torch's op. Its lowering in inductor takes constant weights only; hence ours.
 KERNEL: Any = torch.ops.mkldnn._linear_pointwise.default if _BUILT else None
 _REST: tuple[Any, ...] = ("none", [], "")  # no function of the result: its name, scalars, algorithm
+#: Of gradients of weights with a side shorter than this, the copy of an operand takes longer than is gained.
+THIN = 128
 
 _LIBRARY = torch.library.Library("autopar", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -29,7 +32,7 @@ def available() -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x: [m, k], weight: [n, k], bias: [n], all float32 on the CPU, with any strides -> [m, n], contiguous."""
-    return KERNEL(_dense(x), _dense(weight), None if bias is None else bias.contiguous(), *_REST)
+    return KERNEL(x.contiguous(), _dense(weight), None if bias is None else bias.contiguous(), *_REST)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -45,4 +48,4 @@ def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 _LIBRARY.impl("linear", linear, "CPU")
 _LIBRARY.impl("linear", _shape, "Meta")
 
-__all__ = ["KERNEL", "available", "linear"]
+__all__ = ["KERNEL", "THIN", "available", "linear"]

@@ -86,6 +86,11 @@ class Device:
     inside: Mapping[str, Link] = field(default_factory=dict)  # links of axes, if they are known (`part`)
     beside: float = 0.0  # seconds that computation loses for each in which communication runs beside it
 
+    @property
+    def weights_from(self) -> float | None:
+        """As of `Measured`; None where nothing was measured."""
+        return self.measured.weights_from if self.measured is not None else None
+
     def rate(self, dtype: torch.dtype, flops: float = math.inf, kind: str = "matmul") -> float:
         """FLOP/s of a kernel of so many FLOPs, by default a large one; kind: "matmul", "convolution", "attention"."""
         name = str(dtype).removeprefix("torch.")

@@ -22,13 +22,14 @@ AHEAD_BYTES, PENDING_BYTES = 2 * BUCKET_BYTES, 4 * BUCKET_BYTES
 
 
 def peak(
-    items: Items, plan: Plan, specs: Specs, policy: Policy, slack: float = 0.0, gloo: bool = False
-) -> dict[str, float]:
+    items: Items, plan: Plan, specs: Specs, policy: Policy, slack: float = 0.0, gloo: bool = False,
+    weights_from: float | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Bytes by kind at the moment of the peak of a step.
 
-    slack: part of the peak that the allocator loses; its kind is "slack". gloo: as `Device.gloo`.
+    slack: part of the peak that the allocator loses; its kind is "slack". gloo, weights_from: as of `Device`.
     """
-    tape = record(items, plan, specs, gloo)
+    tape = record(items, plan, specs, gloo, weights_from)
     found = dict.fromkeys(KINDS, 0.0)
     for item in items.items:
         if item.kind == "param":
@@ -46,13 +47,14 @@ def peak(
 
 
 def moving(
-    items: Items, plan: Plan, specs: Specs, piece: Mapping[int, int], count: int, gloo: bool = False
-) -> list[float]:
+    items: Items, plan: Plan, specs: Specs, piece: Mapping[int, int], count: int, gloo: bool = False,
+    weights_from: float | None = None,
+) -> list[float]:  # fmt: skip
     """Per piece of a program, bytes at most of what comes and goes while its ops run: neither saved nor gradients.
 
     piece: number of an op -> number of its piece, of `count`. What belongs to no op, buckets, is of its neighbours'.
     """
-    tape = record(items, plan, specs, gloo)
+    tape = record(items, plan, specs, gloo, weights_from)
     found, at = [0.0] * count, 0
 
     def look(event: Event, totals: Mapping[str, float]) -> None:

@@ -263,7 +263,8 @@ class _Pieces:
         """Per piece: bytes at most, beside all that is kept, while its ops run; the batch that every rank is given."""
         at = {**where.forward, **where.backward}
         piece = {i.index: at[i.node] for i in self.items.items if i.node is not None and i.node in at}
-        moving = liveness.moving(self.items, self.plan, self.specs, piece, count, self.where.device.gloo)
+        device = self.where.device
+        moving = liveness.moving(self.items, self.plan, self.specs, piece, count, device.gloo, device.weights_from)
         given = sum(self._bytes(Value(i.node, 0)) for i in self.items.items if i.kind == "input" and i.node is not None)
         return [size + given * self.micro for size in moving]
 

@@ -102,7 +102,7 @@ class _Pricer:
             for i in self.items.items
             if i.kind == "param"
         )
-        memory = peak(self.items, self.plan, self.specs, self.policy, device.slack, device.gloo)
+        memory = peak(self.items, self.plan, self.specs, self.policy, device.slack, device.gloo, device.weights_from)
         return Price(compute, comm, update, memory, sum(memory.values()), dict(sorted(counts.items())))
 
     def _row(self, item: Item) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ import torch
 from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
 from autopar.graph import BACKWARD, FORWARD, VIEWS, op_name
+from autopar.linear import THIN
 from autopar.plan import Plan
 from autopar.reshard import Step, steps
 from autopar.spec import R, Spec, local_shape
@@ -117,14 +118,17 @@ class Tape:
         return self.backward if phase == BACKWARD else self.forward
 
 
-def record(items: Items, plan: Plan, specs: Specs, gloo: bool = False) -> Tape:
-    """The tape of one rank under `plan`; buckets are not packed yet. gloo: as `Device.gloo`."""
-    return _Recorder(items, plan, specs, gloo).run()
+def record(
+    items: Items, plan: Plan, specs: Specs, gloo: bool = False, weights_from: float | None = None
+) -> Tape:  # fmt: skip
+    """The tape of one rank under `plan`; buckets are not packed yet. gloo, weights_from: as of `Device`."""
+    return _Recorder(items, plan, specs, gloo, weights_from).run()
 
 
 class _Recorder:
-    def __init__(self, items: Items, plan: Plan, specs: Specs, gloo: bool) -> None:
+    def __init__(self, items: Items, plan: Plan, specs: Specs, gloo: bool, weights_from: float | None) -> None:
         self.items, self.plan, self.specs, self.gloo = items, plan, specs, gloo
+        self.weights_from = math.inf if weights_from is None else weights_from
         self.sizes = plan.mesh.sizes
         self.tape = Tape()
         self.at: dict[tuple[Tensor, Spec, str], Buffer] = {}
@@ -200,6 +204,10 @@ class _Recorder:
                 if x.strided:
                     ins[i] = Buffer(x.size, (x,), free=True)
                     events.append(Event((x,), (ins[i],)))
+        apart = target is aten.mm.default and ins[0].strided and self._by_onednn(item)
+        if apart:
+            ins[0] = Buffer(ins[0].size, (ins[0],))
+            events.append(Event(ins[0].ins, (ins[0],)))
         view = target in VIEWS or (target in _MAYBE and bool(ins) and not ins[0].strided)
         vals = item.node.meta["val"]
         vals = vals if isinstance(vals, (tuple, list)) else (vals,)
@@ -214,12 +222,21 @@ class _Recorder:
             strided = bool(isinstance(val, torch.Tensor) and not val.is_contiguous())
             out = Buffer(self._size(meta, spec), tuple(ins), view and bool(ins), free, strided=strided)
             out.dense = target in _DENSE or (_dense(target, ins, out) and not strided)
-            out.product = target is aten.mm.default
+            out.product = target is aten.mm.default and not apart
             self.made[Tensor(item.index, index)] = out
             outs.append(out)
             if free and ins and all(x in self.stored for x in ins):
                 self.stored.add(out)
         events.append(Event(tuple(ins), tuple(outs), over=target in _OVER, cuts=bool(ins) and target in _CUTS))
+
+    def _by_onednn(self, item: Item) -> bool:
+        """Whether a gradient of a weight is (as `passes/products.py`): of a copy of its operand, and not in place."""
+        (left, right), out = self.specs.ins[item.index], item.outs[0]
+        assert out is not None
+        rows, inner = local_shape(item.in_meta[0].shape, left, self.sizes)
+        columns = local_shape(item.in_meta[1].shape, right, self.sizes)[1]
+        enough = 2.0 * rows * inner * columns >= self.weights_from
+        return enough and min(inner, columns) >= THIN and out.dtype is torch.float32
 
     def _sink(self, item: Item) -> None:
         tensor, spec = item.ins[0], self.specs.ins[item.index][0]

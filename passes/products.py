@@ -1,8 +1,8 @@
 """Large float32 products on the CPU by oneDNN, where it was measured to be quicker than the BLAS that torch calls.
 
 Two kinds, measured apart: the first operand lies in memory row by row, as in the forward of a layer and in the gradient
-of its input; or both lie column by column, as in the gradient of a weight. A gradient that is computed where a bucket
-wants it is computed beside and copied there, for oneDNN makes its own result.
+of its input; or both lie column by column, as in the gradient of a weight. Of those the first is copied, and what a
+bucket wants is computed beside it and copied there: nothing for thin ones. `costmodel.tape` counts that memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import fx
 
-from autopar.linear import linear
+from autopar.linear import THIN, linear
 from autopar.passes import edit
 
 aten = torch.ops.aten
@@ -31,7 +31,9 @@ def products(gm: fx.GraphModule, least: float | None, of_weights: float | None, 
             continue
         *bias, left, right = node.args
         (rows, inner), columns = edit.shape(left), edit.shape(right)[1]
-        enough = of_weights if left.target in _TURNS else least
+        enough = least
+        if left.target in _TURNS:
+            enough = of_weights if min(inner, columns) >= THIN else None
         wide = 2.0 * rows * inner * columns >= (math.inf if enough is None else enough)
         if not wide or node.meta["val"].dtype is not torch.float32 or (bias and edit.shape(bias[0]) != (columns,)):
             continue

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 import autopar
-from autopar import passes
+from autopar import linear, passes
 from autopar.capture import capture
 from autopar.costmodel import liveness, planner, tasks
+from autopar.costmodel.devices import DEVICES, Measured
 from autopar.costmodel.items import items_of
 from autopar.costmodel.legal import plan_specs
 from autopar.costmodel.memory import KINDS, OPTIMIZERS, Policy
@@ -107,6 +111,29 @@ def test_two_axes_within_five_percent(four, name, strategies):
     plan = planner.plan(program(name), Mesh.parse("dp=2,tp=2"), constraints=wishes, output_specs="free")
     peak = max(four.run(measured, name, plan.to_json()))
     assert plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.skipif(not linear.available(), reason="this torch is built without oneDNN")
+def test_gradients_by_onednn_are_of_copies():
+    model = nn.Sequential(nn.Linear(128, 1024, bias=False), nn.Linear(1024, 1, bias=False))
+    batch = torch.randn(2048, 128), torch.randn(2048, 1)
+    example = dict(zip(("input", "target"), batch))
+    peaks = {}
+    for own in (Measured(), Measured(linear_from=1.0, weights_from=1.0)):
+        device = replace(DEVICES["cpu"], measured=own)
+        pm = autopar.compile(model, "dp=1", example=example, loss=nn.functional.mse_loss, device=device)
+        optimizer = torch.optim.AdamW(pm.parameters())
+
+        def step(pm=pm, optimizer=optimizer) -> None:
+            pm(batch[0], target=batch[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        peak = _peak(pm, optimizer, example, step)
+        assert pm.plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
+        peaks[own.weights_from] = peak
+    assert peaks[1.0] > 1.1 * peaks[None]
 
 
 def test_live_bytes_counts_storages_once():

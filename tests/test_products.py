@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +23,8 @@ from tests.harness import Ranks
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.skipif(not linear.available(), reason="this torch is built without oneDNN")
+#: The module: its package has the pass under that name.
+MODULE = sys.modules["autopar.passes.products"]
 TURNS = (aten.permute.default, aten.t.default)
 #: A device that says that oneDNN always pays.
 ALWAYS = replace(DEVICES["cpu"], measured=Measured(linear_from=1.0))
@@ -84,9 +87,11 @@ def test_products_of_a_layer(eager):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_gradients_of_weights(eager):
-    """Alone, and where a bucket wants them."""
+def test_gradients_of_weights(eager, monkeypatch):
+    """Alone, and where a bucket wants them; not thin ones."""
     gm, arguments = _graph()
+    assert str(products(_graph()[0], None, 1.0, eager).graph) == str(gm.graph)
+    monkeypatch.setattr(MODULE, "THIN", 4)
     product = next(n for n in gm.graph.nodes if n.target is aten.mm.default and n.args[0].target in TURNS)
     with gm.graph.inserting_before(product):
         place = edit.call(gm.graph, aten.new_empty.default, product.args[0], list(edit.shape(product)), like=product)
@@ -105,7 +110,8 @@ def test_gradients_of_weights(eager):
         torch.testing.assert_close(got, expected)
 
 
-def test_small_ones_and_other_dtypes_stay():
+def test_small_ones_and_other_dtypes_stay(monkeypatch):
+    monkeypatch.setattr(MODULE, "THIN", 4)
     for gm, least in ((_graph()[0], 241.0), (_graph(torch.float64)[0], 1.0), (_graph(torch.bfloat16)[0], 1.0)):
         before = str(gm.graph)
         assert str(products(gm, least, least, True).graph) == before
@@ -158,7 +164,8 @@ class WithLoss(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_training_is_the_same(backend):
+def test_training_is_the_same(backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "THIN", 4)
     reference = _train(WithLoss(_net()))
     call = {"example": EXAMPLE, "loss": nn.functional.mse_loss, "backend": backend}
     # Three layers, the gradients that go through two of them, and those of three weights.
