@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar import linear
 from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
 from autopar.graph import Program
-from autopar.lowering import lower, target_of
+from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
 from autopar.options import OPTIMIZER_CLASSES, Asked, Example, arguments, ask, batch_rows
@@ -296,7 +295,7 @@ class _Builder:
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
         self.homes: dict[str, int] = {}  # what one stage of a pipeline has alone -> that stage
         # The same on every rank: what ranks compute alike must stay alike to the last bit.
-        self.quicker = control.share("reading the profile", lambda: _quicker(asked.device))
+        self.onednn = control.share("reading the profile", lambda: quicker(asked.device))
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool, first: Plan | None
@@ -317,7 +316,7 @@ class _Builder:
             self.plans[captured.form] = plan
             with control.together("lowering"):
                 at = grid.mesh.coordinates(grid.rank)
-                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid, self.quicker))
+                lowered = lower(program, plan, at, grid.group_names, self.eager, target_of(grid, self.onednn))
         return replace(lowered, news=_NEWS[captured.how])
 
     def _pipelined(
@@ -360,7 +359,7 @@ class _Builder:
             place = inner_place(grid.mesh, grid.rank, plan.pipeline.axis, grid.group_names)
             lowered = lower_pipeline(
                 program, whole, plan, place, full=asked.outputs == "full", eager=self.eager,
-                target=target_of(grid, self.quicker), news=_NEWS[captured.how],
+                target=target_of(grid, self.onednn), news=_NEWS[captured.how],
             )  # fmt: skip
             self.homes = {**stage_of_state(program, plan.pipeline.starts), **self.homes}
         control.same(
@@ -378,12 +377,6 @@ class _Builder:
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
         text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
         return Plan.from_json(text, "the plan of rank 0")
-
-
-def _quicker(device: str | Device) -> tuple[float | None, float | None]:
-    """`Measured.linear_from` and `weights_from` of a calibrated device, where oneDNN is there."""
-    own = None if isinstance(device, str) else device.measured
-    return (own.linear_from, own.weights_from) if own is not None and linear.available() else (None, None)
 
 
 def _plan(

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from autopar import passes
+from autopar import linear, passes
 from autopar.capture import compiled
 from autopar.costmodel import rules
+from autopar.costmodel.devices import Device
 from autopar.graph import Program
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
@@ -44,13 +45,19 @@ def lower(
     return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
 
 
-def target_of(grid: Grid, quicker: tuple[float | None, float | None] = (None, None)) -> passes.Target:
+def quicker(device: str | Device) -> tuple[float | None, float | None]:
+    """`Measured.linear_from` and `weights_from` of a calibrated device, where oneDNN is there."""
+    own = None if isinstance(device, str) else device.measured
+    return (own.linear_from, own.weights_from) if own is not None and linear.available() else (None, None)
+
+
+def target_of(grid: Grid, onednn: tuple[float | None, float | None] = (None, None)) -> passes.Target:
     """What this rank's graphs are made for.
 
-    quicker: `linear_from` and `weights_from` of the device that was measured, if it is a CPU.
+    onednn: `quicker` of the device that was measured, if it is a CPU.
     """
     if grid.device.type != "cuda":
-        return passes.Target(grid.device, staged=grid.staged, linear_from=quicker[0], weights_from=quicker[1])
+        return passes.Target(grid.device, staged=grid.staged, linear_from=onednn[0], weights_from=onednn[1])
     power, kernels = torch.cuda.get_device_capability(grid.device), set()
     if power >= (8, 0) and torch.backends.cuda.flash_sdp_enabled():
         kernels.add("flash")
@@ -61,4 +68,4 @@ def target_of(grid: Grid, quicker: tuple[float | None, float | None] = (None, No
     return passes.Target(grid.device, frozenset(kernels), grid.staged)
 
 
-__all__ = ["lower", "target_of"]
+__all__ = ["lower", "quicker", "target_of"]

@@ -418,7 +418,7 @@ def staged_case(mesh, strategies):
     model, batch = ZOO["llama"](0)
     must, target = groups._must_stage, driver.target_of
     groups._must_stage = lambda device, control: True
-    driver.target_of = lambda grid, quicker: replace(ELSEWHERE, staged=grid.staged)
+    driver.target_of = lambda grid, onednn: replace(ELSEWHERE, staged=grid.staged)
     groups._grids.clear()
     try:
         with widen_to_float64():
