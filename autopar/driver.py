@@ -23,7 +23,7 @@ from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import OPTIMIZER_CLASSES, Asked, Example, arguments, ask, batch_rows
+from autopar.options import Asked, Example, arguments, ask, batch_rows
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
@@ -147,8 +147,6 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
-        if given is not None and given.optimizer not in OPTIMIZER_CLASSES:
-            raise PlanError(f"the plan is for optimizer {given.optimizer!r}, which is none of {OPTIMIZER_CLASSES}")
         if given is not None and optimizer_class not in (None, given.optimizer):
             raise PlanError(
                 f"optimizer_class={optimizer_class} is asked for, and the plan was made for {given.optimizer}; leave "
@@ -156,9 +154,10 @@ def compile(
             )
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
-            trains=optimizer is not None, weights=weights,
-            optimizer_class=given.optimizer if given is not None else optimizer_class,
+            trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class,
         )  # fmt: skip
+        if given is not None:
+            asked = replace(asked, optimizer_class=given.optimizer)
         recipe = None
         if optimizer is not None:
             recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite, flush_updates)

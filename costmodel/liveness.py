@@ -207,6 +207,7 @@ def _operands_first(events: Sequence[Event]) -> list[Event]:
 
 
 def _placed(events: Iterable[Event], makers: Mapping[Buffer, Event]) -> list[Event]:
+    """`events` in order, each behind those of `makers` that make what it reads."""
     placed: dict[Event, None] = {}
     opened: set[Event] = set()  # what waits for its operands: never for itself
     for event in events:
@@ -247,7 +248,7 @@ def _unpack(
 def _first_uses(events: list[Event | Travel]) -> dict[Buffer, int]:
     first: dict[Buffer, int] = {}
     for at, event in enumerate(events):
-        for x in (event.source,) if isinstance(event, Travel) else event.ins:
+        for x in event.ins:
             first.setdefault(x, at)
             first.setdefault(x.base, at)
     return first
@@ -263,12 +264,13 @@ def _groups(travels: list[Travel], first: dict[Buffer, int]) -> list[list[Travel
         if size >= BUCKET_BYTES:
             groups.append([travel])
             continue
-        members, filled = open_.get(travel.key, ([], 0.0))
+        key = (travel.key, travel.level)
+        members, filled = open_.get(key, ([], 0.0))
         if not members or filled + size > BUCKET_BYTES:
             members, filled = [], 0.0
             groups.append(members)
         members.append(travel)
-        open_[travel.key] = (members, filled + size)
+        open_[key] = (members, filled + size)
     return groups
 
 

@@ -89,7 +89,10 @@ class Event:
 
 @dataclass(eq=False)
 class Travel:
-    """A gather of a parameter, or a reduction of a gradient: may share a bucket with others of its `key`."""
+    """A gather of a parameter, or a reduction of a gradient: may share a bucket with others of its key and level.
+
+    level: numbers of such gathers, or of collectives, before and behind it, as `passes/bucket.py` counts.
+    """
 
     source: Buffer
     out: Buffer
@@ -99,6 +102,17 @@ class Travel:
     moved: bool  # the result is copied into place
     copied: bool  # the operand is copied before it is sent alone; into a bucket, all are
     exchanged: bool = False  # all that is summed arrives here
+    level: tuple[int, int] = (0, 0)
+
+    @property
+    def ins(self) -> tuple[Buffer, ...]:
+        """As of an Event."""
+        return (self.source,)
+
+    @property
+    def outs(self) -> tuple[Buffer, ...]:
+        """As of an Event."""
+        return (self.out,)
 
 
 @dataclass
@@ -159,24 +173,19 @@ class _Recorder:
         return self.tape
 
     def _levels(self) -> None:
-        """Numbers of gathers before and behind each gather of what is stored, by which `passes/bucket.py` groups."""
-        events = [*self.tape.forward, *self.tape.backward]
+        """The levels of gathers, which later moves and gathers of what they bring decide too."""
+        inside = [e for e in (*self.tape.forward, *self.tape.backward) if any(x in self.stored for x in e.outs)]
         before: dict[Buffer, int] = {}
         behind: dict[Buffer, int] = {}
-        for event in events:
-            for x in _outs(event):
-                if x in self.stored:
-                    before[x] = max((before.get(i, 0) for i in _ins(event)), default=0) + isinstance(event, Travel)
-        for event in reversed(events):
-            level = max(
-                (behind.get(x, 0) + isinstance(event, Travel) for x in _outs(event) if x in self.stored), default=0
-            )
-            for i in _ins(event):
-                behind[i] = max(behind.get(i, 0), level)
-        for event in events:
-            if isinstance(event, Travel) and event.out in self.stored:
-                kind, axis, reduce, itemsize, _, _, *rest = event.key
-                event.key = (kind, axis, reduce, itemsize, before[event.out], behind.get(event.out, 0), *rest)
+        for event in inside:
+            count = max((before.get(x, 0) for x in event.ins), default=0) + isinstance(event, Travel)
+            before.update(dict.fromkeys(event.outs, count))
+        for event in reversed(inside):
+            count = max(behind.get(x, 0) for x in event.outs) + isinstance(event, Travel)
+            behind.update({x: max(behind.get(x, 0), count) for x in event.ins})
+        for event in inside:
+            if isinstance(event, Travel):
+                event.level = before[event.out], behind.get(event.out, 0)
 
     def _source(self, item: Item) -> None:
         if not item.outs or item.outs[0] is None:
@@ -276,11 +285,13 @@ class _Recorder:
         before, behind = 0, sum(s.kind != "local_chunk" for s in moves)
         for step in moves:
             behind -= step.kind != "local_chunk"
-            x = self._step(step, meta.itemsize, x, phase, grad, (before, behind, phase, apart))
+            x = self._step(step, meta.itemsize, x, phase, grad, apart, (before, behind))
             before += step.kind != "local_chunk"
         return x
 
-    def _step(self, step: Step, itemsize: int, x: Buffer, phase: str, grad: bool, mark: tuple[object, ...]) -> Buffer:
+    def _step(
+        self, step: Step, itemsize: int, x: Buffer, phase: str, grad: bool, apart: bool, level: tuple[int, int]
+    ) -> Buffer:  # fmt: skip
         before, after = (math.prod(n) * itemsize for n in (step.before, step.after))
         events = self.tape.of(phase)
         out = Buffer(after, (x,), free=step.kind == "local_chunk", dense=True)
@@ -294,12 +305,12 @@ class _Recorder:
             copy = Buffer(x.size, (x,), free=True, kind="collectives")
             events.append(Event((x,), (copy,)))
             x, out.ins = copy, (copy,)
-        key = (step.kind, step.axis, step.reduce, itemsize, *mark)
+        key = (step.kind, step.axis, step.reduce, itemsize, phase, apart)
         scatter = step.kind == "reduce_scatter"
         exchanged = scatter and self.gloo
         if gather or reduction:
             copied = x.strided if gather else scatter and step.stacks
-            events.append(Travel(x, out, before, after, key, step.unpacks, copied, exchanged))
+            events.append(Travel(x, out, before, after, key, step.unpacks, copied, exchanged, level))
             if gather:
                 out.kind = "gathered"
                 self.stored.add(out)
@@ -328,14 +339,6 @@ class _Recorder:
         if found is None:
             found = self._bytes[key] = float(math.prod(local_shape(meta.shape, spec, self.sizes)) * meta.itemsize)
         return found
-
-
-def _ins(event: Event | Travel) -> tuple[Buffer, ...]:
-    return (event.source,) if isinstance(event, Travel) else event.ins
-
-
-def _outs(event: Event | Travel) -> tuple[Buffer, ...]:
-    return (event.out,) if isinstance(event, Travel) else event.outs
 
 
 def _dense(target: object, ins: Sequence[Buffer], out: Buffer) -> bool:

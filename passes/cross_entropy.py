@@ -97,42 +97,44 @@ def _wide(node: fx.Node) -> torch.dtype:
 
 
 def _rewrite(graph: fx.Graph, log_p: fx.Node, losses: list[_Loss]) -> None:
-    x: Any = log_p.args[0]
-    wide = _wide(x)
-
-    def cast(value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
-        same = value.meta["val"].dtype is dtype
-        return value if same else edit.call(graph, aten._to_copy.default, value, like=like, dtype=dtype)
-
-    def forward(target: Any, *args: Any) -> fx.Node:
+    def call(target: Any, *args: Any) -> fx.Node:
         return edit.call(graph, target, *args, like=log_p)
 
+    x: Any = log_p.args[0]
     with graph.inserting_before(log_p):
-        logits = cast(x, wide, log_p)
-        largest = forward(aten.amax.default, logits, [1], True)
-        less = forward(aten.sub.Tensor, logits, largest)
-        total = forward(aten.sum.dim_IntList, forward(aten.exp.default, less), [1], True)
-        log = forward(aten.log.default, total)
-        log_p.replace_all_uses_with(cast(forward(aten.sub.Tensor, less, log), log_p.meta["val"].dtype, log_p))
-
+        logits = _cast(graph, x, _wide(x), log_p)
+        largest = call(aten.amax.default, logits, [1], True)
+        less = call(aten.sub.Tensor, logits, largest)
+        log = call(aten.log.default, call(aten.sum.dim_IntList, call(aten.exp.default, less), [1], True))
+        new = _cast(graph, call(aten.sub.Tensor, less, log), log_p.meta["val"].dtype, log_p)
+    log_p.replace_all_uses_with(new)
     for loss in losses:
-        end = loss.end
+        with graph.inserting_before(loss.end):
+            loss.end.replace_all_uses_with(_gradient(graph, x, largest, log, loss))
 
-        def backward(target: Any, *args: Any, like: fx.Node = end, **kwargs: Any) -> fx.Node:
-            return edit.call(graph, target, *args, like=like, **kwargs)
 
-        with graph.inserting_before(end):
-            less = backward(aten.sub.Tensor, cast(x, wide, end), largest)
-            p = backward(aten.exp.default, backward(aten.sub.Tensor, less, log))
-            host = torch.device("cpu")
-            zero = backward(aten.full.default, [], 0.0, dtype=loss.seed.meta["val"].dtype, device=host)
-            counts = backward(aten.ne.Scalar, loss.label, loss.ignored)
-            scale = cast(backward(aten.where.self, counts, loss.seed, zero), wide, end)
-            classes = backward(aten.arange.default, edit.shape(x)[1], dtype=torch.int64, device=host)
-            hit = backward(aten.eq.Tensor, backward(aten.unsqueeze.default, loss.label, 1), classes)
-            error = backward(aten.where.self, hit, backward(aten.sub.Tensor, p, 1.0), p)
-            grad = backward(aten.mul.Tensor, error, backward(aten.unsqueeze.default, scale, 1))
-            end.replace_all_uses_with(cast(grad, end.meta["val"].dtype, end))
+def _gradient(graph: fx.Graph, x: fx.Node, largest: fx.Node, log: fx.Node, loss: _Loss) -> fx.Node:
+    """Append dx, [rows, classes], of one loss."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return edit.call(graph, target, *args, like=loss.end, **kwargs)
+
+    wide, host = _wide(x), torch.device("cpu")
+    less = call(aten.sub.Tensor, _cast(graph, x, wide, loss.end), largest)
+    p = call(aten.exp.default, call(aten.sub.Tensor, less, log))
+    zero = call(aten.full.default, [], 0.0, dtype=loss.seed.meta["val"].dtype, device=host)
+    counts = call(aten.ne.Scalar, loss.label, loss.ignored)
+    scale = _cast(graph, call(aten.where.self, counts, loss.seed, zero), wide, loss.end)
+    classes = call(aten.arange.default, edit.shape(x)[1], dtype=torch.int64, device=host)
+    hit = call(aten.eq.Tensor, call(aten.unsqueeze.default, loss.label, 1), classes)
+    error = call(aten.where.self, hit, call(aten.sub.Tensor, p, 1.0), p)
+    grad = call(aten.mul.Tensor, error, call(aten.unsqueeze.default, scale, 1))
+    return _cast(graph, grad, loss.end.meta["val"].dtype, loss.end)
+
+
+def _cast(graph: fx.Graph, value: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    same = value.meta["val"].dtype is dtype
+    return value if same else edit.call(graph, aten._to_copy.default, value, like=like, dtype=dtype)
 
 
 __all__ = ["cross_entropy"]

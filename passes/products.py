@@ -25,17 +25,18 @@ def products(gm: fx.GraphModule, least: float | None, of_weights: float | None, 
 
     It may write in place already. None: no product of the kind. `eager`: it will run op by op, not through a compiler.
     """
+    least, of_weights = (math.inf if flops is None else flops for flops in (least, of_weights))
     for node in list(gm.graph.nodes):
         place = node.kwargs.get("out")
         if node.target not in _PRODUCTS or (node.kwargs and place is None):
             continue
         *bias, left, right = node.args
         (rows, inner), columns = edit.shape(left), edit.shape(right)[1]
-        enough = least
         if left.target in _TURNS:
-            enough = of_weights if min(inner, columns) >= THIN else None
-        wide = 2.0 * rows * inner * columns >= (math.inf if enough is None else enough)
-        if not wide or node.meta["val"].dtype is not torch.float32 or (bias and edit.shape(bias[0]) != (columns,)):
+            large = 2.0 * rows * inner * columns >= of_weights and min(inner, columns) >= THIN
+        else:
+            large = 2.0 * rows * inner * columns >= least
+        if not large or node.meta["val"].dtype is not torch.float32 or (bias and edit.shape(bias[0]) != (columns,)):
             continue
         turned = right.target in _TURNS
         with gm.graph.inserting_before(node):

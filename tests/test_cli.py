@@ -181,9 +181,9 @@ def test_the_optimizer_is_in_the_plan(capsys, mlp, tmp_path):
         code, out, err = run(capsys, command, path, *["up"] * (command == "explain"))
         assert code == 0, err
     priced = str(tmp_path / "priced.json")
-    assert run(capsys, "price", path, "-o", priced)[0] == 0
-    assert run(capsys, "resolve", path, "--keep", "up", "-o", priced)[0] == 0
-    assert Plan.load(priced).optimizer == "sgd" and Plan.load(priced).predicted["memory"]["optimizer"] == 0
+    for command in (["price", path], ["resolve", path, "--keep", "up"]):
+        assert run(capsys, *command, "-o", priced)[0] == 0
+        assert Plan.load(priced).optimizer == "sgd" and Plan.load(priced).predicted["memory"]["optimizer"] == 0
     replace(Plan.load(path), optimizer="adamx").save(path)
     code, _, err = run(capsys, "price", path)
     assert code == 2 and "the plan is for optimizer 'adamx'; those known are adamw, " in err

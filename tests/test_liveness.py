@@ -21,6 +21,7 @@ from autopar.costmodel.rules import rule_for
 from autopar.costmodel.tape import Buffer, Event, record
 from autopar.errors import ConstraintError
 from autopar.mesh import Mesh
+from autopar.passes import collectives, edit
 from autopar.passes.bucket import BUCKET_BYTES, bucket
 from autopar.passes.overlap import TWO, overlap
 from autopar.plan import Plan
@@ -64,13 +65,11 @@ def measured(name: str, text: str) -> int:
 
     step()
     step()
-    peaks = []
-    for _ in range(3):
-        peaks.append(_peak(pm, optimizer, batch, step))
-    return min(peaks)
+    return min(_peak(pm, optimizer, batch, step) for _ in range(3))
 
 
 def _peak(pm, optimizer, batch, step) -> int:
+    """The peak of live bytes in one step."""
     state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     with LiveBytes([*pm.parameters(), *pm.buffers(), *batch.values(), *state]) as live:
         step()
@@ -111,6 +110,26 @@ def test_two_axes_within_five_percent(four, name, strategies):
     plan = planner.plan(program(name), Mesh.parse("dp=2,tp=2"), constraints=wishes, output_specs="free")
     peak = max(four.run(measured, name, plan.to_json()))
     assert plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("strategies", ["dp:zero3 tp:tp_sp", "dp:zero2 tp:tp_sp", "dp:zero3 tp:tp", "dp:zero1 tp:tp"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_what_travels_is_what_the_passes_send(name, strategies):
+    """Results of gathers and all-to-alls, buckets among them: the same number of each size."""
+    wishes = dict(text.split(":") for text in strategies.split())
+    plan = planner.plan(program(name), Mesh.parse("dp=2,tp=2"), constraints=wishes, output_specs="free")
+    local, _ = passes.lower(program(name), plan, rule_for)
+    travels = (collectives.all_gather, collectives.all_to_all)
+    sent = sorted(edit.nbytes(n) for n in local.gm.graph.nodes if n.target in travels)
+    items = items_of(program(name))
+    steps = liveness._Steps(record(items, plan, plan_specs(items, plan)))
+    told = sorted(x.size for e in (*steps.forward, *steps.backward) if e.ahead for x in e.outs)
+    assert told == sent
+    for events in (steps.forward, steps.backward):
+        makers = {x: e for e in reversed(events) for x in e.outs}
+        position = {e: i for i, e in enumerate(events)}
+        late = [x for e in events for x in e.ins if x in makers and position[makers[x]] > position[e]]
+        assert not late, "a bucket packs what is made later"
 
 
 @pytest.mark.skipif(not linear.available(), reason="this torch is built without oneDNN")

@@ -197,15 +197,21 @@ def test_ranks_choose_alike():
         assert torch.equal(value, state1[name])
 
 
+def test_crowds_compute_with_the_library_of_the_graphs():
+    cube = 2.0 * calibrate.SIDE**3
+    for least, function in ((0.0, torch.mm), (2 * cube, torch.mm), (cube, linear.linear), (1.0, linear.linear)):
+        assert calibrate._product(least).func is function
+
+
 def test_calibration_takes_it_from_where_it_is_quicker():
     sides = {n: 2.0 * n**3 for n in calibrate.SIDES}
     blas = [(flops, 100.0) for flops in sides.values()]
 
-    def net(quicker, kind, work):
-        own = work.func is linear.linear and work.args[0].is_contiguous() != kind
-        flops = 2.0 * len(work.args[0]) ** 3
-        other = work.func is linear.linear and not own
-        return flops / 100 * (1.1 if other else 1.0 if not own else 0.8 if len(work.args[0]) in quicker else 1.1)
+    def net(quicker, of_weights, work):
+        side, turned = len(work.args[0]), not work.args[0].is_contiguous()
+        if work.func is not linear.linear:
+            return sides[side] / 100
+        return sides[side] / 100 * (0.8 if turned == of_weights and side in quicker else 1.1)
 
     first, second, third, fourth, last = calibrate.SIDES
     cases = {(): None, (first,): None, (last,): last, (second, third, fourth, last): second}

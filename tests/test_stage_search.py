@@ -285,5 +285,7 @@ def test_a_given_plan_says_the_optimizer():
         module(torch.zeros(12, 64)).backward()
     assert module.plan.optimizer == "sgd" and module.plan.predicted["memory"]["optimizer"] == 0
     autopar.compile(model, "dp=1", example=(batch,), plan=plan, optimizer_class="sgd")
+    with pytest.raises(PlanError, match="the plan is for optimizer 'adamx'; those known are adamw, "):
+        autopar.compile(model, "dp=1", example=(batch,), plan=dataclasses.replace(plan, optimizer="adamx"))
     with pytest.raises(PlanError, match="optimizer_class=lion is asked for, and the plan was made for sgd; leave it"):
         autopar.compile(model, "dp=1", example=(batch,), plan=plan, optimizer_class="lion")
