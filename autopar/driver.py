@@ -63,7 +63,6 @@ def compile(
     clip: float | None = None,
     weights: str = "current",
     nonfinite: str = "skip",
-    flush_updates: int = 0,
     optimizer_class: str | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
@@ -111,7 +110,6 @@ def compile(
         weights: with "paci", "current": forward and backward read the weights of now, as published; "stashed": a
             backward reads its forward's, which are kept; "predicted": a forward reads those that its backward is to
             find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
-        flush_updates: with "paci", so many updates at the beginning, when weights change most, are as of 1f1b.
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
         optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
             it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
@@ -160,7 +158,7 @@ def compile(
             asked = replace(asked, optimizer_class=given.optimizer)
         recipe = None
         if optimizer is not None:
-            recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite, flush_updates)
+            recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite)
         call = arguments(example)
         refuse_old_norms(model)
         empty = skeleton(model)

@@ -1,7 +1,7 @@
 """Train a character GPT under 1F1B and under PACI, and compare the loss by updates and by time.
 
     python examples/paci.py                          4 stages, windows of 4 and 8 micro-batches, 2 seeds
-    python examples/paci.py --stages 8 --windows 8 --flush-updates 60
+    python examples/paci.py --stages 8 --windows 8
     python examples/paci.py --quick                  one seed, one window, few updates
 
 Both see the same batches in the same order, with the same initial values, optimizer (Muon for the matrices, AdamW for
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--weights", default="predicted", help='as of autopar.compile; "current": as published')
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices (muon)")
-    parser.add_argument("--flush-updates", type=int, default=0, help="as of autopar.compile")
+    parser.add_argument("--lr", type=float, default=0.04, help="of the blocks' matrices (0.04; with AdamW, of all)")
+    parser.add_argument("--flush-lr", type=float, help="that of 1f1b, if it is to be another one")
     parser.add_argument("--plot", type=Path, default=Path("paci.svg"), help="where to draw the losses (paci.svg)")
     parser.add_argument("--quick", action="store_true", help="one seed, one window, 60 updates")
     args = parser.parse_args()
@@ -67,8 +68,7 @@ def main() -> None:
         curves.append(flush)
         for window in args.windows:
             budget = args.updates * units("1f1b", args.stages, ROWS)
-            first = args.flush_updates * (units("1f1b", args.stages, window) - 1)
-            curves.append(train(args, "paci", window, seed, int(budget - first), console))
+            curves.append(train(args, "paci", window, seed, int(budget), console))
     console.print(table(curves, args.stages))
     if dist.get_rank() == 0:
         args.plot.write_text(svg(curves), encoding="utf-8")
@@ -137,7 +137,7 @@ def batch_of(data: torch.Tensor, generator: torch.Generator) -> dict[str, torch.
     return {"ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
 
-def optimizers(params: Iterable[nn.Parameter], kind: str) -> list[torch.optim.Optimizer]:
+def optimizers(params: Iterable[nn.Parameter], kind: str, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases, as far as the rank has any."""
     every = list(params)
     matrices = [p for p in every if kind == "muon" and p.dim() == 2 and VOCAB not in p.shape]
@@ -145,9 +145,9 @@ def optimizers(params: Iterable[nn.Parameter], kind: str) -> list[torch.optim.Op
     rest = [p for p in every if id(p) not in kept]
     out: list[torch.optim.Optimizer] = []
     if matrices:
-        out.append(torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1))
+        out.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.1))
     if rest:
-        out.append(torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1))
+        out.append(torch.optim.AdamW(rest, lr=4e-3 if kind == "muon" else lr, betas=(0.9, 0.95), weight_decay=0.1))
     return out
 
 
@@ -186,22 +186,22 @@ def train(args: argparse.Namespace, schedule: str, micro: int, seed: int, update
     judged = [batch_of(held_out, other) for _ in range(16)]
     torch.manual_seed(seed)
     asynchronous = schedule == "paci"
-    extra = {"weights": args.weights, "flush_updates": args.flush_updates} if asynchronous else {}
+    extra = {"weights": args.weights} if asynchronous else {}
+    lr = args.lr if asynchronous or args.flush_lr is None else args.flush_lr
 
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: rate(update, updates))
 
     pm = autopar.compile(
         Gpt(), f"pp={args.stages}", example=judged[0], device="cpu", schedule=schedule, micro_batches=micro,
-        optimizer=lambda params: optimizers(params, args.optimizer), lr_scheduler=scheduler, **extra,
+        optimizer=lambda params: optimizers(params, args.optimizer, lr), lr_scheduler=scheduler, **extra,
     )  # fmt: skip
     curve = Curve(schedule, seed, micro)
     seconds, spent = 0.0, 0.0
     began = time.perf_counter()
     for update in range(1, updates + 1):
         pm.train_step(**batch_of(data, generator))
-        flushed = not asynchronous or update <= args.flush_updates
-        spent += units("1f1b", args.stages, ROWS if not asynchronous else micro) if flushed else 1.0
+        spent += units(schedule, args.stages, ROWS)
         if update % EVERY and update != updates:
             continue
         told = pm.drain()

@@ -46,7 +46,6 @@ class Recipe:
         lr_scheduler: makes it of an optimizer; stepped behind every update.
         clip: largest norm of the gradients: of all with a synchronous schedule, of each stage with an asynchronous one.
         weights: one of WEIGHTS. nonfinite: one of NONFINITE.
-        flush: so many updates at the beginning, when weights change most, empty an asynchronous pipeline.
     """
 
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer | Sequence[Optimizer]]
@@ -54,14 +53,11 @@ class Recipe:
     clip: float | None = None
     weights: str = "current"
     nonfinite: str = "skip"
-    flush: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (("weights", self.weights, WEIGHTS), ("nonfinite", self.nonfinite, NONFINITE)):
             if value not in known:
                 raise RuntimeUseError(f"{name}={value!r} does not exist; choose one of {', '.join(known)}")
-        if self.flush < 0:
-            raise RuntimeUseError(f"flush_updates={self.flush} is negative; it is a number of updates")
 
 
 @dataclass
@@ -195,8 +191,6 @@ class Trainer:
         with torch.no_grad():
             step.go(stream.more(), last=False)
         self.loss = step.loss(batch, first)
-        if stream.given <= self.recipe.flush:
-            self.rest()
         return self.loss
 
     def rest(self) -> None:

@@ -43,7 +43,7 @@ def test_evaluation_needs_no_no_grad(two):
 
 
 def given_other_batches(check: bool) -> tuple[list[str], int]:
-    """What drain, evaluation and a step with a flush say of batches that differ on rank 1; number of checksums."""
+    """What drain and evaluation say of batches that differ on rank 1; number of checksums."""
     real, made_of, said = runtime_module.checksum, [], []
 
     def counted(tensor: torch.Tensor) -> int:
@@ -62,10 +62,6 @@ def given_other_batches(check: bool) -> tuple[list[str], int]:
             said.append(error_of(end))
             pm.train()
         count = len(made_of)
-        pm = made("pp=2", "paci", check=check, flush_updates=1)
-        batch = batches(1)[0]
-        said.append(error_of(lambda: pm.train_step(**{**batch, "x": batch["x"] + torch.distributed.get_rank()})))
-        said.append(error_of(lambda: [pm.train_step(**batch), pm.drain()]))
     finally:
         runtime_module.checksum = real
     return said, count
@@ -83,7 +79,7 @@ def test_batches_are_compared_when_the_pipeline_is_emptied(two):
     text = "the ranks were given different batches in %s since they were last compared: rank 1 differs from rank 0"
     for said, count in two.run(given_other_batches, True):
         assert [s.split(";")[0] for s in said[::2]] == [
-            text % where for where in ("calls 2, 4 of the 4", "call 3 of the 4", "call 1 of the 1")
+            text % where for where in ("calls 2, 4 of the 4", "call 3 of the 4")
         ]
         assert not any(said[1::2]) and count > 0
     for said, count in two.run(given_other_batches, False):
