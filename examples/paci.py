@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--weights", default="predicted", help='as of autopar.compile; "current": as published')
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices (muon)")
-    parser.add_argument("--lr", type=float, default=0.03, help="of the blocks' matrices (0.03; with AdamW, of all)")
+    parser.add_argument("--lr", type=float, default=0.02, help="of the blocks' matrices (0.02; with AdamW, of all)")
     parser.add_argument("--flush-lr", type=float, help="that of 1f1b, if it is to be another one")
     parser.add_argument("--plot", type=Path, default=Path("paci.svg"), help="where to draw the losses (paci.svg)")
     parser.add_argument("--quick", action="store_true", help="one seed, one window, 60 updates")
