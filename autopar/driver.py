@@ -64,6 +64,7 @@ def compile(
     weights: str = "current",
     nonfinite: str = "skip",
     optimizer_class: str | None = None,
+    recompute: bool = True,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -114,6 +115,8 @@ def compile(
         optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
             it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
             default: the given plan's, else "adamw". A function in `optimizer` is not asked.
+        recompute: let the backward compute again what the forward then need not keep, if memory is short and that is
+            the quickest that fits.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -134,7 +137,7 @@ def compile(
             given = _searched(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
-                schedule=schedule, weights=weights, optimizer_class=optimizer_class,
+                schedule=schedule, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -152,7 +155,7 @@ def compile(
             )
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
-            trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class,
+            trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
         )  # fmt: skip
         if given is not None:
             asked = replace(asked, optimizer_class=given.optimizer)
@@ -200,6 +203,7 @@ def plan_model(
     schedule: str | Path | None = None,
     weights: str = "current",
     optimizer_class: str | None = None,
+    recompute: bool = True,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -223,7 +227,7 @@ def plan_model(
     shape = as_mesh(mesh)
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
-        weights=weights, searched=count is not None, optimizer_class=optimizer_class,
+        weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -411,6 +415,7 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
         "memory_limit": asked.memory_limit,
         "constraints": dict(asked.constraints),
         "optimizer": asked.optimizer_class,
+        "recompute": asked.recompute,
         "output_specs": "free" if free else "replicated",
     }
 

@@ -3,6 +3,10 @@
 Each message says request, fact, remedy, with both numbers where two disagree.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 
 class AutoparError(Exception):
     """Base class: `except autopar.AutoparError` catches everything we raise on purpose."""
@@ -33,7 +37,15 @@ class ConstraintError(AutoparError, ValueError):
 
 
 class InfeasibleError(AutoparError, RuntimeError):
-    """No plan fits the memory limit; says by how many bytes and of what kind."""
+    """No plan fits the memory limit; says by how many bytes and of what kind.
+
+    Attributes:
+        least: bytes per device that the smallest plan found needs; 0 where none was priced. memory: by kind.
+    """
+
+    def __init__(self, message: str, least: float = 0.0, memory: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.least, self.memory = least, dict(memory or {})
 
 
 class SolverError(AutoparError, RuntimeError):

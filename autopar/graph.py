@@ -154,6 +154,10 @@ class Program:
     batch_dims: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _by_name: dict[str, fx.Node] = field(default_factory=dict, repr=False, compare=False)
+    #: What `autopar.recompute` has made of it.
+    derived: dict[frozenset[tuple[str, str]], Program] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     def node(self, name: str) -> fx.Node:
         """Node by name (placeholders and results of `sources` and `sinks`)."""

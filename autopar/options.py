@@ -57,6 +57,7 @@ class Asked:
     table: str = ""
     weights: str = "current"
     optimizer_class: str = ADAMW
+    recompute: bool = True
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -67,7 +68,7 @@ class Asked:
             f"shared {', '.join(self.shared) or 'nothing'}, "
             f"{'with' if self.loss else 'without'} loss=, "
             f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
-            f"optimizer_class {self.optimizer_class}"
+            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}"
         )
 
     @property
@@ -193,6 +194,7 @@ def ask(
     weights: str = "current",
     searched: bool = False,
     optimizer_class: str | None = None,
+    recompute: bool = True,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
@@ -233,7 +235,7 @@ def ask(
         )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, optimizer_class or ADAMW,
+        weights, optimizer_class or ADAMW, recompute,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

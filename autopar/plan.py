@@ -15,6 +15,7 @@ from typing import Any
 from autopar.errors import AutoparError, PlanError
 from autopar.graph import pattern
 from autopar.mesh import Mesh
+from autopar.recompute import SAVED, original
 from autopar.rule import Choice
 from autopar.spec import Placement, R, S, Spec, format_spec, parse_spec
 
@@ -76,6 +77,8 @@ class Plan:
         notes: what the user should know (replicated ops, ignored settings).
         pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
         optimizer: the class of optimizer it was priced for (`autopar.costmodel.memory.OPTIMIZERS`).
+        saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
+            "recompute" (`autopar.recompute`). What is not named is kept.
     """
 
     mesh: Mesh
@@ -90,13 +93,23 @@ class Plan:
     notes: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
     optimizer: str = "adamw"
+    saved: Mapping[str, str] = field(default_factory=dict)
 
     def choice(self, address: str) -> tuple[Choice, ...]:
-        """The choices of one op, by exact address, else by its starred pattern, else whole everywhere."""
+        """The choices of one op, by exact address, else by its starred pattern, else whole everywhere.
+
+        What the backward computes again, and the plan does not name, is done as in the forward.
+        """
         found = self.choices.get(address)
         if found is None:
             found = self.choices.get(pattern(address))
+        if found is None and (first := original(address)) is not None:
+            return self.choice(first)
         return found if found is not None else (Choice(),) * len(self.mesh.sizes)
+
+    def how_saved(self, address: str) -> str | None:
+        """What `saved` says of an op, by exact address, else by its starred pattern."""
+        return self.saved.get(address, self.saved.get(pattern(address)))
 
     def stored(self, name: str) -> Storage:
         """Storage of a parameter or buffer; replicated if the plan does not say."""
@@ -121,6 +134,7 @@ class Plan:
             "inputs": {k: spec(v) for k, v in self.inputs.items()},
             "outputs": {k: spec(v) for k, v in self.outputs.items()},
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
+            **({"saved": dict(self.saved)} if self.saved else {}),
             "optimizer": self.optimizer,
             "predicted": dict(self.predicted),
             "solver": dict(self.solver),
@@ -191,6 +205,11 @@ class Plan:
                 numbers = list(v.values()) if isinstance(v, dict) else [] if k == "device" else [v]
                 if not all(type(n) in (int, float) for n in numbers) or (k in _TABLES) != isinstance(v, dict):
                     raise PlanError(f"cannot read {v!r}")
+            saved = section("saved") if "saved" in data else {}
+            for k, v in saved.items():
+                key = f"saved of {k}"
+                if v not in SAVED:
+                    raise PlanError(f"{v!r} is not one of {', '.join(SAVED)}")
             key, optimizer = "optimizer", data.get("optimizer", "adamw")
             if not isinstance(optimizer, str):
                 raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
@@ -207,6 +226,7 @@ class Plan:
                 notes=tuple(data["notes"]),
                 pipeline=pipeline,
                 optimizer=optimizer,
+                saved=saved,
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

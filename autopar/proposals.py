@@ -54,7 +54,8 @@ class Proposal:
         """With the plan that is quickest if memory is no matter; or with `like`, of another size, if it is legal."""
 
         def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
-            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit})
+            # What a stage keeps, it keeps for all that are in flight: a limit for one micro-batch would not tell what.
+            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit, "recompute": False})
             return plan, pieces(program, plan, micro, starts)
 
         known = None

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from autopar.graph import pattern
 from autopar.plan import Plan, Storage
+from autopar.recompute import RECOMPUTE
 from autopar.rule import Choice
 from autopar.spec import Spec, format_spec
 
@@ -209,12 +210,24 @@ def show(plan: Plan) -> list[RenderableType]:
     """The whole report of a plan: heading, layers, time and memory, notes."""
     # Text, not str: rich would take `[dp]` for markup.
     parts: list[RenderableType] = [Text(heading(plan)), layer_table(plan)]
+    if plan.saved:
+        parts.append(Text(again_text(plan)))
     if plan.predicted:
         parts.append(Text(predicted_text(plan.predicted)))
     tried = plan.solver.get("meshes")
     if isinstance(tried, (list, tuple)) and len(tried) > 1:
         parts.append(mesh_table(plan, tried))
     return parts + [Text(f"note: {note}") for note in plan.notes]
+
+
+def again_text(plan: Plan) -> str:
+    """What the backward computes again, by module; a star stands for all layers."""
+    modules: dict[str, list[str]] = {}
+    for address, how in plan.saved.items():
+        if how == RECOMPUTE:
+            op = address.rpartition("/")[2].removesuffix("#0")
+            modules.setdefault(_module(address) or "(root)", []).append(op)
+    return "computed again in the backward: " + "; ".join(f"{m}: {', '.join(ops)}" for m, ops in modules.items())
 
 
 def heading(plan: Plan) -> str:

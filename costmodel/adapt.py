@@ -18,6 +18,7 @@ from autopar.errors import RuleError
 from autopar.graph import Program, pattern
 from autopar.mesh import Mesh
 from autopar.plan import Plan, Storage
+from autopar.recompute import present
 from autopar.rule import WHOLE, Choice
 from autopar.spec import R, Spec
 
@@ -46,7 +47,8 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
     A strided split whose stride does not fit any more becomes one that does; what cannot be split at all becomes whole.
     """
     assert mesh.names == plan.mesh.names
-    items = items_of(program)
+    saved = present(program, plan.saved)
+    items = items_of(program, saved)
     folded = fold(items, small=len(items.items) + 1)
     offered = candidates(folded, mesh.sizes)
     stars = {pattern(a): row for a, row in plan.storage.items()}
@@ -99,6 +101,7 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
         inputs=inputs,
         outputs={s.name: whole for s in program.sinks if s.kind == "output" and s.node is not None},
         optimizer=plan.optimizer,
+        saved=saved,
     )
     return Adapted(small, kept, total, tuple(dict.fromkeys(changed)))
 

@@ -143,7 +143,7 @@ class Bench:
             PlanError: the plan is not legal for the program.
             ConstraintError: a constraint names nothing.
         """
-        items = program if isinstance(program, Items) else items_of(program)
+        items = program if isinstance(program, Items) else items_of(program, plan.saved)
         plan_specs(items, plan)
         wishes = Wishes.parse(dict(constraints or {}), items, plan.mesh)
         # What the plan treats differently is never one class, so that a class has one decision.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from autopar.costmodel.branch import branch, highspy, is_whole
-from autopar.costmodel.model import CONST, Answer, Model, Terms, read
+from autopar.costmodel.model import CONST, Answer, Linear, Model, Terms, read
 from autopar.costmodel.problem import INF
 
 if highspy is not None:
@@ -75,14 +75,22 @@ def run(model: Model, time_limit: float, gap: float, start: Sequence[int] | None
     return _search(model, solver, whole, time_limit, gap, start)
 
 
+def mixed(program: Linear, time_limit: float, gap: float) -> Answer:
+    """Minimise a plain mixed program."""
+    solver = _solver(_arrays(program), time_limit, gap)
+    solver.setOptionValue("presolve", "choose")
+    return _search(program, solver, np.array(program.whole, dtype=np.int32), time_limit, gap, None)
+
+
 def _search(
-    model: Model, solver: Any, whole: Any, time_limit: float, gap: float, start: Sequence[int] | None
+    model: Model | Linear, solver: Any, whole: Any, time_limit: float, gap: float, start: Sequence[int] | None
 ) -> Answer:
     solver.changeColsIntegrality(len(whole), whole, _integer(whole))
     # HiGHS counts its limit over all runs: without this the search would start with what the relaxation left. On a
     # busy machine even that may end without any answer, so it gets longer before it gives up.
     for seconds in (time_limit, 4 * time_limit, max(16 * time_limit, 10.0)):
         if start is not None:
+            assert isinstance(model, Model)
             columns, values = model.point(start)
             solver.setSolution(len(columns), np.array(columns, dtype=np.int32), np.array(values))
         solver.setOptionValue("time_limit", solver.getRunTime() + seconds)
@@ -203,7 +211,7 @@ def _integer(whole: Any) -> Any:
     return np.full(len(whole), int(highspy.HighsVarType.kInteger), dtype=np.uint8)
 
 
-def _costs(model: Model) -> Any:
+def _costs(model: Model | Linear) -> Any:
     cost = np.zeros(len(model.high))
     for v, c in model.objective.items():
         if v != CONST:
@@ -211,7 +219,7 @@ def _costs(model: Model) -> Any:
     return cost
 
 
-def _arrays(model: Model) -> Any:
+def _arrays(model: Model | Linear) -> Any:
     """The model as HiGHS takes it."""
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(model.high), len(model.rows)
@@ -232,4 +240,4 @@ def _answered(solver: Any) -> bool:
     return int(solver.getInfo().primal_solution_status) == int(highspy.SolutionStatus.kSolutionStatusFeasible)
 
 
-__all__ = ["highspy", "run"]
+__all__ = ["highspy", "mixed", "run"]

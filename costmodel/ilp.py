@@ -46,7 +46,7 @@ import pulp
 
 from autopar.costmodel import highs
 from autopar.costmodel.highs import highspy
-from autopar.costmodel.model import CONST, Answer, Model, Terms, read
+from autopar.costmodel.model import CONST, Answer, Linear, Model, Terms, read
 from autopar.costmodel.problem import INF, Consumer, Flow, Group, Keep, NoOption, Problem, evaluate, overlapped
 from autopar.errors import SolverError
 
@@ -125,6 +125,21 @@ def solve(
     )
 
 
+def solve_linear(program: Linear, time_limit: float, gap: float) -> list[float] | None:
+    """The columns of the least objective, within the gap; None if nothing meets the rows.
+
+    Raises:
+        SolverError: the solver gave up without an answer.
+    """
+    solver, name = _solver(time_limit, gap)
+    answer = highs.mixed(program, time_limit, gap) if solver is None else _pulp(program, solver, gap)
+    if answer.status.lower() == "infeasible":
+        return None
+    if answer.values is None:
+        raise SolverError(f"{name} found no answer in {time_limit:.0f} s (status {answer.status}); give it more time")
+    return [float(v) for v in answer.values]
+
+
 def _over(problem: Problem, memory: float) -> bool:
     return problem.limit is not None and problem.penalty is None and memory > problem.limit * (1 + 1e-6) + 1
 
@@ -136,7 +151,7 @@ def _solver(time_limit: float, gap: float) -> tuple[Any, str]:
     return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1), "CBC"
 
 
-def _pulp(model: Model, solver: Any, gap: float) -> Answer:
+def _pulp(model: Model | Linear, solver: Any, gap: float) -> Answer:
     """Through PuLP. It tells of the gap no more than that the one asked for was met."""
     whole = set(model.whole)
     columns = []
@@ -179,4 +194,5 @@ __all__ = [
     "evaluate",
     "overlapped",
     "solve",
+    "solve_linear",
 ]

@@ -6,7 +6,7 @@ are in graph order, sinks last. A tensor is (item, result index); a sink has one
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import fx
 from autopar.costmodel.rules import rule_for, signature
 from autopar.errors import PlanError
 from autopar.graph import FORWARD, Program, Source, is_op, operands, resolve, results
+from autopar.recompute import recomputed
 from autopar.rule import BoundRule
 from autopar.spec import Shape
 
@@ -92,12 +93,13 @@ def _meta(val: torch.Tensor | None) -> Meta | None:
     return None if val is None else Meta(tuple(int(n) for n in val.shape), val.dtype)
 
 
-def items_of(program: Program) -> Items:
-    """Number the items of a program.
+def items_of(program: Program, saved: Mapping[str, str] | None = None) -> Items:
+    """Number the items of a program; with `Plan.saved`, of what `autopar.recompute` makes of it.
 
     Raises:
-        PlanError: a shape of the program is symbolic; the planner needs numbers.
+        PlanError: a shape of the program is symbolic; the planner needs numbers. Or as `recomputed`.
     """
+    program = recomputed(program, saved or {})
     sources = {s.node: s for s in program.sources}
     items: list[Item] = []
     number: dict[fx.Node, int] = {}

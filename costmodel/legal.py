@@ -62,7 +62,7 @@ def check_plan(program: Program, plan: Plan) -> None:
             have or may not split, a split that does not divide, a partial sum that nothing produces, or an optimizer
             that nobody knows. Says which.
     """
-    plan_specs(items_of(program), plan)
+    plan_specs(items_of(program, plan.saved), plan)
 
 
 def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> Specs:

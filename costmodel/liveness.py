@@ -39,7 +39,7 @@ def peak(
     for buffer in tape.placeholders:
         if buffer.held != "parameters":
             found[buffer.held] += buffer.size
-    rest = _Steps(tape).peak(policy.scratch)
+    rest = Steps(tape).peak(policy.scratch)
     for kind, size in rest.items():
         found[kind] += size
     found["slack"] = slack * sum(found.values())
@@ -62,7 +62,7 @@ def moving(
         at = piece.get(tape.owner.get(event, -1), at)
         found[at] = max(found[at], sum(totals[kind] for kind in ("gathered", "collectives", "transient")))
 
-    _Steps(tape).peak(0.0, look)
+    Steps(tape).peak(0.0, look)
     return found
 
 
@@ -70,8 +70,12 @@ def moving(
 Look = Callable[[Event, Mapping[str, float]], None]
 
 
-class _Steps:
-    """The two halves as they run: buckets packed, saved tensors chosen, then walked."""
+class Steps:
+    """The two halves as they run: buckets packed, saved tensors chosen, then walked.
+
+    Attributes:
+        forward, backward: events in the order in which they run. saved: what the one hands to the other.
+    """
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
@@ -448,4 +452,4 @@ def _missing(x: Buffer, saved: dict[Buffer, None]) -> list[Buffer]:
     return list(out)
 
 
-__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "moving", "peak"]
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "Steps", "moving", "peak"]

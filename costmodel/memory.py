@@ -24,10 +24,12 @@ class Optimizer:
     Attributes:
         state: elements of state of a parameter's piece, given the shape of the piece; in the parameter's dtype.
         scratch: temporaries of an update, in pieces of the largest parameter (one parameter is updated at a time).
+        numbers: of four bytes, of each parameter, whatever its size: how many steps it has made.
     """
 
     state: Callable[[Shape], float]
     scratch: float
+    numbers: int = 1
 
 
 def _pieces(count: float) -> Callable[[Shape], float]:
@@ -45,16 +47,16 @@ def _factored(shape: Shape) -> float:
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(_pieces(2), 2),
     "adam": Optimizer(_pieces(2), 2),
-    "nadam": Optimizer(_pieces(2), 2),
+    "nadam": Optimizer(_pieces(2), 2, 2),
     "radam": Optimizer(_pieces(2), 2),
     "adamax": Optimizer(_pieces(2), 2),
     "amsgrad": Optimizer(_pieces(3), 2),
-    "sgd": Optimizer(_pieces(0), 0),
-    "sgd_momentum": Optimizer(_pieces(1), 0),
+    "sgd": Optimizer(_pieces(0), 0, 0),
+    "sgd_momentum": Optimizer(_pieces(1), 0, 0),
     "rmsprop": Optimizer(_pieces(1), 1),
     "adagrad": Optimizer(_pieces(1), 1),
-    "lion": Optimizer(_pieces(1), 1),
-    "muon": Optimizer(_pieces(1), 4),
+    "lion": Optimizer(_pieces(1), 1, 0),
+    "muon": Optimizer(_pieces(1), 4, 0),
     "adafactor": Optimizer(_factored, 2),
 }
 
@@ -94,7 +96,8 @@ class Policy:
         if trained and self.optimizer_bytes is not None:
             state = count * self.optimizer_bytes
         elif trained:
-            state = OPTIMIZERS[self.optimizer].state(shape) * meta.itemsize
+            kept = OPTIMIZERS[self.optimizer]
+            state = kept.state(shape) * meta.itemsize + 4 * kept.numbers
         return {
             "parameters": float(count * meta.itemsize),
             "gradients": float(count * meta.itemsize) if trained else 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from autopar.costmodel.problem import AFTER, INF, PHASES, Flow, Problem, dominate, evaluate, overlapped, prune
@@ -12,6 +12,29 @@ from autopar.errors import SolverError
 #: Column -> coefficient; the key CONST holds the constant.
 Terms = dict[int, float]
 CONST = -1
+
+
+@dataclass
+class Linear:
+    """A plain mixed program: minimise `objective` over columns of 0 <= x <= high, those of `whole` 0 or 1."""
+
+    high: list[float] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+    rows: list[tuple[Terms, float, float]] = field(default_factory=list)  # lower <= terms <= upper
+    objective: Terms = field(default_factory=dict)
+
+    def column(self, cost: float = 0.0, binary: bool = False) -> int:
+        """A new column of at most 1."""
+        self.high.append(1.0)
+        if binary:
+            self.whole.append(len(self.high) - 1)
+        if cost:
+            self.objective[len(self.high) - 1] = cost
+        return len(self.high) - 1
+
+    def row(self, terms: Terms, low: float, high: float) -> None:
+        """low <= terms <= high."""
+        self.rows.append((terms, low, high))
 
 
 class Model:

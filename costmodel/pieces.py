@@ -79,9 +79,10 @@ class _Pieces:
         copies: int,
     ) -> None:
         self.starts = frozenset(starts)
-        self.program, self.plan, self.stages, self.micro, self.copies = program, plan, stages, micro, copies
+        self.plan, self.stages, self.micro, self.copies = plan, stages, micro, copies
         self.policy = Policy(program.training, optimizer=plan.optimizer)
-        self.items: Items = items_of(program)
+        self.items: Items = items_of(program, plan.saved)
+        self.program = program = self.items.program
         self.specs: Specs = plan_specs(self.items, plan)
         self.where = machine(device, plan.mesh)
         self.regions: Regions = regions_of(program)

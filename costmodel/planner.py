@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopar.collector import resting_collector
+from autopar.costmodel.budget import Budget
 from autopar.costmodel.choices import Pins, Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.constraints import Wishes, pin
@@ -60,6 +61,7 @@ def plan(
     links: Mapping[str, Link] | None = None,
     storage: Mapping[str, Storage] | None = None,
     choices: Mapping[str, Sequence[Choice]] | None = None,
+    recompute: bool = True,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -78,6 +80,8 @@ def plan(
         links: axis -> Link, in place of the device's.
         storage: where parameters lie already, by name: they stay there.
         choices: what ops do already, by address, one choice per axis: they keep doing it.
+        recompute: whether the backward may compute again what the forward need not keep then, where that takes less
+            time than cutting more; False: everything that it reads is kept.
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -101,6 +105,7 @@ def plan(
             links,
             dict(storage or {}),
             {address: tuple(row) for address, row in (choices or {}).items()},
+            recompute,
             time_limit,
             progress or (lambda what, done: None),
         ).run()
@@ -149,8 +154,10 @@ class _Planner:
     links: Mapping[str, Link] | None
     storage: dict[str, Storage]
     choices: dict[str, tuple[Choice, ...]]
+    recompute: bool
     time_limit: float
     progress: Progress
+    saved: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("fold", "layouts", "build", "solve", "price"), 0.0)
     )
@@ -170,7 +177,7 @@ class _Planner:
         self.deadline = time.perf_counter() + self.time_limit
         self.progress("folding repeated layers", 0.0)
         with _Clock(self.seconds, "fold"):
-            self.items = items_of(self.program)
+            self.items = items_of(self.program, self.saved)
             wishes = Wishes.parse(self.constraints, self.items, self.mesh)
             self.strategies = wishes.strategies
             self.fold = fold(self.items, mark=lambda item: (wishes.mark(item), self._kept(item)))
@@ -218,13 +225,26 @@ class _Planner:
         free = [a for a in axes if a not in self.strategies]
         fixed = [a for a in axes if a in self.strategies]
         orders = [axes] if len(axes) < 2 else [fixed + free, fixed[::-1] + free[::-1]]
-        search = self.search()
-        best = search.run(orders) if self._hopeful() else None
+        budget = self._budget(orders)
+        best = budget.run(self._hopeful())
         if best is None:
-            best = search.least(orders)
+            best = budget.smallest()
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
+
+    def _budget(self, orders: list[list[int]]) -> Budget:
+        return Budget(
+            self.program, self.where.device, self.links, self.prices.policy, self.fold, self.memory_limit,
+            self.deadline, orders, self.search, lambda saved: self._again(saved, orders), self.progress,
+            self.recompute and self.program.training,
+        )  # fmt: skip
+
+    def _again(self, saved: Mapping[str, str], orders: list[list[int]]) -> Found | None:
+        """The best plan within the limit for the program whose backward computes again what `saved` says."""
+        other = replace(self, saved=dict(saved), progress=lambda what, done: None, seconds=dict(self.seconds))
+        other.prepare()
+        return other.search(self.memory_limit).run(orders)
 
     def _hopeful(self) -> bool:
         """Whether the limit holds parameters, gradients and optimizer state if all are cut into equal pieces."""
@@ -235,12 +255,12 @@ class _Planner:
         held = (policy.stored(i, whole, self.mesh.sizes) for i in self.items.items if i.kind == "param")
         return sum(sum(kinds.values()) for kinds in held) / self.mesh.num_devices <= self.memory_limit
 
-    def search(self) -> Search:
-        """A search over what has been prepared."""
+    def search(self, limit: float | None) -> Search:
+        """A search over what has been prepared, for a limit in bytes."""
         return Search(
             self.prices,
             self._plan,
-            self.memory_limit,
+            limit,
             self.deadline,
             self.links,
             self.seconds,
@@ -271,6 +291,7 @@ class _Planner:
             inputs={n: tuple(self.space.inputs.get(n, whole)) for n in names},
             outputs=outputs,
             optimizer=self.optimizer,
+            saved=self.saved,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -306,6 +327,7 @@ class _Planner:
             inputs=p.inputs,
             outputs=p.outputs,
             optimizer=p.optimizer,
+            saved=p.saved,
             predicted=predicted,
             solver=solver,
             notes=tuple(
@@ -328,7 +350,9 @@ class _Planner:
         return InfeasibleError(
             f"no plan fits {_gb(self.memory_limit)} per device on mesh {self.mesh}{pinned}; the best found needs "
             f"{_gb(need)}, {_gb(need - self.memory_limit)} more\n  ({kinds}).\n"
-            f"  Give at least {math.ceil(need)} bytes (memory_limit){self._alternatives(least.price)}."
+            f"  Give at least {math.ceil(need)} bytes (memory_limit){self._alternatives(least.price)}.",
+            math.ceil(need),
+            least.price.memory,
         )
 
     def _alternatives(self, least: Price) -> str:
@@ -366,7 +390,7 @@ class _Planner:
                 notes=[],
             )
             other.prepare()
-            least = other.search().least([[a for a, n in enumerate(mesh.sizes) if n > 1]])
+            least = other._budget([[a for a, n in enumerate(mesh.sizes) if n > 1]]).smallest()
         except (PlanError, ConstraintError):  # nothing to offer there
             return None
         assert self.memory_limit is not None

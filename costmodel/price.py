@@ -73,7 +73,7 @@ def price(
         PlanError: the plan is not legal for the program.
         MeshError: unknown device or axis.
     """
-    items = program if isinstance(program, Items) else items_of(program)
+    items = program if isinstance(program, Items) else items_of(program, plan.saved)
     specs = plan_specs(items, plan)
     where = machine(device, plan.mesh, links)
     policy = Policy(items.program.training, optimizer_bytes, plan.optimizer)

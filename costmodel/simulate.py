@@ -94,7 +94,7 @@ def simulate(
         PlanError: the plan is not legal for the program.
         MeshError: unknown device or axis.
     """
-    items = program if isinstance(program, Items) else items_of(program)
+    items = program if isinstance(program, Items) else items_of(program, plan.saved)
     where = machine(device, plan.mesh, links)
     policy = policy or Policy(items.program.training, optimizer=plan.optimizer)
     return run(items, plan, plan_specs(items, plan), Compute(items, where), Comm(where), policy, overlap, spans)

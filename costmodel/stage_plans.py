@@ -23,7 +23,7 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
     Raises:
         PlanError: the plan is not legal for the program.
     """
-    items = items_of(program)
+    items = items_of(program, plan.saved)
     specs = plan_specs(items, plan)
     number = {item.node.name: item.index for item in items.items if item.node is not None}
 
@@ -49,6 +49,7 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
                 storage={k: s for k, s in plan.storage.items() if k in names},
                 inputs=inputs,
                 outputs=outputs,
+                saved={a: how for a in addresses if (how := plan.how_saved(a)) is not None},
             )
         )
     return out

@@ -23,11 +23,11 @@ from autopar.spec import R, Spec, local_shape
 
 aten = torch.ops.aten
 #: A copy only if the operand has strides.
-_MAYBE = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default})
+MAYBE = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default})
 #: Ops that rearrange and compute nothing: the backward does them again (as `passes/partition.py`).
-_MOVES = VIEWS | _MAYBE | {aten.clone.default, aten._to_copy.default, aten.cat.default}
+MOVES = VIEWS | MAYBE | {aten.clone.default, aten._to_copy.default, aten.cat.default}
 #: Of those, what makes no more of a tensor than there is: the backward's may be done by the forward (likewise).
-_CUTS = (VIEWS - {aten.expand.default, aten.unfold.default}) | _MAYBE
+_CUTS = (VIEWS - {aten.expand.default, aten.unfold.default}) | MAYBE
 #: Kernels that are given contiguous operands (as `passes/localise.py`).
 _CONTIGUOUS = ("flash_attention_for_cpu", "layer_norm", "group_norm", "embedding_dense_backward", "softmax_backward")
 #: Written over an operand that dies; dense results; results as dense as their operands (as `passes/inplace.py`).
@@ -117,7 +117,12 @@ class Travel:
 
 @dataclass
 class Tape:
-    """Events by phase; `owner`: the number of the op for which each is there."""
+    """Events by phase.
+
+    Attributes:
+        owner: the number of the op for which an event is there.
+        made: what holds a tensor where it is made. brought: and where it has been brought, by spec and phase.
+    """
 
     forward: list[Event | Travel] = field(default_factory=list)
     backward: list[Event | Travel] = field(default_factory=list)
@@ -125,6 +130,8 @@ class Tape:
     outputs: list[Buffer] = field(default_factory=list)
     grads: list[Buffer] = field(default_factory=list)
     owner: dict[Event | Travel, int] = field(default_factory=dict)
+    made: dict[Tensor, Buffer] = field(default_factory=dict)
+    brought: dict[tuple[Tensor, Spec, str], Buffer] = field(default_factory=dict)
     largest: float = 0.0  # bytes of the largest trained piece
 
     def of(self, phase: str) -> list[Event | Travel]:
@@ -145,8 +152,7 @@ class _Recorder:
         self.weights_from = math.inf if weights_from is None else weights_from
         self.sizes = plan.mesh.sizes
         self.tape = Tape()
-        self.at: dict[tuple[Tensor, Spec, str], Buffer] = {}
-        self.made: dict[Tensor, Buffer] = {}
+        self.at, self.made = self.tape.brought, self.tape.made
         self.again: set[int] = set()  # parameters that are gathered for each phase
         self.stored: set[Buffer] = set()  # what comes out of placeholders by moves and gathers
         self._bytes: dict[tuple[Meta, Spec], float] = {}
@@ -217,11 +223,11 @@ class _Recorder:
         if apart:
             ins[0] = Buffer(ins[0].size, (ins[0],))
             events.append(Event(ins[0].ins, (ins[0],)))
-        view = target in VIEWS or (target in _MAYBE and bool(ins) and not ins[0].strided)
+        view = target in VIEWS or (target in MAYBE and bool(ins) and not ins[0].strided)
         vals = item.node.meta["val"]
         vals = vals if isinstance(vals, (tuple, list)) else (vals,)
         outs = []
-        free = target in _MOVES or not ins
+        free = target in MOVES or not ins
         for index, (meta, spec) in enumerate(zip(item.outs, self.specs.outs[item.index])):
             if meta is None:
                 continue
@@ -353,4 +359,4 @@ def _viewable(x: Buffer, val: object) -> bool:
     return isinstance(val, torch.Tensor) and not val.is_contiguous()
 
 
-__all__: Sequence[str] = ["HELD", "Buffer", "Event", "Tape", "Travel", "record"]
+__all__: Sequence[str] = ["HELD", "MAYBE", "MOVES", "Buffer", "Event", "Tape", "Travel", "record"]

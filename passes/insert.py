@@ -22,6 +22,7 @@ from autopar.passes.edit import Draft
 from autopar.passes.localise import LocalCall, emit
 from autopar.passes.redistribute import redistribute
 from autopar.plan import Plan
+from autopar.recompute import recomputed
 from autopar.rule import WHOLE, BoundRule
 from autopar.spec import R, Spec, format_spec, is_valid, local_shape
 
@@ -52,7 +53,7 @@ def insert_collectives(program: Program, plan: Plan, rule_of: RuleOf, defer: boo
         PlanError: a choice of the plan is not legal; names the op, the choice and the reason.
         SpecError: a redistribution the plan implies cannot be made.
     """
-    return _Inserter(program, plan, rule_of, defer).run()
+    return _Inserter(recomputed(program, plan.saved), plan, rule_of, defer).run()
 
 
 class _Inserter:

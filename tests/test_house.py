@@ -28,7 +28,8 @@ MAX_LINES = 500
 BASE = {
     f"autopar.{m}"
     for m in (
-        "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "pipeline",
+        "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "recompute",
+        "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.

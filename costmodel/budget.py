@@ -1,0 +1,131 @@
+"""The search under a limit of bytes: placement, and what the backward computes again, together.
+
+Without a limit nothing is computed twice. Where the quickest plan does not fit, memory can be had in two ways: by
+cutting more (`costmodel.sweep`, with the limit) and by keeping less (`costmodel.remat_search`). The plans of a ladder
+of limits, from none to the one asked for, each keep less until they fit; the simulated step decides between them. The
+best is then planned once more with its copies in the program, where they are ops like any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.costmodel.devices import Device, Link
+from autopar.costmodel.fold import Fold
+from autopar.costmodel.memory import Policy
+from autopar.costmodel.remat_search import Rematerialiser
+from autopar.costmodel.sweep import Found, Search
+from autopar.graph import Program
+from autopar.plan import Plan
+
+#: Where between the limit and the peak of the plan without one the rungs of the ladder are.
+RUNGS = (0.3, 0.65)
+
+
+@dataclass
+class Budget:
+    """Looks for the quickest plan within a limit.
+
+    Attributes:
+        search: a search for a limit; None: without one. orders: of the mesh axes.
+        again: the plan for a program whose backward computes again what the mapping says, or None.
+        deadline: of `time.perf_counter`. recompute: whether anything may be computed again.
+    """
+
+    program: Program
+    device: Device
+    links: Mapping[str, Link] | None
+    policy: Policy
+    fold: Fold
+    limit: float | None
+    deadline: float
+    orders: list[list[int]]
+    search: Callable[[float | None], Search]
+    again: Callable[[Mapping[str, str]], Found | None]
+    progress: Callable[[str, float], None]
+    recompute: bool
+
+    def run(self, hopeful: bool) -> Found | None:
+        """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
+        if self.limit is None:
+            return self.search(None).run(self.orders)
+        found = self.search(self.limit).run(self.orders) if hopeful else None
+        if not self.recompute or not hopeful:
+            return found
+        free = self.search(None).run(self.orders)
+        assert free is not None  # without a limit there is always a plan
+        if found is not None and not _quicker(free, found):
+            return found
+        bases = [free]
+        high = free.peak if free.price is not None else self.limit
+        for rung in RUNGS if self._divisible() else ():
+            if self._late():
+                break
+            bases += self._plans(self.limit + rung * max(0.0, high - self.limit))
+        if found is None:
+            bases.append(self.least())
+        for base in _different(bases):
+            if found is not None and (self._late() or not _quicker(base, found)):
+                continue  # what does less is not quicker than what does more
+            self.progress("keeping less", 0.95)
+            kept = self._keeping(base)
+            if kept is not None and (found is None or _quicker(kept, found)):
+                found = kept
+        if found is not None and found.plan.saved and self._divisible() and not self._late():
+            better = self.again(found.plan.saved)
+            if better is not None and better.peak <= self.limit and _quicker(better, found):
+                found = better
+        return found
+
+    def least(self) -> Found:
+        """About the least memory that placement alone needs."""
+        return self.search(self.limit).least(self.orders)
+
+    def smallest(self) -> Found:
+        """About the least memory that any plan needs, with all that can be computed again."""
+        least = self.least()
+        if not self.recompute:
+            return least
+        found = self._rematerialiser(least).smallest()
+        return replace(least, plan=found.plan, timeline=found.timeline, price=found.price)
+
+    def _plans(self, limit: float) -> list[Found]:
+        found = self.search(limit).run(self.orders)
+        return [] if found is None else [found]
+
+    def _keeping(self, base: Found) -> Found | None:
+        """A plan that keeps less, within the limit."""
+        assert self.limit is not None
+        found = self._rematerialiser(base).within(self.limit)
+        if found is None:
+            return None
+        return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
+
+    def _rematerialiser(self, base: Found) -> Rematerialiser:
+        return Rematerialiser(self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold)
+
+    def _divisible(self) -> bool:
+        return any(self.orders)
+
+    def _late(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+
+def _different(found: Sequence[Found]) -> list[Found]:
+    """One of each plan, the quickest first."""
+    kept: list[Found] = []
+    plans: list[Plan] = []
+    for one in sorted(found, key=lambda f: f.timeline.step_s):
+        if one.plan not in plans:
+            plans.append(one.plan)
+            kept.append(one)
+    return kept
+
+
+def _quicker(one: Found, other: Found) -> bool:
+    return one.timeline.step_s < other.timeline.step_s
+
+
+__all__ = ["Budget"]

@@ -1,0 +1,357 @@
+"""What the backward computes again, for one plan: an integer program over the classes of a folded program.
+
+For an op c of the forward: r[c] = 1 if the backward has a copy of it (`autopar.recompute`). For a value v that an op
+makes, or that has been brought to another spec: need[v] = 1 if the backward reads it, k[v] = 1 if the forward keeps it
+for that. With n members in a class, s seconds of an op and d of bringing a value to a spec:
+
+    (1)  need[v] = 1                                                  of what an op of the backward reads
+    (2)  need[v] >= r[c]                                              of what a copied op reads
+    (3)  k[v] >= need[v] - r[c]                                       of what c makes: kept, or made again
+    (4)  m[v] >= need[v] + r[c] - 1                                   and brought to its spec again, if it was moved
+    (5)  fixed(t) + sum_v size (a0(t) + (a1(t) - a0(t)) k + (a2(t) - a0(t)) (need - k)) <= limit    at every moment t
+    min  sum_c n s r + sum_v n d m
+
+Moves (views, casts) cost nothing: they are made again from what they read, or kept where that takes less. The moments
+of (5) are those of a step that keeps everything. Of the members of v, a1(t) are alive at t if it is kept, a2(t) if it
+is made again, a0(t) if the backward needs it in no way; fixed(t) is the rest. That is exact but for where copies run:
+right before their first reader, which depends on what else is copied; it is taken from the last answer. So the program
+is solved a few times, and `costmodel.remat_search` measures each answer on the program that it makes.
+
+Sources: Jain et al., "Checkmate" (2020), for rematerialisation as an integer program; here the backward runs once, in
+order, so that a copy has one place, and the program does not grow with the square of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from autopar.costmodel.comm import Comm
+from autopar.costmodel.fold import Fold
+from autopar.costmodel.ilp import solve_linear
+from autopar.costmodel.items import Item, Items, Tensor
+from autopar.costmodel.legal import Specs
+from autopar.costmodel.liveness import Steps
+from autopar.costmodel.model import Linear, Terms
+from autopar.costmodel.ops import Compute
+from autopar.costmodel.tape import MAYBE, MOVES, Event, Tape
+from autopar.graph import BACKWARD, FORWARD, VIEWS
+from autopar.plan import Plan
+from autopar.reshard import steps
+from autopar.rule import WHOLE
+from autopar.spec import Spec, local_shape
+
+#: Relative gap of a solve, and its seconds.
+GAP, SECONDS = 1e-3, 10.0
+#: Seconds of all ops are 1000: what a byte costs of as many as there are, where time is the same, and where only
+#: bytes count.
+TIE, LEAST = 1e-2, 1e6
+#: Of the members of a class, whose moments have a row.
+ENDS = (0.0, 0.5, 1.0)
+
+
+class Version(NamedTuple):
+    """A tensor in a spec."""
+
+    tensor: Tensor
+    spec: Spec
+
+
+#: First and last moment of the backward at which a version is read.
+Spans = Mapping[Version, tuple[float, float]]
+
+
+@dataclass
+class _Life:
+    """When a version is alive, in moments of a step that keeps everything.
+
+    made: where. read: its last reader in the forward. first, last: readers in the backward. by: ops of the forward
+    that read it.
+    """
+
+    made: int
+    read: int = -1
+    first: float = math.inf
+    last: float = -1.0
+    by: list[int] = field(default_factory=list)
+
+
+class Remat:
+    """The program of one plan, of which everything but the limit and the places of copies is known.
+
+    Attributes:
+        classes: those of the forward that compute: what may be copied.
+    """
+
+    def __init__(self, items: Items, folded: Fold, plan: Plan, specs: Specs, compute: Compute, comm: Comm, tape: Tape):
+        self.items, self.fold, self.plan, self.specs = items, folded, plan, specs
+        self.compute, self.comm, self.tape = compute, comm, tape
+        self.sizes = plan.mesh.sizes
+        self.walk = Steps(tape)
+        self.totals: list[float] = []
+        self.walk.peak(0.0, lambda event, totals: self.totals.append(sum(totals.values())))
+        self.split = len(self.walk.forward)  # moments before it are the forward's
+        self.at = self._places([*self.walk.forward, *self.walk.backward])
+        self.forward = [i for i in items.items if i.kind == "op" and i.phase == FORWARD and not i.constant]
+        self.inside = {i.index for i in self.forward}
+        self.lives = self._lives()
+        self.classes = sorted({folded.of[i.index] for i in self.forward if not self._free(i)})
+        self._group()
+
+    def solve(self, limit: float | None, copied: Collection[int]) -> tuple[frozenset[int], float] | None:
+        """The classes to copy so that at most `limit` bytes come and go, and how many then do; None if there are none.
+
+        limit: None: so that as few as possible do. copied: the classes by which it is judged where copies run.
+        """
+        program = _Program(self, copied, limit)
+        values = solve_linear(program.linear, SECONDS, GAP)
+        if values is None:
+            return None
+        return frozenset(c for c, column in program.copy.items() if values[column] > 0.5), program.most(values)
+
+    # ---- what is read where ------------------------------------------------------------------------------------
+
+    def _places(self, events: list[Event]) -> dict[int, int]:
+        """Item -> the moment of its last event."""
+        found: dict[int, int] = {}
+        for at, event in enumerate(events):
+            owner = self.tape.owner.get(event)
+            if owner is not None:
+                found[owner] = at
+        return found
+
+    def _free(self, item: Item) -> bool:
+        assert item.node is not None
+        return item.node.target in MOVES
+
+    def _alias(self, item: Item) -> bool:
+        assert item.node is not None
+        return item.node.target in VIEWS or item.node.target in MAYBE
+
+    def home(self, tensor: Tensor) -> Spec:
+        """Where a tensor is made."""
+        return self.specs.outs[tensor.item][tensor.index]
+
+    def roots(self, tensor: Tensor, spec: Spec) -> list[Version]:
+        """What memory a version is, seen through views; nothing if it is there anyway."""
+        if tensor.item not in self.inside:
+            return []
+        if spec == self.home(tensor) and self._alias(self.items.items[tensor.item]):
+            return self.operands(self.items.items[tensor.item])
+        return [Version(tensor, spec)]
+
+    def operands(self, item: Item) -> list[Version]:
+        """What an op reads, seen through views."""
+        return [v for t, s in zip(item.ins, self.specs.ins[item.index]) for v in self.roots(t, s)]
+
+    def _wanted(self, item: Item) -> list[Version]:
+        """What an op of the backward has of the forward."""
+        found: list[Version] = []
+        for tensor, spec in zip(item.ins, self.specs.ins[item.index]):
+            home = self.home(tensor)
+            if spec != home and (tensor, spec, FORWARD) not in self.tape.brought and tensor.item in self.inside:
+                moves = steps(self.items.meta(tensor).shape, home, spec, self.sizes)
+                if not moves or moves[0].kind != "local_chunk":  # the backward moves it; a piece is cut by the forward
+                    spec = home
+            found += self.roots(tensor, spec)
+        return found
+
+    def _lives(self) -> dict[Version, _Life]:
+        lives: dict[Version, _Life] = {}
+
+        def of(version: Version) -> _Life:
+            if version not in lives:
+                lives[version] = _Life(self.at.get(version.tensor.item, 0))
+            return lives[version]
+
+        for item in self.forward:
+            here = self.at.get(item.index, 0)
+            for index, meta in enumerate(item.outs):
+                if meta is not None and not self._alias(item):
+                    of(Version(Tensor(item.index, index), self.specs.outs[item.index][index]))
+            if self._alias(item):
+                continue
+            for version in self.operands(item):
+                life = of(version)
+                life.read = max(life.read, here)
+                life.by.append(item.index)
+        for item in self.items.items:
+            if item.kind == "op" and item.phase == BACKWARD and item.index in self.at:
+                here = self.at[item.index]
+                for version in self._wanted(item):
+                    life = of(version)
+                    life.first, life.last = min(life.first, here), max(life.last, here)
+        return lives
+
+    # ---- classes -----------------------------------------------------------------------------------------------
+
+    def key(self, version: Version) -> Version:
+        """A version of the class."""
+        return Version(Tensor(self.fold.of[version.tensor.item], version.tensor.index), version.spec)
+
+    def _group(self) -> None:
+        self.members: dict[Version, list[Version]] = {}
+        for version in self.lives:
+            self.members.setdefault(self.key(version), []).append(version)
+        self.reads: dict[int, set[Version]] = {}  # class -> what its members read
+        for item in self.forward:
+            if not self._alias(item):
+                self.reads.setdefault(self.fold.of[item.index], set()).update(map(self.key, self.operands(item)))
+
+    def size(self, version: Version) -> float:
+        """Bytes on a rank."""
+        meta = self.items.meta(version.tensor)
+        return float(math.prod(local_shape(meta.shape, version.spec, self.sizes)) * meta.itemsize)
+
+    def seconds(self, cls: int) -> float:
+        """Seconds of an op."""
+        item = self.fold.first(cls)
+        row = tuple(c if n > 1 else WHOLE for c, n in zip(self.plan.choice(item.name), self.sizes))
+        return self.compute.seconds(item, row)
+
+    def moved(self, version: Version) -> float | None:
+        """Seconds to bring a version to its spec; None if it is made there."""
+        home = self.home(version.tensor)
+        if version.spec == home:
+            return None
+        meta = self.items.meta(version.tensor)
+        return self.comm.seconds(meta.shape, meta.itemsize, home, version.spec)
+
+    def sources(self, tensor: Tensor) -> list[int]:
+        """The classes of which one must be copied for the backward to have a copy of a tensor, which was moved."""
+        item = self.items.items[tensor.item]
+        if not self._free(item):
+            return [self.fold.of[tensor.item]]
+        return [c for t in item.ins if t.item in self.inside for c in self.sources(t)]
+
+    # ---- when copies run ---------------------------------------------------------------------------------------
+
+    def spans(self, copied: Collection[int] | None) -> Spans:
+        """First and last moment of the backward at which a version is read, if these classes (None: all) are copied."""
+        when: dict[int, float] = {}  # op of the forward -> when its copy runs
+        made: dict[int, list[Version]] = {}
+        for version in self.lives:
+            made.setdefault(version.tensor.item, []).append(version)
+        found: dict[Version, tuple[float, float]] = {}
+        for item in reversed(self.forward):
+            first = math.inf
+            for version in made.get(item.index, ()):
+                life = self.lives[version]
+                times = [when[i] for i in life.by if when.get(i, math.inf) < math.inf]
+                span = min([life.first, *times]), max([life.last, *times])
+                found[version] = span
+                first = min(first, span[0])
+            if self._free(item) or copied is None or self.fold.of[item.index] in copied:
+                when[item.index] = first
+        return found
+
+
+class _Program:
+    """Columns and rows, with the numbers of the equations above."""
+
+    def __init__(self, remat: Remat, copied: Collection[int], limit: float | None) -> None:
+        self.remat, self.limit = remat, limit
+        self.linear = Linear()
+        self.scale = 1e3 / max(sum(remat.seconds(c) * len(remat.fold.members[c]) for c in remat.classes), 1e-12)
+        self.copy = {
+            c: self.linear.column(remat.seconds(c) * len(remat.fold.members[c]) * self.scale, binary=True)
+            for c in remat.classes
+        }
+        self.free = {c: self.linear.column() for c in remat.reads if c not in self.copy}
+        self.need = {v: self.linear.column() for v in remat.members}
+        unit = self.unit = max(max(remat.totals), 1.0)
+        # Of what takes as long, the least bytes.
+        self.keep = {v: self.linear.column(TIE * remat.size(m[0]) * len(m) / unit) for v, m in remat.members.items()}
+        self.top = None if limit is not None else self.linear.column(LEAST)  # the limit, in units
+        self.moments: list[tuple[Terms, float]] = []
+        self._needs()
+        self._kept()
+        self._moments(remat.spans(copied), remat.spans(None))
+
+    def _needs(self) -> None:
+        """(1) and (2)."""
+        for version, members in self.remat.members.items():
+            if any(self.remat.lives[m].last >= 0 for m in members):
+                self.linear.row({self.need[version]: 1.0}, 1.0, 1.0)
+        for cls, reads in self.remat.reads.items():
+            for version in reads:
+                again = self.copy.get(cls, self.free.get(cls))
+                assert again is not None
+                self.linear.row({self.need[version]: 1.0, again: -1.0}, 0.0, math.inf)
+
+    def _kept(self) -> None:
+        """(3) and (4)."""
+        remat, row = self.remat, self.linear.row
+        for version, members in remat.members.items():
+            need, keep, cls = self.need[version], self.keep[version], version.tensor.item
+            seconds = remat.moved(members[0])
+            if seconds is None:
+                again = self.copy.get(cls, self.free.get(cls))
+                terms: Terms = {keep: 1.0, need: -1.0}
+                if again is not None:
+                    terms[again] = 1.0
+                row(terms, 0.0, math.inf)
+                continue
+            # Copied is what one of its sources is a copy of.
+            sources = sorted({self.copy[c] for c in remat.sources(members[0].tensor)})
+            row({keep: 1.0, need: -1.0, **dict.fromkeys(sources, 1.0)}, 0.0, math.inf)
+            moved = self.linear.column(seconds * len(members) * self.scale)
+            for source in sources:
+                row({moved: 1.0, need: -1.0, source: -1.0}, -1.0, math.inf)
+
+    def _moments(self, spans: Spans, all_: Spans) -> None:
+        """(5)."""
+        remat, split = self.remat, self.remat.split
+        when = np.array(sorted(self._chosen()))
+        late = when >= split
+        fixed = np.array([remat.totals[t] for t in when])
+        rows: list[Terms] = [{} for _ in when]
+        for version, members in remat.members.items():
+            lives = [remat.lives[m] for m in members]
+            made = np.array([x.made for x in lives])
+            read = np.array([max(x.read, x.made) for x in lives])
+            taken = [spans[m] if spans[m][0] < math.inf else all_[m] for m in members]
+            first = np.array([a for a, _ in taken])
+            last = np.array([max(b, x.last) for (_, b), x in zip(taken, lives)])
+            base = np.array([x.last for x in lives])
+            t = when[:, None]
+            early = ~late
+            none = ((made <= t) & (t <= read)).sum(1) * early
+            kept = np.where(late, (t <= last).sum(1), (made <= t).sum(1))
+            again = np.where(late, ((first <= t) & (t <= last)).sum(1), none)
+            # What the step that keeps everything holds of it: for readers in the backward only.
+            held = np.where(late, (t <= base).sum(1), ((made <= t) & ((t <= read) | (base >= 0))).sum(1))
+            size = remat.size(members[0])
+            fixed -= size * (held - none)
+            keep, need = self.keep[version], self.need[version]
+            for at in np.nonzero((kept != none) | (again != none))[0]:
+                terms = rows[at]
+                up = size * float(again[at] - none[at])
+                terms[keep] = terms.get(keep, 0.0) + size * float(kept[at] - none[at]) - up
+                if up:
+                    terms[need] = terms.get(need, 0.0) + up
+        for terms, rest in zip(rows, fixed):
+            self.moments.append((terms, float(rest)))
+            scaled = {c: v / self.unit for c, v in terms.items() if v}
+            if self.top is not None:
+                scaled[self.top] = -1.0
+            self.linear.row(scaled, -math.inf, ((self.limit or 0.0) - float(rest)) / self.unit)
+
+    def most(self, values: list[float]) -> float:
+        """Bytes that come and go at most."""
+        return max(rest + sum(values[c] * v for c, v in terms.items()) for terms, rest in self.moments)
+
+    def _chosen(self) -> Iterable[int]:
+        """Moments that have a row: of every class those of its first members, its last ones, and between."""
+        remat = self.remat
+        for members in remat.fold.members:
+            times = sorted(remat.at[i] for i in members if i in remat.at)
+            if times:
+                yield from {times[round(part * (len(times) - 1))] for part in ENDS}
+
+
+__all__ = ["Remat", "Version"]
