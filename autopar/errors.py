@@ -40,7 +40,8 @@ class InfeasibleError(AutoparError, RuntimeError):
     """No plan fits the memory limit; says by how many bytes and of what kind.
 
     Attributes:
-        least: bytes per device that the smallest plan found needs; 0 where none was priced. memory: by kind.
+        least: bytes per device that the smallest plan found needs. memory: by kind. Of an error that another rank has
+            met, only the words are known: 0, {}.
     """
 
     def __init__(self, message: str, least: float = 0.0, memory: Mapping[str, float] | None = None) -> None:

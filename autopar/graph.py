@@ -131,6 +131,24 @@ class Sink:
         return BACKWARD if self.late or self.kind == "grad" else FORWARD
 
 
+class Draft(fx.GraphModule):
+    """A GraphModule that writes its code when it is first called.
+
+    Most graphs between capture and runtime never run, and writing the code of each was a third of the time of lowering.
+    """
+
+    def recompile(self) -> Any:
+        """Forget the code that was written; the next call writes it anew."""
+        for name in ("forward", "__call__"):
+            if name in vars(type(self)):
+                delattr(type(self), name)
+
+    def forward(self, *args: Any) -> Any:
+        """Write the code, then run it."""
+        super().recompile()
+        return self(*args)
+
+
 @dataclass
 class Program:
     """A captured model for one set of input shapes.

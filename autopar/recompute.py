@@ -17,12 +17,14 @@ from dataclasses import replace
 from torch import fx
 
 from autopar.errors import PlanError
-from autopar.graph import BACKWARD, COPIES, FORWARD, VIEWS, Program, is_op, pattern
+from autopar.graph import BACKWARD, COPIES, FORWARD, VIEWS, Draft, Program, is_op, pattern
 
 #: What a plan may say of the result of an op of the forward that the backward reads: it is computed again, or kept, as
 #: all that is not named (of one layer, where a star says something else of all).
 RECOMPUTE, KEEP = "recompute", "keep"
 SAVED = (RECOMPUTE, KEEP)
+#: Programs that are kept of one.
+MOST = 4
 #: Ends the address of a copy.
 AGAIN = "~"
 _MOVES = VIEWS | COPIES
@@ -38,11 +40,12 @@ def recomputed(program: Program, saved: Mapping[str, str]) -> Program:
     """
     if not saved:
         return program
-    found = program.derived.get(frozenset(saved.items()))
-    if found is None:
-        found = _rewritten(program, _nodes(program, saved))
-        program.derived[frozenset(saved.items())] = found
-    return found
+    key = frozenset(saved.items())
+    if key not in program.derived:
+        while len(program.derived) >= MOST:  # a search tries many, and comes back to few
+            del program.derived[next(iter(program.derived))]
+        program.derived[key] = _rewritten(program, _nodes(program, saved))
+    return program.derived[key]
 
 
 def present(program: Program, saved: Mapping[str, str]) -> dict[str, str]:
@@ -72,7 +75,8 @@ def _nodes(program: Program, saved: Mapping[str, str]) -> set[fx.Node]:
             continue
         address = node.meta["address"]
         key = address if address in saved else pattern(address)
-        unused.pop(key, None)
+        unused.pop(address, None)
+        unused.pop(pattern(address), None)
         if saved.get(key) == RECOMPUTE:
             found.add(node)
     for address, how in saved.items():
@@ -132,10 +136,11 @@ def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
         if node in early:
             continue  # when it is wanted
         for n in node.all_input_nodes if node.op == "output" else ():
-            wanted(n)
+            if n in early:
+                wanted(n)
         late = node.op == "call_function" and node.meta.get("phase") == BACKWARD
         env[node] = graph.node_copy(node, wanted if late else lambda n: env[n])
-    gm = fx.GraphModule(program.gm, graph)
+    gm = Draft(program.gm, graph)
     gm.meta.update(program.gm.meta)
     return replace(program, gm=gm, _by_name={})
 

@@ -221,13 +221,13 @@ def show(plan: Plan) -> list[RenderableType]:
 
 
 def again_text(plan: Plan) -> str:
-    """What the backward computes again, by module; a star stands for all layers."""
+    """What the backward computes again, by module; a star stands for all layers but those named besides."""
     modules: dict[str, list[str]] = {}
     for address, how in plan.saved.items():
-        if how == RECOMPUTE:
-            op = address.rpartition("/")[2].removesuffix("#0")
-            modules.setdefault(_module(address) or "(root)", []).append(op)
-    return "computed again in the backward: " + "; ".join(f"{m}: {', '.join(ops)}" for m, ops in modules.items())
+        op = address.rpartition("/")[2].removesuffix("#0")
+        modules.setdefault(_module(address) or "(root)", []).append(op if how == RECOMPUTE else f"not {op}")
+    found = "; ".join(f"{m}: {', '.join(ops)}" for m, ops in modules.items())
+    return f"computed again in the backward: {found or 'nothing'}"
 
 
 def heading(plan: Plan) -> str:

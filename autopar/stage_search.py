@@ -22,6 +22,7 @@ from autopar.mesh import Mesh
 from autopar.options import Asked
 from autopar.pipeline.clock import Costs, run
 from autopar.pipeline.plans import AXIS, OWN, inner, inner_mesh, outer
+from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
@@ -283,6 +284,13 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
             f"{program.fingerprint[:12]}); plan again"
         )
     planner.check_plan(program, inner(plan))
+    known = SCHEDULES.get(plan.pipeline.schedule)
+    if plan.saved and known is not None and known.asynchronous and asked.weights != "stashed":
+        raise PlanError(
+            f"the plan computes {next(iter(plan.saved))} again in the backward, and with {plan.pipeline.schedule} the "
+            "weights may have changed since the forward: its results would be others than those that the gradients "
+            'are for; pass weights="stashed", or take "saved" out of the plan'
+        )
     return plan
 
 

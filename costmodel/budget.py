@@ -17,11 +17,14 @@ from autopar.costmodel.fold import Fold
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.remat_search import Rematerialiser
 from autopar.costmodel.sweep import Found, Search
+from autopar.errors import ConstraintError, SolverError
 from autopar.graph import Program
 from autopar.plan import Plan
 
 #: Where between the limit and the peak of the plan without one the rungs of the ladder are.
 RUNGS = (0.3, 0.65)
+#: By what part a plan must be quicker than another one to be looked at.
+LEAST_GAIN = 1e-4
 
 
 @dataclass
@@ -51,19 +54,19 @@ class Budget:
         """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
         if self.limit is None:
             return self.search(None).run(self.orders)
-        found = self.search(self.limit).run(self.orders) if hopeful else None
-        if not self.recompute or not hopeful:
-            return found
+        search = self.search(self.limit)
+        found = search.run(self.orders) if hopeful else None
+        if not self.recompute or not hopeful or (found is not None and not search.binding):
+            return found  # the last: of a limit that is no matter
         free = self.search(None).run(self.orders)
         assert free is not None  # without a limit there is always a plan
         if found is not None and not _quicker(free, found):
             return found
         bases = [free]
-        high = free.peak if free.price is not None else self.limit
         for rung in RUNGS if self._divisible() else ():
             if self._late():
                 break
-            bases += self._plans(self.limit + rung * max(0.0, high - self.limit))
+            bases += self._plans(self.limit + rung * max(0.0, free.peak - self.limit))
         if found is None:
             bases.append(self.least())
         for base in _different(bases):
@@ -74,7 +77,7 @@ class Budget:
             if kept is not None and (found is None or _quicker(kept, found)):
                 found = kept
         if found is not None and found.plan.saved and self._divisible() and not self._late():
-            better = self.again(found.plan.saved)
+            better = self._again(found.plan.saved)
             if better is not None and better.peak <= self.limit and _quicker(better, found):
                 found = better
         return found
@@ -83,10 +86,10 @@ class Budget:
         """About the least memory that placement alone needs."""
         return self.search(self.limit).least(self.orders)
 
-    def smallest(self) -> Found:
-        """About the least memory that any plan needs, with all that can be computed again."""
+    def smallest(self, hopeful: bool) -> Found:
+        """About the least memory that any plan needs, with what can be computed again. hopeful: as of `run`."""
         least = self.least()
-        if not self.recompute:
+        if not self.recompute or not hopeful or (self.limit is not None and least.peak <= self.limit):
             return least
         found = self._rematerialiser(least).smallest()
         return replace(least, plan=found.plan, timeline=found.timeline, price=found.price)
@@ -95,16 +98,28 @@ class Budget:
         found = self.search(limit).run(self.orders)
         return [] if found is None else [found]
 
+    def _again(self, saved: Mapping[str, str]) -> Found | None:
+        """Planned once more; None where what the user pins, or the time that is left, allows no answer to that."""
+        try:
+            return self.again(saved)
+        except (ConstraintError, SolverError):
+            return None
+
     def _keeping(self, base: Found) -> Found | None:
-        """A plan that keeps less, within the limit."""
+        """A plan that keeps less, within the limit; None if none was found, or not in time."""
         assert self.limit is not None
-        found = self._rematerialiser(base).within(self.limit)
+        try:
+            found = self._rematerialiser(base).within(self.limit)
+        except SolverError:
+            return None
         if found is None:
             return None
         return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
 
     def _rematerialiser(self, base: Found) -> Rematerialiser:
-        return Rematerialiser(self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold)
+        return Rematerialiser(
+            self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, self.deadline
+        )  # fmt: skip
 
     def _divisible(self) -> bool:
         return any(self.orders)
@@ -125,7 +140,7 @@ def _different(found: Sequence[Found]) -> list[Found]:
 
 
 def _quicker(one: Found, other: Found) -> bool:
-    return one.timeline.step_s < other.timeline.step_s
+    return one.timeline.step_s < other.timeline.step_s * (1 - LEAST_GAIN)
 
 
 __all__ = ["Budget"]

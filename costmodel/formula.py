@@ -160,7 +160,7 @@ def formula(
     grid: dict[tuple[int, int], Items] = {}
     for number, point in enumerate([*points, test]):
         progress(f"program {number + 1} of {len(points) + 1}: batch {point[0]}, sequence {point[1]} ...")
-        grid[point] = items_of(at(*point))
+        grid[point] = items_of(at(*point), plan.saved)
     first = grid[points[0]]
     for point, items in grid.items():
         if [i.name for i in items.items] != [i.name for i in first.items]:

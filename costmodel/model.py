@@ -23,9 +23,9 @@ class Linear:
     rows: list[tuple[Terms, float, float]] = field(default_factory=list)  # lower <= terms <= upper
     objective: Terms = field(default_factory=dict)
 
-    def column(self, cost: float = 0.0, binary: bool = False) -> int:
-        """A new column of at most 1."""
-        self.high.append(1.0)
+    def column(self, cost: float = 0.0, binary: bool = False, high: float = 1.0) -> int:
+        """A new column."""
+        self.high.append(high)
         if binary:
             self.whole.append(len(self.high) - 1)
         if cost:

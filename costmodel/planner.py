@@ -228,7 +228,7 @@ class _Planner:
         budget = self._budget(orders)
         best = budget.run(self._hopeful())
         if best is None:
-            best = budget.smallest()
+            best = budget.smallest(self._hopeful())
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
@@ -244,6 +244,7 @@ class _Planner:
         """The best plan within the limit for the program whose backward computes again what `saved` says."""
         other = replace(self, saved=dict(saved), progress=lambda what, done: None, seconds=dict(self.seconds))
         other.prepare()
+        other.deadline = self.deadline
         return other.search(self.memory_limit).run(orders)
 
     def _hopeful(self) -> bool:
@@ -390,7 +391,7 @@ class _Planner:
                 notes=[],
             )
             other.prepare()
-            least = other._budget([[a for a, n in enumerate(mesh.sizes) if n > 1]]).smallest()
+            least = other._budget([[a for a, n in enumerate(mesh.sizes) if n > 1]]).least()
         except (PlanError, ConstraintError):  # nothing to offer there
             return None
         assert self.memory_limit is not None

@@ -38,7 +38,7 @@ from autopar.costmodel.legal import Specs
 from autopar.costmodel.liveness import Steps
 from autopar.costmodel.model import Linear, Terms
 from autopar.costmodel.ops import Compute
-from autopar.costmodel.tape import MAYBE, MOVES, Event, Tape
+from autopar.costmodel.tape import MAYBE, MOVES, Buffer, Event, Tape
 from autopar.graph import BACKWARD, FORWARD, VIEWS
 from autopar.plan import Plan
 from autopar.reshard import steps
@@ -95,7 +95,9 @@ class Remat:
         self.totals: list[float] = []
         self.walk.peak(0.0, lambda event, totals: self.totals.append(sum(totals.values())))
         self.split = len(self.walk.forward)  # moments before it are the forward's
-        self.at = self._places([*self.walk.forward, *self.walk.backward])
+        events = [*self.walk.forward, *self.walk.backward]
+        self.at = self._places(events)
+        self._held(events)
         self.forward = [i for i in items.items if i.kind == "op" and i.phase == FORWARD and not i.constant]
         self.inside = {i.index for i in self.forward}
         self.lives = self._lives()
@@ -107,6 +109,11 @@ class Remat:
 
         limit: None: so that as few as possible do. copied: the classes by which it is judged where copies run.
         """
+        if limit is None:  # as few as possible, and of those that are about as few the quickest
+            program = _Program(self, copied, None)
+            values = solve_linear(program.linear, SECONDS, GAP)
+            assert values is not None  # everything may be kept
+            limit = program.most(values) * (1 + GAP)
         program = _Program(self, copied, limit)
         values = solve_linear(program.linear, SECONDS, GAP)
         if values is None:
@@ -116,13 +123,42 @@ class Remat:
     # ---- what is read where ------------------------------------------------------------------------------------
 
     def _places(self, events: list[Event]) -> dict[int, int]:
-        """Item -> the moment of its last event."""
+        """Item -> the moment of its last event, in its own phase: moves of the forward are made again in the other."""
         found: dict[int, int] = {}
         for at, event in enumerate(events):
             owner = self.tape.owner.get(event)
-            if owner is not None:
+            if owner is not None and (at < self.split) == (self.items.items[owner].phase == FORWARD):
                 found[owner] = at
         return found
+
+    def _held(self, events: list[Event]) -> None:
+        """When a step that keeps everything holds what: `saved` to its last reader, the results of moves from there."""
+        self.saved = {b.base for b in self.walk.saved}
+        self.outputs = {b.base for b in self.tape.outputs}
+        self.again: dict[Buffer, int] = {}
+        self.used: dict[Buffer, int] = {}
+        for at, event in enumerate(events):
+            for x in event.outs:
+                if at >= self.split:
+                    self.again.setdefault(x.base, at)
+            for x in (*event.ins, *event.outs):
+                self.used[x.base] = at
+
+    def buffer(self, version: Version) -> Buffer:
+        """What holds a version."""
+        tensor, spec = version
+        found = self.tape.brought.get((tensor, spec, FORWARD)) if spec != self.home(tensor) else None
+        return (found or self.tape.made[tensor]).base
+
+    def span_held(self, version: Version) -> tuple[int, int]:
+        """First and last moment of the backward at which a step that keeps everything holds a version; none: (1, 0)."""
+        buffer = self.buffer(version)
+        last = self.used.get(buffer, -1)
+        if buffer in self.outputs:
+            return 0, len(self.totals)
+        if buffer in self.saved:
+            return 0, last
+        return (self.again[buffer], last) if buffer in self.again else (1, 0)
 
     def _free(self, item: Item) -> bool:
         assert item.node is not None
@@ -266,7 +302,7 @@ class _Program:
         unit = self.unit = max(max(remat.totals), 1.0)
         # Of what takes as long, the least bytes.
         self.keep = {v: self.linear.column(TIE * remat.size(m[0]) * len(m) / unit) for v, m in remat.members.items()}
-        self.top = None if limit is not None else self.linear.column(LEAST)  # the limit, in units
+        self.top = None if limit is not None else self.linear.column(LEAST, high=math.inf)  # the limit, in units
         self.moments: list[tuple[Terms, float]] = []
         self._needs()
         self._kept()
@@ -317,14 +353,17 @@ class _Program:
             taken = [spans[m] if spans[m][0] < math.inf else all_[m] for m in members]
             first = np.array([a for a, _ in taken])
             last = np.array([max(b, x.last) for (_, b), x in zip(taken, lives)])
-            base = np.array([x.last for x in lives])
+            begin, end = (np.array(x) for x in zip(*map(remat.span_held, members)))
+            out = np.array([remat.buffer(m) in remat.outputs for m in members])
             t = when[:, None]
             early = ~late
-            none = ((made <= t) & (t <= read)).sum(1) * early
-            kept = np.where(late, (t <= last).sum(1), (made <= t).sum(1))
-            again = np.where(late, ((first <= t) & (t <= last)).sum(1), none)
-            # What the step that keeps everything holds of it: for readers in the backward only.
-            held = np.where(late, (t <= base).sum(1), ((made <= t) & ((t <= read) | (base >= 0))).sum(1))
+            none = ((made <= t) & ((t <= read) & early[:, None] | out)).sum(1)  # outputs are always there
+            kept = np.where(late, ((t <= last) | out).sum(1), (made <= t).sum(1))
+            again = np.where(late, ((first <= t) & (t <= last) | out).sum(1), none)
+            handed = begin == 0  # to the backward, by a step that keeps everything
+            held = np.where(
+                late, ((begin <= t) & (t <= end)).sum(1), ((made <= t) & ((t <= read) | handed)).sum(1)
+            )  # fmt: skip
             size = remat.size(members[0])
             fixed -= size * (held - none)
             keep, need = self.keep[version], self.need[version]

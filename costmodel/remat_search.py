@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -58,9 +59,10 @@ class Rematerialiser:
 
     def __init__(
         self, program: Program, plan: Plan, device: object, links: Mapping[str, Link] | None, policy: Policy,
-        items: Items | None = None, folded: Fold | None = None,
+        items: Items | None = None, folded: Fold | None = None, deadline: float = math.inf,
     ) -> None:  # fmt: skip
         self.program, self.plan, self.device, self.links, self.policy = program, plan, device, links, policy
+        self.deadline = deadline
         self.items = items or items_of(program)
         self.fold = folded or fold(self.items)
         self.where = machine(device, plan.mesh, links)  # type: ignore[arg-type]
@@ -85,6 +87,8 @@ class Rematerialiser:
         aim, copied = limit, judge(frozenset())  # the limit that the program is given, and what it takes for copied
         low, high = 0.0, math.inf  # limits of which the answer has fitted, and has not
         for _ in range(ROUNDS):
+            if self._late():
+                break
             answer, told = self._answer(aim, copied)
             found = self.measured(answer)
             if found.peak <= limit:
@@ -105,16 +109,17 @@ class Rematerialiser:
     def _improved(self, best: Kept, limit: float) -> Kept:
         """Without copies that it fits without, those that take longest tried first."""
         order = sorted(best.classes, key=lambda c: -self.remat.seconds(c) * len(self.fold.members[c]))
-        for cls in order[:TRIALS]:
+        for cls in order[:TRIALS] if not self._late() else ():
             found = self.measured(best.classes - {cls})
             if found.peak <= limit and _seconds(found) < _seconds(best):
                 best = found
         return best
 
-    def _answer(self, limit: float, copied: Collection[int]) -> tuple[frozenset[int], float]:
+    def _answer(self, limit: float | None, copied: Collection[int]) -> tuple[frozenset[int], float]:
         """What to copy for a limit, and the peak that the program tells; if it cannot be met, what comes nearest."""
         part, rest = self._room()
-        found = self.remat.solve(limit / part - rest, copied) or self.remat.solve(None, copied)
+        found = None if limit is None else self.remat.solve(limit / part - rest, copied)
+        found = found or self.remat.solve(None, copied)
         assert found is not None  # without a limit there is always one
         return found[0], (found[1] + rest) * part
 
@@ -123,15 +128,19 @@ class Rematerialiser:
         for judge in (self._exactly, self._nearly):
             copied = judge(frozenset())
             for _ in range(ROUNDS):
-                answer, _ = self._answer(0.0, copied)
-                if answer in self.seen:
+                answer, _ = self._answer(None, copied)
+                if answer in self.seen or self._late():
                     break
                 self.measured(answer)
                 copied = judge(answer)
         best = min(self.seen.values(), key=lambda kept: kept.peak)
-        while (less := self.within((1 - NEAR) * best.peak)) is not None:
+        while not self._late() and (less := self.within((1 - NEAR) * best.peak)) is not None:
             best = less
         return best
+
+    def _late(self) -> bool:
+        """Whether the time is up: what has been found so far is the answer."""
+        return time.perf_counter() > self.deadline
 
     # Where a copy runs depends on what else is copied. What the next solve takes for copied, by the last answer:
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from autopar.costmodel.items import Tensor, items_of
 from autopar.costmodel.legal import Specs, plan_specs
-from autopar.graph import Program
+from autopar.graph import Program, pattern
 from autopar.pipeline.cut import Stage
 from autopar.plan import Plan
+from autopar.recompute import copy_of
 from autopar.spec import R, Spec
 
 
@@ -45,7 +46,7 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
             replace(
                 plan,
                 fingerprint=stage.program.fingerprint,
-                choices={a: plan.choice(a) for a in addresses},
+                choices={a: plan.choice(a) for a in (*addresses, *_copies(plan, addresses))},
                 storage={k: s for k, s in plan.storage.items() if k in names},
                 inputs=inputs,
                 outputs=outputs,
@@ -53,6 +54,11 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
             )
         )
     return out
+
+
+def _copies(plan: Plan, addresses: Sequence[str]) -> list[str]:
+    """Of the backward's copies of ops, those whose choices the plan names."""
+    return [a for a in map(copy_of, addresses) if a in plan.choices or pattern(a) in plan.choices]
 
 
 def _at_rest(tensor: Tensor, specs: Specs, users: Sequence[tuple[int, int]]) -> Spec:

@@ -97,6 +97,7 @@ class Search:
         self.usable = [[USABLE] * self.prices.comm.tiers for _ in range(PHASES)]
         self.overlap = False  # whether the program knows that late transports hide; it is easier without
         self.tight = False  # a plan without regard to the limit did not fit
+        self.binding = False  # nor did something that may have been quicker
         self.patient = False  # nothing fits so far: no short cuts
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
@@ -127,8 +128,11 @@ class Search:
             beat = math.inf if best is None else _seconds(best)
             if _seconds(seed) > SLOWER * beat:
                 break
-            if _seconds(seed) < beat and self._fits(seed):
-                best, beat = seed, _seconds(seed)
+            if _seconds(seed) < beat:
+                if self._fits(seed):
+                    best, beat = seed, _seconds(seed)
+                else:
+                    self.binding = True
             if best is None or not self._late():
                 best = self._order(orders[0], seed.state, 1, 2, beat) or best
         self.patient = True
@@ -216,7 +220,7 @@ class Search:
                 return found
             if not order:
                 return None
-            self.tight = True
+            self.tight = self.binding = True
             assert self.limit is not None
             if limit is None:
                 limit = self.limit

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from autopar.errors import PassError
-from autopar.graph import COPIES
+from autopar.graph import COPIES, Draft
 from autopar.graph import VIEWS as GRAPH_VIEWS
 from autopar.passes import collectives as c
 
@@ -43,24 +43,6 @@ MAYBE_COPIES = (aten.reshape.default, aten._unsafe_view.default, aten.contiguous
 MOVES = VIEWS | COPIES | {c.local_chunk}
 #: Moves that make no more of a tensor than there is.
 CUTS = (VIEWS - {aten.expand.default, aten.unfold.default, operator.getitem}) | {*MAYBE_COPIES, c.local_chunk}
-
-
-class Draft(fx.GraphModule):
-    """A GraphModule that writes its code when it is first called.
-
-    Most graphs between passes never run, and writing the code of each was a third of the time of lowering.
-    """
-
-    def recompile(self) -> Any:
-        """Forget the code that was written; the next call writes it anew."""
-        for name in ("forward", "__call__"):
-            if name in vars(type(self)):
-                delattr(type(self), name)
-
-    def forward(self, *args: Any) -> Any:
-        """Write the code, then run it."""
-        super().recompile()
-        return self(*args)
 
 
 def finished(gm: fx.GraphModule) -> fx.GraphModule:

@@ -16,9 +16,8 @@ import torch
 from torch import fx
 
 from autopar.errors import PlanError, RuleError
-from autopar.graph import BACKWARD, FORWARD, Program, Sink, Source, Value, is_op, operands, resolve, results
+from autopar.graph import BACKWARD, FORWARD, Draft, Program, Sink, Source, Value, is_op, operands, resolve, results
 from autopar.mesh import Mesh
-from autopar.passes.edit import Draft
 from autopar.passes.localise import LocalCall, emit
 from autopar.passes.redistribute import redistribute
 from autopar.plan import Plan

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from autopar.graph import BACKWARD
-from autopar.passes.edit import Draft
+from autopar.graph import BACKWARD, Draft
 from autopar.passes.insert import LocalProgram
 from autopar.passes.redistribute import redistribute
 from autopar.plan import Plan

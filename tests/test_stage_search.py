@@ -267,7 +267,8 @@ def test_the_optimizer_is_the_users(mesh):
         assert f"optimizer: {name}" in str(report.heading(found))
         if found.pipeline is None:
             kinds = found.predicted["memory"]
-            assert kinds["optimizer"] == {"sgd": 0, "sgd_momentum": 1, "amsgrad": 3}[name] * kinds["parameters"]
+            state = {"sgd": 0, "sgd_momentum": 1, "amsgrad": 3}[name] * kinds["parameters"]
+            assert kinds["optimizer"] == pytest.approx(state, rel=1e-3)  # and how many steps there were
 
 
 def test_an_optimizer_that_nobody_knows():
