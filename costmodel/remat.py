@@ -103,6 +103,21 @@ class Remat:
         self.lives = self._lives()
         self.classes = sorted({folded.of[i.index] for i in self.forward if not self._free(i)})
         self._group()
+        self.likely = self.spans(self.classes)  # where the last answer does not tell
+
+    def narrow(self, classes: Collection[int]) -> None:
+        """What hands on from layer to layer: if one of it is copied, the others are likely to be kept.
+
+        Were all copied, a copy in one layer would be wanted as soon as the backward begins, by all layers behind.
+        """
+        likely = dict(self.likely)
+        for cls in classes:
+            spans = self.spans(set(self.classes) - (set(classes) - {cls}))
+            for version, life in self.lives.items():
+                read = any(self.fold.of[i] == cls for i in life.by)
+                if read and likely[version][0] < spans[version][0] < math.inf:
+                    likely[version] = spans[version]
+        self.likely = likely
 
     def solve(self, limit: float | None, copied: Collection[int]) -> tuple[frozenset[int], float] | None:
         """The classes to copy so that at most `limit` bytes come and go, and how many then do; None if there are none.
@@ -266,8 +281,8 @@ class Remat:
 
     # ---- when copies run ---------------------------------------------------------------------------------------
 
-    def spans(self, copied: Collection[int] | None) -> Spans:
-        """First and last moment of the backward at which a version is read, if these classes (None: all) are copied."""
+    def spans(self, copied: Collection[int]) -> Spans:
+        """First and last moment of the backward at which a version is read, if these classes are copied."""
         when: dict[int, float] = {}  # op of the forward -> when its copy runs
         made: dict[int, list[Version]] = {}
         for version in self.lives:
@@ -281,7 +296,7 @@ class Remat:
                 span = min([life.first, *times]), max([life.last, *times])
                 found[version] = span
                 first = min(first, span[0])
-            if self._free(item) or copied is None or self.fold.of[item.index] in copied:
+            if self._free(item) or self.fold.of[item.index] in copied:
                 when[item.index] = first
         return found
 
@@ -306,7 +321,7 @@ class _Program:
         self.moments: list[tuple[Terms, float]] = []
         self._needs()
         self._kept()
-        self._moments(remat.spans(copied), remat.spans(None))
+        self._moments(remat.spans(copied), remat.likely)
 
     def _needs(self) -> None:
         """(1) and (2)."""

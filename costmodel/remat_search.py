@@ -34,6 +34,8 @@ from autopar.recompute import KEEP, RECOMPUTE
 _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
 #: Solves for one limit, and how near to it the peak of an answer ends them. Copies that are then tried without.
 ROUNDS, NEAR, TRIALS = 10, 0.01, 8
+#: By what parts of the peak less is asked for, when the least is looked for.
+STEPS = (0.1, 0.03, NEAR)
 
 
 Judge = Callable[[frozenset[int]], frozenset[int]]
@@ -72,6 +74,7 @@ class Rematerialiser:
         tape = record(self.items, plan, specs, self.where.device.gloo, self.where.device.weights_from)
         self.remat = Remat(self.items, self.fold, plan, specs, compute, comm, tape)
         self.narrow = self._narrow()
+        self.remat.narrow(self.narrow)
         self.base = self.measured(frozenset())
 
     def within(self, limit: float) -> Kept | None:
@@ -133,9 +136,13 @@ class Rematerialiser:
                     break
                 self.measured(answer)
                 copied = judge(answer)
+        # What is done by hand: all of a layer but what it hands on.
+        for kept in (self.narrow, *({z} for z in sorted(self.narrow))):
+            self.measured(frozenset(self.remat.classes) - kept)
         best = min(self.seen.values(), key=lambda kept: kept.peak)
-        while not self._late() and (less := self.within((1 - NEAR) * best.peak)) is not None:
-            best = less
+        for step in STEPS:
+            while not self._late() and (less := self.within((1 - step) * best.peak)) is not None:
+                best = less
         return best
 
     def _late(self) -> bool:
