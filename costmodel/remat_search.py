@@ -82,6 +82,8 @@ class Rematerialiser:
         if self.base.peak <= limit:
             return self.base
         found = [self._within(limit, judge) for judge in (self._exactly, self._nearly)]
+        if not any(found):
+            found += [kept for kept in self._by_hand() if kept.peak <= limit]
         best = min((k for k in found if k is not None), key=_seconds, default=None)
         return None if best is None else self._improved(best, limit)
 
@@ -128,6 +130,7 @@ class Rematerialiser:
 
     def smallest(self) -> Kept:
         """The answer of least peak: what the backward can do again, as far as that takes less."""
+        self._by_hand()
         for judge in (self._exactly, self._nearly):
             copied = judge(frozenset())
             for _ in range(ROUNDS):
@@ -136,14 +139,16 @@ class Rematerialiser:
                     break
                 self.measured(answer)
                 copied = judge(answer)
-        # What is done by hand: all of a layer but what it hands on.
-        for kept in (self.narrow, *({z} for z in sorted(self.narrow))):
-            self.measured(frozenset(self.remat.classes) - kept)
         best = min(self.seen.values(), key=lambda kept: kept.peak)
         for step in STEPS:
             while not self._late() and (less := self.within((1 - step) * best.peak)) is not None:
                 best = less
         return best
+
+    def _by_hand(self) -> list[Kept]:
+        """What is done by hand: all of a layer but what it hands on, or but one of that. However late it is."""
+        every = frozenset(self.remat.classes)
+        return [self.measured(every - kept) for kept in (self.narrow, *({z} for z in sorted(self.narrow)[:TRIALS]))]
 
     def _late(self) -> bool:
         """Whether the time is up: what has been found so far is the answer."""
