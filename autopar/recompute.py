@@ -95,6 +95,7 @@ def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
     env: dict[fx.Node, fx.Node] = {}
     copies: dict[fx.Node, fx.Node] = {}  # node of the forward -> what the backward reads in its place
     early = _early(program)
+    given = {s.node for s in program.of_kind("param")}
 
     def wanted(node: fx.Node) -> fx.Node:
         """What the backward reads for a node of the old graph, made if need be."""
@@ -121,7 +122,9 @@ def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
             if missing:
                 stack += missing
                 continue
-            if top not in again and all(copies[n] is env[n] for n in top.all_input_nodes):
+            # Another look at a parameter is had again: else it would keep what has been gathered for the forward.
+            same = all(copies[n] is env[n] and n.name not in given for n in top.all_input_nodes)
+            if top not in again and same:
                 copies[top] = env[top]
                 continue
             args, kwargs = fx.map_arg((top.args, top.kwargs), lambda n: copies[n])

@@ -16,10 +16,14 @@ import autopar
 from autopar import report
 from autopar.capture import capture
 from autopar.costmodel import planner
+from autopar.costmodel.items import items_of
+from autopar.costmodel.legal import plan_specs
+from autopar.costmodel.liveness import Steps
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.planner import random_plan
 from autopar.costmodel.remat_search import Rematerialiser
 from autopar.costmodel.rules import rule_for
+from autopar.costmodel.tape import record
 from autopar.errors import PlanError
 from autopar.graph import BACKWARD, FORWARD, Program, is_op, pattern
 from autopar.mesh import Mesh
@@ -30,6 +34,7 @@ from tests.harness import Ranks
 from tests.live_bytes import LiveBytes
 from tests.parity import feeds, max_error, run_global, run_local
 from tests.pipeline_runs import example
+from tests.test_liveness import measured
 from tests.trained import captured_once, train, worst
 from tests.widen import widen_to_float64
 from tests.zoo import ZOO
@@ -363,3 +368,18 @@ def test_a_limit_on_a_mesh(part):
     assert both.predicted["peak_bytes"] <= limit
     assert both.predicted["step_s"] <= alone.predicted["step_s"]
     planner.check_plan(program, both)
+
+
+def test_what_zero_3_gathers_is_let_go(four):
+    """A parameter that is gathered for each half is gathered for the copies in the backward, and not kept for them."""
+    model, batch = ZOO["llama"](seed=0)
+    program = capture(model, (), batch)
+    plan = planner.plan(program, Mesh.parse("dp=4"), constraints={"dp": "zero3"}, output_specs="free")
+    hands_on = ("/add.Tensor#0", "/add.Tensor#1", "embed_tokens/embedding#0")
+    layers = [a for a in ops(program) if "layers." in a and not a.endswith(hands_on) and "permute" not in a]
+    again = replace(plan, saved=dict.fromkeys(layers, "recompute"))
+    items = items_of(program, again.saved)
+    saved = Steps(record(items, again, plan_specs(items, again))).saved
+    assert saved and not any(b.kind == "gathered" for b in saved)
+    peak = max(four.run(measured, "llama", again.to_json()))
+    assert planner.price(program, again).peak_bytes == pytest.approx(peak, rel=0.05)
