@@ -69,6 +69,8 @@ COPIES: frozenset[Any] = frozenset(
         aten.cat.default,
     }
 )
+#: Both: ops that rearrange and compute nothing.
+MOVES: frozenset[Any] = VIEWS | COPIES
 
 
 class Value(NamedTuple):

@@ -27,12 +27,14 @@ from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import inner
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.plan import fold as fold_choices
+from autopar.recompute import original
 from autopar.rule import Choice
 
 #: Told what happens, in a few words.
 Tell = Callable[[str], None]
 #: Bytes that no plan needs.
 UNLIMITED = 1 << 62
+_ANEW = "what the backward computes again was chosen anew"
 #: Subjects of one explanation, unless all are asked for.
 MOST = 6
 
@@ -368,6 +370,7 @@ def solve_again(opened: Opened, *, constraints: Mapping[str, str], limit: float 
         input_specs=plan.inputs,
         output_specs="free" if opened.free_outputs else "replicated",
         optimizer=plan.optimizer,
+        recompute=plan.solver.get("recompute", True),
         **kept,
     )
 
@@ -428,12 +431,13 @@ def resolve(opened: Opened, keep: Sequence[str], tell: Tell = silent) -> tuple[P
         for member in fold.members[cls]:
             if cls in state.storage:
                 storage[items[member].name] = state.storage[cls]
-            elif cls in state.rows:
+            elif cls in state.rows and original(items[member].name) is None:
                 choices[items[member].name] = state.rows[cls]
     tell(f"solving round {len(storage) + len(choices)} decisions ...")
     # Names that are kept and constrained are as they are kept; a strategy holds for the rest of its axis.
     plan = solve_again(opened, constraints=opened.constraints, limit=opened.limit, storage=storage, choices=choices)
-    return replace(plan, target=dict(opened.plan.target)), len(storage) + len(choices)
+    notes = (*plan.notes, _ANEW) if opened.plan.saved else plan.notes
+    return replace(plan, target=dict(opened.plan.target), notes=notes), len(storage) + len(choices)
 
 
 def reprice(opened: Opened) -> Plan:

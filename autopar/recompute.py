@@ -17,7 +17,7 @@ from dataclasses import replace
 from torch import fx
 
 from autopar.errors import PlanError
-from autopar.graph import BACKWARD, COPIES, FORWARD, VIEWS, Draft, Program, is_op, pattern
+from autopar.graph import BACKWARD, FORWARD, MOVES, Draft, Program, is_op, pattern
 
 #: What a plan may say of the result of an op of the forward that the backward reads: it is computed again, or kept, as
 #: all that is not named (of one layer, where a star says something else of all).
@@ -27,7 +27,6 @@ SAVED = (RECOMPUTE, KEEP)
 MOST = 4
 #: Ends the address of a copy.
 AGAIN = "~"
-_MOVES = VIEWS | COPIES
 
 
 def recomputed(program: Program, saved: Mapping[str, str]) -> Program:
@@ -84,8 +83,8 @@ def _nodes(program: Program, saved: Mapping[str, str]) -> set[fx.Node]:
             raise PlanError(f"saved of {address} is {how!r}; it may be {', '.join(SAVED)}")
     if unused:
         raise PlanError(
-            f"saved names {next(iter(unused))!r}, which is no op of the forward of this program; take addresses from "
-            "`autopar show --ops`"
+            f"saved names {next(iter(unused))!r}, which is no op of the forward of this program; those that there are "
+            'stand under "choices" in the plan'
         )
     return found
 
@@ -115,7 +114,7 @@ def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
                     env[top] = copies[top] = graph.node_copy(top, lambda n: copies[n])
                 continue
             picked = not is_op(top)
-            if not (picked or top in again or top.target in _MOVES):
+            if not (picked or top in again or top.target in MOVES):
                 copies[top] = env[top]
                 continue
             missing = [n for n in top.all_input_nodes if n not in copies]

@@ -86,12 +86,15 @@ class Budget:
         """About the least memory that placement alone needs."""
         return self.search(self.limit).least(self.orders)
 
-    def smallest(self, hopeful: bool) -> Found:
-        """About the least memory that any plan needs, with what can be computed again. hopeful: as of `run`."""
+    def smallest(self) -> Found:
+        """About the least memory that any plan needs, with what can be computed again."""
         least = self.least()
-        if not self.recompute or not hopeful or (self.limit is not None and least.peak <= self.limit):
+        if not self.recompute or (self.limit is not None and least.peak <= self.limit):
             return least
-        found = self._rematerialiser(least).smallest()
+        try:
+            found = self._rematerialiser(least).smallest()
+        except SolverError:  # what cutting alone needs is an answer, too
+            return least
         return replace(least, plan=found.plan, timeline=found.timeline, price=found.price)
 
     def _plans(self, limit: float) -> list[Found]:

@@ -14,12 +14,9 @@ import torch
 
 from autopar.costmodel.fold import Fold
 from autopar.costmodel.items import Items, Meta, Tensor
-from autopar.graph import BACKWARD, COPIES, FORWARD, LOOKS, VIEWS
+from autopar.graph import BACKWARD, FORWARD, LOOKS, MOVES, VIEWS
 
 aten = torch.ops.aten
-#: Ops that rearrange, and that the runtime runs with the collective before or behind them; as `passes/edit.py`.
-MOVES = VIEWS | COPIES
-
 #: Operand number that stands for "the gradient of this parameter", read at the parameter's storage.
 GRAD = -1
 

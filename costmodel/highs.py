@@ -83,7 +83,7 @@ def mixed(program: Linear, time_limit: float, gap: float) -> Answer:
 
 
 def _search(
-    model: Model | Linear, solver: Any, whole: Any, time_limit: float, gap: float, start: Sequence[int] | None
+    model: Linear, solver: Any, whole: Any, time_limit: float, gap: float, start: Sequence[int] | None
 ) -> Answer:
     solver.changeColsIntegrality(len(whole), whole, _integer(whole))
     # HiGHS counts its limit over all runs: without this the search would start with what the relaxation left. On a
@@ -211,7 +211,7 @@ def _integer(whole: Any) -> Any:
     return np.full(len(whole), int(highspy.HighsVarType.kInteger), dtype=np.uint8)
 
 
-def _costs(model: Model | Linear) -> Any:
+def _costs(model: Linear) -> Any:
     cost = np.zeros(len(model.high))
     for v, c in model.objective.items():
         if v != CONST:
@@ -219,7 +219,7 @@ def _costs(model: Model | Linear) -> Any:
     return cost
 
 
-def _arrays(model: Model | Linear) -> Any:
+def _arrays(model: Linear) -> Any:
     """The model as HiGHS takes it."""
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(model.high), len(model.rows)

@@ -151,7 +151,7 @@ def _solver(time_limit: float, gap: float) -> tuple[Any, str]:
     return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1), "CBC"
 
 
-def _pulp(model: Model | Linear, solver: Any, gap: float) -> Answer:
+def _pulp(model: Linear, solver: Any, gap: float) -> Answer:
     """Through PuLP. It tells of the gap no more than that the one asked for was met."""
     whole = set(model.whole)
     columns = []

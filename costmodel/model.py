@@ -33,22 +33,20 @@ class Linear:
         return len(self.high) - 1
 
     def row(self, terms: Terms, low: float, high: float) -> None:
-        """low <= terms <= high."""
-        self.rows.append((terms, low, high))
+        """low <= terms <= high, the constant of `terms` included."""
+        constant = terms.pop(CONST, 0.0)
+        self.rows.append((terms, low - constant, high - constant))
 
 
-class Model:
+class Model(Linear):
     """A Problem as columns and rows."""
 
     def __init__(self, problem: Problem):
+        super().__init__()
         self.problem = problem
         self.alive, self.instead = dominate(problem, prune(problem))
-        self.high: list[float] = []  # upper bound of every column; the lower is 0
-        self.whole: list[int] = []  # columns that must be 0 or 1
-        self.rows: list[tuple[Terms, float, float]] = []  # lower <= terms <= upper
         self.exposed: list[int] = []  # which of them are of kind (8)
         self.memory: list[int] = []  # and which of kind (6)
-        self.objective: Terms = {}
         self.bytes: Terms = {}  # before the backward
         self.grown: Terms = {}  # behind it
         floor = sum(min(g.cost[o] for o in a) for g, a in zip(problem.groups, self.alive))
@@ -66,24 +64,13 @@ class Model:
         self._memory()
         self._exposed()
 
-    def _column(self, binary: bool = False, high: float = 1.0) -> int:
-        self.high.append(high)
-        if binary:
-            self.whole.append(len(self.high) - 1)
-        return len(self.high) - 1
-
-    def _row(self, terms: Terms, low: float, high: float) -> None:
-        """low <= terms <= high, the constant of `terms` included."""
-        constant = terms.pop(CONST, 0.0)
-        self.rows.append((terms, low - constant, high - constant))
-
     def _groups(self) -> None:
         for group, alive in zip(self.problem.groups, self.alive):
             if len(alive) == 1:
                 self.x.append({alive[0]: None})
             else:
-                self.x.append({o: self._column(binary=True) for o in alive})
-                self._row({v: 1.0 for v in self.x[-1].values() if v is not None}, 1.0, 1.0)
+                self.x.append({o: self.column(binary=True) for o in alive})
+                self.row({v: 1.0 for v in self.x[-1].values() if v is not None}, 1.0, 1.0)
             overlaps = self.problem.usable is not None and group.phase != AFTER
             into = self.busy[group.phase] if overlaps else self.objective
             for o, v in self.x[-1].items():
@@ -124,11 +111,11 @@ class Model:
             return {(next(iter(rows)), q): terms for q, terms in cols.items()}
         if len(cols) == 1:
             return {(r, next(iter(cols))): terms for r, terms in rows.items()}
-        w = {(r, q): self._column() for r in rows for q in cols if flow.cost[r][q] < INF}
+        w = {(r, q): self.column() for r in rows for q in cols if flow.cost[r][q] < INF}
         for r, terms in rows.items():
-            self._row(_minus({w[r, q]: 1.0 for q in cols if (r, q) in w}, terms), 0.0, 0.0)
+            self.row(_minus({w[r, q]: 1.0 for q in cols if (r, q) in w}, terms), 0.0, 0.0)
         for q, terms in cols.items():
-            self._row(_minus({w[r, q]: 1.0 for r in rows if (r, q) in w}, terms), 0.0, 0.0)
+            self.row(_minus({w[r, q]: 1.0 for r in rows if (r, q) in w}, terms), 0.0, 0.0)
         return {key: {v: 1.0} for key, v in w.items()}
 
     def _either(self, expressions: list[Terms]) -> Terms:
@@ -137,9 +124,9 @@ class Model:
             return expressions[0]
         if any(e.get(CONST) == 1.0 and len(e) == 1 for e in expressions):
             return {CONST: 1.0}
-        column = self._column()
+        column = self.column()
         for e in expressions:
-            self._row(_minus({column: 1.0}, e), 0.0, INF)
+            self.row(_minus({column: 1.0}, e), 0.0, INF)
         return {column: 1.0}
 
     def _shared(self, flow: Flow, r: int, q: int, share: int, expressions: list[Terms]) -> None:
@@ -178,7 +165,7 @@ class Model:
         unit = max(limit, max((abs(c) for m in moments for c in m.values()), default=0.0) / 1e3, 1.0) / 1e3
         over = None
         if self.problem.penalty is not None:
-            over = self._column(high=INF)
+            over = self.column(high=INF)
             _add(self.objective, over, self.problem.penalty * unit * self.scale)
         for moment in moments:
             terms = {v: c / unit for v, c in moment.items()}
@@ -186,7 +173,7 @@ class Model:
             if over is not None:
                 terms[over] = -1.0
             self.memory.append(len(self.rows))
-            self._row(terms, -INF, 0.0)
+            self.row(terms, -INF, 0.0)
 
     def _exposed(self) -> None:
         for p, part in enumerate(self.problem.usable or ()):
@@ -196,12 +183,12 @@ class Model:
                     cover = _minus(self.busy[p], self.block[p][t])
                     rows.append(_minus(self.late[p][t], {v: u * c for v, c in cover.items()}))
             if rows:
-                seen = self._column(high=INF)
+                seen = self.column(high=INF)
                 _add(self.objective, seen, 1.0)
                 for terms in rows:
                     terms[seen] = -1.0
                     self.exposed.append(len(self.rows))
-                    self._row(terms, -INF, 0.0)
+                    self.row(terms, -INF, 0.0)
             for v, c in self.busy[p].items():
                 _add(self.objective, v, c)
 

@@ -228,7 +228,7 @@ class _Planner:
         budget = self._budget(orders)
         best = budget.run(self._hopeful())
         if best is None:
-            best = budget.smallest(self._hopeful())
+            best = budget.smallest()
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
@@ -315,6 +315,8 @@ class _Planner:
         }
         if self.constraints:
             solver["constraints"] = dict(self.constraints)
+        if not self.recompute:
+            solver["recompute"] = False
         assert best.price is not None
         predicted = {**figures(best.price, best.timeline), "device": self.where.device.name}
         if self.memory_limit is not None:

@@ -38,8 +38,8 @@ from autopar.costmodel.legal import Specs
 from autopar.costmodel.liveness import Steps
 from autopar.costmodel.model import Linear, Terms
 from autopar.costmodel.ops import Compute
-from autopar.costmodel.tape import MAYBE, MOVES, Buffer, Event, Tape
-from autopar.graph import BACKWARD, FORWARD, VIEWS
+from autopar.costmodel.tape import MAYBE, Buffer, Event, Tape
+from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS
 from autopar.plan import Plan
 from autopar.reshard import steps
 from autopar.rule import WHOLE

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from autopar.costmodel.comm import Comm
-from autopar.costmodel.devices import Link, machine
+from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.fold import Fold, fold
 from autopar.costmodel.items import Items, Tensor, items_of
 from autopar.costmodel.legal import plan_specs
@@ -60,14 +60,14 @@ class Rematerialiser:
     """Looks for what one plan may do again. `plan` says nothing of that yet."""
 
     def __init__(
-        self, program: Program, plan: Plan, device: object, links: Mapping[str, Link] | None, policy: Policy,
+        self, program: Program, plan: Plan, device: str | Device, links: Mapping[str, Link] | None, policy: Policy,
         items: Items | None = None, folded: Fold | None = None, deadline: float = math.inf,
     ) -> None:  # fmt: skip
-        self.program, self.plan, self.device, self.links, self.policy = program, plan, device, links, policy
+        self.program, self.plan, self.links, self.policy = program, plan, links, policy
         self.deadline = deadline
         self.items = items or items_of(program)
         self.fold = folded or fold(self.items)
-        self.where = machine(device, plan.mesh, links)  # type: ignore[arg-type]
+        self.where = machine(device, plan.mesh, links)
         self.seen: dict[frozenset[int], Kept] = {}
         specs = plan_specs(self.items, plan)
         compute, comm = Compute(self.items, self.where), Comm(self.where)

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.devices import Device, Link, machine
-from autopar.costmodel.edges import MOVES
 from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs
 from autopar.costmodel.memory import Policy
@@ -358,4 +357,4 @@ def _through(task: Task, roots: dict[int, list[Task]]) -> list[Task]:
     return list(found.values())
 
 
-__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "COMPUTE", "MOVES", "PENDING_BYTES", "Span", "Timeline", "run", "simulate"]
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "COMPUTE", "PENDING_BYTES", "Span", "Timeline", "run", "simulate"]

@@ -15,7 +15,7 @@ import torch
 
 from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
-from autopar.graph import BACKWARD, FORWARD, VIEWS, op_name
+from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS, op_name
 from autopar.linear import THIN
 from autopar.plan import Plan
 from autopar.reshard import Step, steps
@@ -24,9 +24,8 @@ from autopar.spec import R, Spec, local_shape
 aten = torch.ops.aten
 #: A copy only if the operand has strides.
 MAYBE = frozenset({aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default})
-#: Ops that rearrange and compute nothing: the backward does them again (as `passes/partition.py`).
-MOVES = VIEWS | MAYBE | {aten.clone.default, aten._to_copy.default, aten.cat.default}
-#: Of those, what makes no more of a tensor than there is: the backward's may be done by the forward (likewise).
+#: Of moves, which the backward does again (as `passes/partition.py`), what makes no more of a tensor than there is: the
+#: backward's may be done by the forward (likewise).
 _CUTS = (VIEWS - {aten.expand.default, aten.unfold.default}) | MAYBE
 #: Kernels that are given contiguous operands (as `passes/localise.py`).
 _CONTIGUOUS = ("flash_attention_for_cpu", "layer_norm", "group_norm", "embedding_dense_backward", "softmax_backward")
@@ -58,6 +57,7 @@ class Buffer:
     kind: str = "transient"
     strided: bool = False
     dense: bool = False  # known to be contiguous, so that it may be written over
+    late: bool = False  # made by the backward, which knows nothing of the strides of what it is given
     product: bool = False  # of matrices: written where it is wanted
     #: What travels to make it: held until it has arrived, at its first reader.
     sent: tuple[Buffer, ...] = field(default=(), repr=False)
@@ -236,6 +236,7 @@ class _Recorder:
                 view = False
             strided = bool(isinstance(val, torch.Tensor) and not val.is_contiguous())
             out = Buffer(self._size(meta, spec), tuple(ins), view and bool(ins), free, strided=strided)
+            out.late = phase == BACKWARD
             out.dense = target in _DENSE or (_dense(target, ins, out) and not strided)
             out.product = target is aten.mm.default and not apart
             self.made[Tensor(item.index, index)] = out
@@ -300,7 +301,7 @@ class _Recorder:
     ) -> Buffer:  # fmt: skip
         before, after = (math.prod(n) * itemsize for n in (step.before, step.after))
         events = self.tape.of(phase)
-        out = Buffer(after, (x,), free=step.kind == "local_chunk", dense=True)
+        out = Buffer(after, (x,), free=step.kind == "local_chunk", dense=True, late=phase == BACKWARD)
         if step.kind == "local_chunk":
             events.append(Event((x,), (out,), cuts=True))
             if x in self.stored:
@@ -348,10 +349,12 @@ class _Recorder:
 
 
 def _dense(target: object, ins: Sequence[Buffer], out: Buffer) -> bool:
+    """Whether the result is as dense as its operands are, as far as its own half of the step knows."""
     if out.alias or target is aten.clone.default:
-        return ins[0].dense
-    same = [x for x in ins if x.size == out.size]
-    return target in _POINTWISE and bool(same) and all(x.dense for x in same)
+        same = list(ins[:1])
+    else:
+        same = [x for x in ins if x.size == out.size] if target in _POINTWISE else []
+    return bool(same) and all(x.dense and x.late == out.late for x in same)
 
 
 def _viewable(x: Buffer, val: object) -> bool:
@@ -359,4 +362,4 @@ def _viewable(x: Buffer, val: object) -> bool:
     return isinstance(val, torch.Tensor) and not val.is_contiguous()
 
 
-__all__: Sequence[str] = ["HELD", "MAYBE", "MOVES", "Buffer", "Event", "Tape", "Travel", "record"]
+__all__: Sequence[str] = ["HELD", "MAYBE", "Buffer", "Event", "Tape", "Travel", "record"]

@@ -10,11 +10,10 @@ import torch
 
 from autopar.costmodel.comm import collective_seconds, copy_seconds, sent_seconds
 from autopar.costmodel.devices import Link, Machine
-from autopar.costmodel.edges import MOVES
 from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
 from autopar.costmodel.ops import Compute
-from autopar.graph import BACKWARD
+from autopar.graph import BACKWARD, MOVES
 from autopar.plan import Plan
 from autopar.reshard import Step, steps
 from autopar.rule import WHOLE

@@ -39,6 +39,7 @@ LAYERS, WIDTH, HEADS, SEQ, VOCAB = 8, 64, 4, 64, 128
 ROWS = 32  # of a batch
 WARM = 0.1  # part of the updates in which the learning rate rises
 EVERY = 50  # updates between evaluations
+ADAMW = 4e-3  # its learning rate
 
 
 def main() -> None:
@@ -50,11 +51,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--weights", default="predicted", help='as of autopar.compile; "current": as published')
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices (muon)")
-    parser.add_argument("--lr", type=float, default=0.02, help="of the blocks' matrices (0.02; with AdamW, of all)")
+    parser.add_argument("--lr", type=float, help="of the blocks' matrices (0.02), or, with AdamW, of all (0.004)")
     parser.add_argument("--flush-lr", type=float, help="that of 1f1b, if it is to be another one")
     parser.add_argument("--plot", type=Path, default=Path("paci.svg"), help="where to draw the losses (paci.svg)")
     parser.add_argument("--quick", action="store_true", help="one seed, one window, 60 updates")
     args = parser.parse_args()
+    if args.lr is None:
+        args.lr = 0.02 if args.optimizer == "muon" else ADAMW
     if args.quick:
         args.seeds, args.windows, args.updates = args.seeds[:1], args.windows[:1], 60
     if "RANK" not in os.environ:
@@ -147,7 +150,7 @@ def optimizers(params: Iterable[nn.Parameter], kind: str, lr: float) -> list[tor
     if matrices:
         out.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.1))
     if rest:
-        out.append(torch.optim.AdamW(rest, lr=4e-3 if kind == "muon" else lr, betas=(0.9, 0.95), weight_decay=0.1))
+        out.append(torch.optim.AdamW(rest, lr=ADAMW if kind == "muon" else lr, betas=(0.9, 0.95), weight_decay=0.1))
     return out
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from autopar.errors import PassError
-from autopar.graph import COPIES, Draft
+from autopar.graph import MOVES as GRAPH_MOVES
 from autopar.graph import VIEWS as GRAPH_VIEWS
+from autopar.graph import Draft
 from autopar.passes import collectives as c
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ STRIDED = frozenset(
 #: Copies if the operand has strides, else views.
 MAYBE_COPIES = (aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default)
 #: Ops that copy or rearrange elements (perhaps to another dtype) and compute nothing.
-MOVES = VIEWS | COPIES | {c.local_chunk}
+MOVES = VIEWS | GRAPH_MOVES | {c.local_chunk}
 #: Moves that make no more of a tensor than there is.
 CUTS = (VIEWS - {aten.expand.default, aten.unfold.default, operator.getitem}) | {*MAYBE_COPIES, c.local_chunk}
 

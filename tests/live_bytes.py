@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,3 +71,16 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, number: int) -> None:
         self.now -= self.names.pop(number)[1]
         del self._spans[number]
+
+
+def peak_of_step(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, torch.Tensor],
+    step: Callable[[], None],
+) -> int:
+    """The peak of live bytes in one step of training; what is there before it counts."""
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    with LiveBytes([*module.parameters(), *module.buffers(), *batch.values(), *state]) as live:
+        step()
+    return live.peak

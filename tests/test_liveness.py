@@ -26,7 +26,7 @@ from autopar.passes.bucket import BUCKET_BYTES, bucket
 from autopar.passes.overlap import TWO, overlap
 from autopar.plan import Plan
 from tests.harness import Ranks
-from tests.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes, peak_of_step
 from tests.zoo import ZOO
 
 STRATEGIES = ("dp:ddp", "dp:zero1", "dp:zero2", "dp:zero3", "tp:tp", "tp:tp_sp")
@@ -65,15 +65,7 @@ def measured(name: str, text: str) -> int:
 
     step()
     step()
-    return min(_peak(pm, optimizer, batch, step) for _ in range(3))
-
-
-def _peak(pm, optimizer, batch, step) -> int:
-    """The peak of live bytes in one step."""
-    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    with LiveBytes([*pm.parameters(), *pm.buffers(), *batch.values(), *state]) as live:
-        step()
-    return live.peak
+    return min(peak_of_step(pm, optimizer, batch, step) for _ in range(3))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +141,7 @@ def test_gradients_by_onednn_are_of_copies():
             optimizer.zero_grad()
 
         step()
-        peak = _peak(pm, optimizer, example, step)
+        peak = peak_of_step(pm, optimizer, example, step)
         assert pm.plan.predicted["peak_bytes"] == pytest.approx(peak, rel=0.05)
         peaks[own.weights_from] = peak
     assert peaks[1.0] > 1.1 * peaks[None]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import operator
 
 import pytest
 import torch
@@ -17,11 +16,9 @@ from autopar.costmodel.items import items_of
 from autopar.costmodel.planner import plan
 from autopar.costmodel.price import price
 from autopar.costmodel.shuffle import random_plan
-from autopar.costmodel.simulate import COMPUTE, MOVES, simulate
+from autopar.costmodel.simulate import COMPUTE, simulate
 from autopar.mesh import Mesh
-from autopar.passes import edit
 from autopar.passes.bucket import BUCKET_BYTES
-from autopar.passes.collectives import local_chunk
 from autopar.passes.overlap import overlap
 from tests.zoo import ZOO
 
@@ -165,4 +162,3 @@ def test_numbers_of_the_passes():
     parameters = inspect.signature(overlap).parameters
     assert parameters["ahead_bytes"].default == simulator.AHEAD_BYTES
     assert parameters["pending_bytes"].default == simulator.PENDING_BYTES
-    assert {m for m in edit.MOVES if m not in (local_chunk, operator.getitem)} == MOVES
