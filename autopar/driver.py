@@ -19,6 +19,7 @@ from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
+from autopar.given import check_given
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
@@ -34,7 +35,7 @@ from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
 from autopar.runtime.training import Recipe
-from autopar.spec import R, Spec, format_spec
+from autopar.spec import Spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
 
@@ -65,6 +66,7 @@ def compile(
     nonfinite: str = "skip",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    offload: bool = True,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -115,8 +117,8 @@ def compile(
         optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
             it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
             default: the given plan's, else "adamw". A function in `optimizer` is not asked.
-        recompute: let the backward compute again what the forward then need not keep, if memory is short and that is
-            the quickest that fits.
+        recompute, offload: let the backward compute again, or fetch from the host's memory, what the forward then need
+            not keep, if memory is short and that is the quickest that fits.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -138,6 +140,7 @@ def compile(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+                offload=offload,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -156,6 +159,7 @@ def compile(
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+            offload=offload,
         )  # fmt: skip
         if given is not None:
             asked = replace(asked, optimizer_class=given.optimizer)
@@ -204,6 +208,7 @@ def plan_model(
     weights: str = "current",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    offload: bool = True,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -228,6 +233,7 @@ def plan_model(
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
+        offload=offload,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -373,7 +379,7 @@ class _Builder:
     def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
             with self.control.together("checking the plan"):
-                _check_given(self.given, program, self.asked, pieces)
+                check_given(self.given, program, self.asked, pieces)
             return self.given
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
         text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
@@ -416,6 +422,7 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
         "constraints": dict(asked.constraints),
         "optimizer": asked.optimizer_class,
         "recompute": asked.recompute,
+        "offload": asked.offload,
         "output_specs": "free" if free else "replicated",
     }
 
@@ -450,36 +457,6 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
         "choosing the mesh", lambda: plan_model(model, count, example=example, training=training, **options).to_json()
     )
     return Plan.from_json(text, "the plan of rank 0")
-
-
-def check_plan(program: Program, plan: Plan) -> None:
-    """Raise unless `plan`, perhaps edited, was made for `program` and is legal for it.
-
-    Raises:
-        PlanError: says what does not fit.
-    """
-    if plan.fingerprint != program.fingerprint:
-        raise PlanError(
-            f"the plan is for another model (fingerprint {plan.fingerprint[:12]}, this one has "
-            f"{program.fingerprint[:12]}): other layers, sizes or dtypes, or another mode; plan again for this model"
-        )
-    planner.check_plan(program, plan)
-
-
-def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, Spec] | None) -> None:
-    if plan.mesh != asked.mesh:
-        raise PlanError(
-            f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
-        )
-    check_plan(program, plan)
-    whole: Spec = (R,) * len(plan.mesh.sizes)
-    for name, spec in (pieces or {}).items():
-        given = plan.inputs.get(name, whole)
-        if any(g != p for g, p, axis in zip(given, spec, plan.mesh.names) if axis in asked.data_axes):
-            raise PlanError(
-                f"local batches bring input {name} as {format_spec(spec, 1, plan.mesh.names)}, the plan takes it as "
-                f'{format_spec(given, 1, plan.mesh.names)}; make the plan with batch="local", or pass global batches'
-            )
 
 
 def _decisions(plan: Plan) -> str:

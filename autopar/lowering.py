@@ -35,12 +35,12 @@ def lower(
     parts = passes.cut(local, fuses=not eager)
     title = "-".join(map(str, coordinates))
     place = (plan.mesh, coordinates, group_names)
-    forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target)
+    forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target, plan.copies)
     forward = passes.boxed(forward, gated=True) if eager else forward
     compiler = None if eager else compiled
     if not program.training:
         return Lowered(program, plan, forward, None, compiler=compiler)
-    backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
+    backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target, plan.copies)
     backward = passes.boxed(backward) if eager else backward
     return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
 

@@ -15,6 +15,7 @@ from typing import Any
 from autopar.errors import AutoparError, PlanError
 from autopar.graph import pattern
 from autopar.mesh import Mesh
+from autopar.offload import COPIES
 from autopar.recompute import SAVED, original
 from autopar.rule import Choice
 from autopar.spec import Placement, R, S, Spec, format_spec, parse_spec
@@ -78,7 +79,8 @@ class Plan:
         pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
         optimizer: the class of optimizer it was priced for (`autopar.costmodel.memory.OPTIMIZERS`).
         saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
-            "recompute" (`autopar.recompute`). What is not named is kept.
+            "recompute" or "offload" (`autopar.recompute`). What is not named is kept.
+        copies: how many tensors may be on their way to the host at once, and how many from there.
     """
 
     mesh: Mesh
@@ -94,18 +96,21 @@ class Plan:
     pipeline: Pipeline | None = None
     optimizer: str = "adamw"
     saved: Mapping[str, str] = field(default_factory=dict)
+    copies: int = COPIES
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere.
 
         What the backward computes again, and the plan does not name, is done as in the forward.
         """
-        found = self.choices.get(address)
-        if found is None:
-            found = self.choices.get(pattern(address))
+        found = self.named(address)
         if found is None and (first := original(address)) is not None:
             return self.choice(first)
         return found if found is not None else (Choice(),) * len(self.mesh.sizes)
+
+    def named(self, address: str) -> tuple[Choice, ...] | None:
+        """The choices that the plan itself names for an op, by exact address, else by its starred pattern."""
+        return self.choices.get(address, self.choices.get(pattern(address)))
 
     def how_saved(self, address: str) -> str | None:
         """What `saved` says of an op, by exact address, else by its starred pattern."""
@@ -135,6 +140,7 @@ class Plan:
             "outputs": {k: spec(v) for k, v in self.outputs.items()},
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
             **({"saved": dict(self.saved)} if self.saved else {}),
+            **({"copies": self.copies} if self.copies != COPIES else {}),
             "optimizer": self.optimizer,
             "predicted": dict(self.predicted),
             "solver": dict(self.solver),
@@ -210,6 +216,9 @@ class Plan:
                 key = f"saved of {k}"
                 if v not in SAVED:
                     raise PlanError(f"{v!r} is not one of {', '.join(SAVED)}")
+            key, copies = "copies", data.get("copies", COPIES)
+            if type(copies) is not int or copies < 1:
+                raise PlanError(f"it is {copies!r}; it must be a number of tensors, at least 1")
             key, optimizer = "optimizer", data.get("optimizer", "adamw")
             if not isinstance(optimizer, str):
                 raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
@@ -227,6 +236,7 @@ class Plan:
                 pipeline=pipeline,
                 optimizer=optimizer,
                 saved=saved,
+                copies=copies,
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

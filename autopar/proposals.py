@@ -28,6 +28,9 @@ SHARES = (1.0, 0.5)
 #: (program of a micro-batch, plan, micro-batches, addresses at which pieces begin if that is settled) -> the pieces.
 PiecesOf = Callable[[Program, Plan, int, Sequence[str]], Pieces]
 
+#: Options of a plan that keeps all that the backward reads.
+KEPT = {"recompute": False, "offload": False}
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -55,7 +58,7 @@ class Proposal:
 
         def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
             # What a stage keeps, it keeps for all that are in flight: a limit for one micro-batch would not tell what.
-            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit, "recompute": False})
+            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit, **KEPT})
             return plan, pieces(program, plan, micro, starts)
 
         known = None

@@ -22,6 +22,7 @@ from autopar.costmodel.explain import Bench, Verdict
 from autopar.costmodel.formula import Formula, formula
 from autopar.costmodel.tally import compute_seconds, movements, update_seconds
 from autopar.errors import ConstraintError, InfeasibleError, PlanError
+from autopar.given import check_plan
 from autopar.graph import FORWARD, Program, pattern
 from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import inner
@@ -96,7 +97,7 @@ def open_program(
         constraints = dict(plan.solver.get("constraints", {}))
     limit = memory_limit if memory_limit is not None else plan.predicted.get("memory_limit")
     free = plan.solver.get("outputs") == "free" or any(p.kind != "R" for s in plan.outputs.values() for p in s)
-    driver.check_plan(program, plan)
+    check_plan(program, plan)
     bench = Bench.open(program, plan, where, constraints=constraints, memory_limit=limit, free_outputs=free)
     return Opened(plan, program, where, constraints, limit, free, bench)
 
@@ -370,7 +371,7 @@ def solve_again(opened: Opened, *, constraints: Mapping[str, str], limit: float 
         input_specs=plan.inputs,
         output_specs="free" if opened.free_outputs else "replicated",
         optimizer=plan.optimizer,
-        recompute=plan.solver.get("recompute", True),
+        **{name: plan.solver.get(name, True) for name in ("recompute", "offload")},
         **kept,
     )
 
@@ -475,7 +476,7 @@ def formula_of(plan: Plan, device: str | None = None, tell: Tell = silent) -> Fo
     """
     refuse_stages(plan)
     first = rebuild(plan, tell)
-    driver.check_plan(first, plan)
+    check_plan(first, plan)
     target = targets.Target.from_dict(plan.target)
     built: dict[tuple[int, int], Program] = {(target.batch, target.seq): first}
 

@@ -1,36 +1,43 @@
-"""The program in which the backward computes again what the forward does not keep for it.
+"""The program in which the forward does not keep everything for the backward.
 
-A plan names ops of the forward (`Plan.saved`: "recompute"). Their results are not handed over: the backward gets its
-own copy of each such op, right before its first reader, from operands that are kept, or copied in their turn. All that
-comes later (layouts, prices, memory, passes) sees ordinary ops of the backward, whose communication and memory are
-those of any other; a parameter that is gathered again for the backward is gathered for them too.
+A plan names ops of the forward (`Plan.saved`) whose results are not handed over:
 
-A copy of a random op draws the same numbers: they depend on the step's seed and the op's own number, not on when it
-runs (`autopar/ops.py`).
+* "recompute": the backward gets its own copy of the op, right before its first reader, from operands that are kept, or
+  copied in their turn. A copy of a random op draws the same numbers: they depend on the step's seed and the op's own
+  number, not on when it runs (`autopar/ops.py`).
+* "offload": what the op makes waits on the host (`autopar/offload.py`): it is copied there as soon as it is made, and
+  fetched right before its first reader in the backward; passes start both copies early.
+
+All that comes later (layouts, prices, memory, passes) sees ordinary ops, whose communication and memory are those of
+any other; a parameter that is gathered again for the backward is gathered for copies too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from autopar.errors import PlanError
 from autopar.graph import BACKWARD, FORWARD, MOVES, Draft, Program, is_op, pattern
+from autopar.offload import FETCH, OFFLOAD
 
-#: What a plan may say of the result of an op of the forward that the backward reads: it is computed again, or kept, as
-#: all that is not named (of one layer, where a star says something else of all).
-RECOMPUTE, KEEP = "recompute", "keep"
-SAVED = (RECOMPUTE, KEEP)
+#: What a plan may say of the result of an op of the forward that the backward reads: it is computed again, it waits on
+#: the host, or it is kept, as all that is not named (of one layer, where a star says something else of all).
+RECOMPUTE, OFFLOADED, KEEP = "recompute", "offload", "keep"
+SAVED = (RECOMPUTE, OFFLOADED, KEEP)
 #: Programs that are kept of one.
 MOST = 4
-#: Ends the address of a copy.
-AGAIN = "~"
+#: Ends the address of a copy; and, with the number of the result, of what takes it to the host and brings it back.
+AGAIN, DOWN, UP = "~", ">", "<"
+_WAY = re.compile(rf"(?:{FORWARD}|{BACKWARD})(:.*)[{DOWN}{UP}](\d+)")
 
 
 def recomputed(program: Program, saved: Mapping[str, str]) -> Program:
-    """`program` with the backward's copies of the ops that `saved` names; the same program if it names none.
+    """`program` as `saved` has it: with the backward's copies and ways to the host; itself if that names nothing.
 
     saved: address of an op of the forward, exact or starred, -> one of SAVED.
 
@@ -43,7 +50,7 @@ def recomputed(program: Program, saved: Mapping[str, str]) -> Program:
     if key not in program.derived:
         while len(program.derived) >= MOST:  # a search tries many, and comes back to few
             del program.derived[next(iter(program.derived))]
-        program.derived[key] = _rewritten(program, _nodes(program, saved))
+        program.derived[key] = _rewritten(program, *_nodes(program, saved))
     return program.derived[key]
 
 
@@ -66,9 +73,21 @@ def original(address: str) -> str | None:
     return f"{FORWARD}{address.removeprefix(BACKWARD).removesuffix(AGAIN)}"
 
 
-def _nodes(program: Program, saved: Mapping[str, str]) -> set[fx.Node]:
+def way_of(address: str, index: int) -> tuple[str, str]:
+    """The addresses of what takes result `index` of an op of the forward to the host, and of what brings it back."""
+    return f"{address}{DOWN}{index}", f"{BACKWARD}{address.removeprefix(FORWARD)}{UP}{index}"
+
+
+def traveller(address: str) -> tuple[str, int] | None:
+    """The op, and the number of its result, that `address` takes to the host or brings back; None if it does not."""
+    found = _WAY.fullmatch(address)
+    return None if found is None else (f"{FORWARD}{found[1]}", int(found[2]))
+
+
+def _nodes(program: Program, saved: Mapping[str, str]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The ops to be computed again, and those whose results wait on the host."""
     unused = dict.fromkeys(saved)
-    found: set[fx.Node] = set()
+    found: dict[str, set[fx.Node]] = {how: set() for how in SAVED}
     for node in program.gm.graph.nodes:
         if not is_op(node) or node.meta["phase"] != FORWARD:
             continue
@@ -76,8 +95,9 @@ def _nodes(program: Program, saved: Mapping[str, str]) -> set[fx.Node]:
         key = address if address in saved else pattern(address)
         unused.pop(address, None)
         unused.pop(pattern(address), None)
-        if saved.get(key) == RECOMPUTE:
-            found.add(node)
+        how = saved.get(key, KEEP)
+        if how in found:
+            found[how].add(node)
     for address, how in saved.items():
         if how not in SAVED:
             raise PlanError(f"saved of {address} is {how!r}; it may be {', '.join(SAVED)}")
@@ -86,10 +106,10 @@ def _nodes(program: Program, saved: Mapping[str, str]) -> set[fx.Node]:
             f"saved names {next(iter(unused))!r}, which is no op of the forward of this program; those that there are "
             'stand under "choices" in the plan'
         )
-    return found
+    return found[RECOMPUTE], found[OFFLOADED]
 
 
-def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
+def _rewritten(program: Program, again: Collection[fx.Node], away: Collection[fx.Node]) -> Program:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     copies: dict[fx.Node, fx.Node] = {}  # node of the forward -> what the backward reads in its place
@@ -107,13 +127,18 @@ def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
             if top.op != "call_function" or (top.meta.get("phase") == BACKWARD and top not in early):
                 copies[top] = env[top]
                 continue
+            picked = not is_op(top)
+            maker: fx.Node = top.args[0] if picked else top  # type: ignore[assignment]
+            if maker in away and isinstance(top.meta["val"], torch.Tensor):
+                copies[top] = fetched(top, maker, int(top.args[1]) if picked else 0)  # type: ignore[call-overload]
+                stack.pop()
+                continue
             if top in early:
                 missing = [n for n in top.all_input_nodes if n not in copies]
                 stack += missing
                 if not missing:
                     env[top] = copies[top] = graph.node_copy(top, lambda n: copies[n])
                 continue
-            picked = not is_op(top)
             if not (picked or top in again or top.target in MOVES):
                 copies[top] = env[top]
                 continue
@@ -133,6 +158,21 @@ def _rewritten(program: Program, again: Collection[fx.Node]) -> Program:
                 made.meta["address"] = copy_of(top.meta["address"])
             copies[top] = made
         return copies[node]
+
+    def fetched(node: fx.Node, maker: fx.Node, index: int) -> fx.Node:
+        """What the backward has of a result that waits on the host."""
+        down, up = way_of(maker.meta["address"], index)
+        dense = torch.empty_like(node.meta["val"])
+        if node not in env:  # picked for the backward alone
+            with graph.inserting_after(env[maker]):
+                env[node] = graph.node_copy(node, lambda n: env[n])
+            env[node].meta["phase"] = FORWARD
+        with graph.inserting_after(env[node]):
+            sent = graph.create_node("call_function", OFFLOAD, (env[node],), {}, f"{node.name}_down")
+        sent.meta.update(node.meta, address=down, val=dense, phase=FORWARD)
+        back = graph.create_node("call_function", FETCH, (sent,), {}, f"{node.name}_up")
+        back.meta.update(node.meta, address=up, val=dense, phase=BACKWARD)
+        return back
 
     for node in program.gm.graph.nodes:
         if node in early:
@@ -160,4 +200,7 @@ def _early(program: Program) -> set[fx.Node]:
     return found
 
 
-__all__ = ["AGAIN", "KEEP", "RECOMPUTE", "SAVED", "copy_of", "original", "present", "recomputed"]
+__all__ = [
+    "AGAIN", "KEEP", "OFFLOADED", "RECOMPUTE", "SAVED", "copy_of", "original", "present", "recomputed", "traveller",
+    "way_of",
+]  # fmt: skip

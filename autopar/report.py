@@ -17,7 +17,7 @@ from rich.text import Text
 
 from autopar.graph import pattern
 from autopar.plan import Plan, Storage
-from autopar.recompute import RECOMPUTE
+from autopar.recompute import OFFLOADED, RECOMPUTE
 from autopar.rule import Choice
 from autopar.spec import Spec, format_spec
 
@@ -211,7 +211,7 @@ def show(plan: Plan) -> list[RenderableType]:
     # Text, not str: rich would take `[dp]` for markup.
     parts: list[RenderableType] = [Text(heading(plan)), layer_table(plan)]
     if plan.saved:
-        parts.append(Text(again_text(plan)))
+        parts.append(Text(kept_text(plan)))
     if plan.predicted:
         parts.append(Text(predicted_text(plan.predicted)))
     tried = plan.solver.get("meshes")
@@ -220,14 +220,21 @@ def show(plan: Plan) -> list[RenderableType]:
     return parts + [Text(f"note: {note}") for note in plan.notes]
 
 
-def again_text(plan: Plan) -> str:
-    """What the backward computes again, by module; a star stands for all layers but those named besides."""
-    modules: dict[str, list[str]] = {}
-    for address, how in plan.saved.items():
-        op = address.rpartition("/")[2].removesuffix("#0")
-        modules.setdefault(_module(address) or "(root)", []).append(op if how == RECOMPUTE else f"not {op}")
-    found = "; ".join(f"{m}: {', '.join(ops)}" for m, ops in modules.items())
-    return f"computed again in the backward: {found or 'nothing'}"
+def kept_text(plan: Plan) -> str:
+    """What is not kept for the backward, by module; a star stands for all layers but those named besides."""
+    lines = []
+    for kind, text in ((RECOMPUTE, "computed again in the backward"), (OFFLOADED, "waits on the host")):
+        stars = {address for address, how in plan.saved.items() if how == kind}
+        modules: dict[str, list[str]] = {}
+        for address, how in plan.saved.items():
+            op = address.rpartition("/")[2].removesuffix("#0")
+            if how == kind:
+                modules.setdefault(_module(address) or "(root)", []).append(op)
+            elif pattern(address) in stars:
+                modules.setdefault(_module(address) or "(root)", []).append(f"not {op}")
+        if modules:
+            lines.append(f"{text}: " + "; ".join(f"{m}: {', '.join(ops)}" for m, ops in modules.items()))
+    return "\n".join(lines) or "everything is kept for the backward"
 
 
 def heading(plan: Plan) -> str:

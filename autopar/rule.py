@@ -219,6 +219,19 @@ class BoundRule:
         return None
 
 
+def following(bound: BoundRule, spec: Sequence[Placement]) -> tuple[Choice, ...]:
+    """The choices of an op of one operand, element by element, that take it as it lies; whole where it cannot be so."""
+    found = []
+    for place in spec:
+        choice: Choice | None = WHOLE
+        if place.kind == "P" and place.reduce == "sum" and bound.rule.linear:
+            choice = Choice(through=0)
+        elif place.kind == "S":
+            choice = bound.factor_at(bound.ins[0], place.dim, place.outer)
+        found.append(choice or WHOLE)
+    return tuple(found)
+
+
 def bind(
     rule: Rule, in_shapes: Sequence[Sequence[int] | None], out_shapes: Sequence[Sequence[int] | None]
 ) -> BoundRule:

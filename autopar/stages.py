@@ -335,7 +335,9 @@ def _lower(
     title = "-".join(map(str, (f"stage{stage.index}", *place.coordinates)))
 
     def done(gm: torch.fx.GraphModule, what: str) -> torch.fx.GraphModule:
-        gm, _ = passes.finish(gm, mesh, place.coordinates, place.group_names, f"{what}-{title}", eager, target)
+        gm, _ = passes.finish(
+            gm, mesh, place.coordinates, place.group_names, f"{what}-{title}", eager, target, plan.copies
+        )
         return passes.boxed(gm) if eager else gm
 
     early = [s for s in program.sources if s.phase == FORWARD]

@@ -31,6 +31,7 @@ from autopar import driver, shrink, targets
 from autopar.capture import capture
 from autopar.costmodel.adapt import Adapted, adapt
 from autopar.errors import AutoparError, PlanError
+from autopar.given import check_plan
 from autopar.graph import Program, op_name
 from autopar.mesh import Mesh
 from autopar.pipeline.plans import inner
@@ -210,10 +211,10 @@ def _check(plan: Plan, target: targets.Target) -> None:
     """Raise unless the plan is for this model, and legal."""
     whole = targets.build(target)
     if plan.pipeline is None:
-        driver.check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
+        check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
         return
     micro = driver.micro_program(whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro)
-    driver.check_plan(micro, inner(plan))
+    check_plan(micro, inner(plan))
 
 
 def _adapted(

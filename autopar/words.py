@@ -15,7 +15,7 @@ from autopar.costmodel.formula import Formula
 from autopar.costmodel.tally import Movement
 from autopar.plan import Plan, Storage
 from autopar.questions import Bill, Explanation, Opened, Rival, Subject, star_name
-from autopar.report import Layer, again_text, bytes_, choice_words, layers, plain_table, seconds, strategy
+from autopar.report import Layer, bytes_, choice_words, kept_text, layers, plain_table, seconds, strategy
 from autopar.rule import Choice
 from autopar.spec import format_spec
 
@@ -341,7 +341,7 @@ def diff_table(a: Plan, b: Plan, names: tuple[str, str]) -> list[RenderableType]
             table.add_row("\n".join(modules) if number == 0 else "", what, x, y)
     rows: list[RenderableType] = [table] if grouped else []
     if dict(a.saved) != dict(b.saved):
-        rows += [Text(f"{name} {again_text(plan)}") for name, plan in zip(names, (a, b))]
+        rows += [Text(f"{name} {kept_text(plan)}") for name, plan in zip(names, (a, b))]
     return rows or [Text("the same decisions in every module")]
 
 

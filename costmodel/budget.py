@@ -1,7 +1,7 @@
-"""The search under a limit of bytes: placement, and what the backward computes again, together.
+"""The search under a limit of bytes: placement, what the backward computes again and what waits on the host, together.
 
-Without a limit nothing is computed twice. Where the quickest plan does not fit, memory can be had in two ways: by
-cutting more (`costmodel.sweep`, with the limit) and by keeping less (`costmodel.remat_search`). The plans of a ladder
+Without a limit everything is kept. Where the quickest plan does not fit, memory can be had in two ways: by cutting more
+(`costmodel.sweep`, with the limit) and by keeping less (`costmodel.remat_search`). The plans of a ladder
 of limits, from none to the one asked for, each keep less until they fit; the simulated step decides between them. The
 best is then planned once more with its copies in the program, where they are ops like any other.
 """
@@ -33,8 +33,9 @@ class Budget:
 
     Attributes:
         search: a search for a limit; None: without one. orders: of the mesh axes.
-        again: the plan for a program whose backward computes again what the mapping says, or None.
-        deadline: of `time.perf_counter`. recompute: whether anything may be computed again.
+        again: the best plan for the program that keeps as little as that of a plan, or None.
+        deadline: of `time.perf_counter`. recompute, offload: whether anything may be computed again, and wait on the
+            host.
     """
 
     program: Program
@@ -46,9 +47,10 @@ class Budget:
     deadline: float
     orders: list[list[int]]
     search: Callable[[float | None], Search]
-    again: Callable[[Mapping[str, str]], Found | None]
+    again: Callable[[Plan], Found | None]
     progress: Callable[[str, float], None]
     recompute: bool
+    offload: bool
 
     def run(self, hopeful: bool) -> Found | None:
         """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
@@ -56,7 +58,7 @@ class Budget:
             return self.search(None).run(self.orders)
         search = self.search(self.limit)
         found = search.run(self.orders) if hopeful else None
-        if not self.recompute or not hopeful or (found is not None and not search.binding):
+        if not self._keeps_less() or not hopeful or (found is not None and not search.binding):
             return found  # the last: of a limit that is no matter
         free = self.search(None).run(self.orders)
         assert free is not None  # without a limit there is always a plan
@@ -77,7 +79,7 @@ class Budget:
             if kept is not None and (found is None or _quicker(kept, found)):
                 found = kept
         if found is not None and found.plan.saved and self._divisible() and not self._late():
-            better = self._again(found.plan.saved)
+            better = self._again(found.plan)
             if better is not None and better.peak <= self.limit and _quicker(better, found):
                 found = better
         return found
@@ -89,7 +91,7 @@ class Budget:
     def smallest(self) -> Found:
         """About the least memory that any plan needs, with what can be computed again."""
         least = self.least()
-        if not self.recompute or (self.limit is not None and least.peak <= self.limit):
+        if not self._keeps_less() or (self.limit is not None and least.peak <= self.limit):
             return least
         try:
             found = self._rematerialiser(least).smallest()
@@ -101,10 +103,10 @@ class Budget:
         found = self.search(limit).run(self.orders)
         return [] if found is None else [found]
 
-    def _again(self, saved: Mapping[str, str]) -> Found | None:
+    def _again(self, like: Plan) -> Found | None:
         """Planned once more; None where what the user pins, or the time that is left, allows no answer to that."""
         try:
-            return self.again(saved)
+            return self.again(like)
         except (ConstraintError, SolverError):
             return None
 
@@ -121,8 +123,13 @@ class Budget:
 
     def _rematerialiser(self, base: Found) -> Rematerialiser:
         return Rematerialiser(
-            self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, self.deadline
+            self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, self.deadline,
+            self.recompute, self.offload,
         )  # fmt: skip
+
+    def _keeps_less(self) -> bool:
+        """Whether anything need not be kept."""
+        return self.program.training and (self.recompute or (self.offload and self.device.host is not None))
 
     def _divisible(self) -> bool:
         return any(self.orders)

@@ -85,6 +85,7 @@ class Device:
     measured: Measured | None = None
     inside: Mapping[str, Link] = field(default_factory=dict)  # links of axes, if they are known (`part`)
     beside: float = 0.0  # seconds that computation loses for each in which communication runs beside it
+    host: Link | None = None  # to the host's memory, each way; None: there is none apart from the device's
 
     @property
     def weights_from(self) -> float | None:
@@ -150,8 +151,8 @@ class Device:
 #: network (nccl/src/include/tuning.h, hwLat and baseLat); ours lie between hop and call.
 #: Matmul: 0.65 of the dense peak is what large bf16 GEMMs reach on H100 (Llama 3 report, arXiv 2407.21783, table 4: 38
 #: to 43 % of whole steps, GEMMs alone well above). Memory: 0.8 of the peak, as BabelStream's triad at kernel size.
-#: Launch: 4 us from the host to a running kernel.
-_LINK, _FAST_S, _SLOW_S = 0.8, 5e-6, 12e-6
+#: Launch: 4 us from the host to a running kernel. A copy to or from pinned memory: assumed 10 us before it runs.
+_LINK, _FAST_S, _SLOW_S, _HOST_S = 0.8, 5e-6, 12e-6, 10e-6
 
 
 def _gpu(
@@ -164,14 +165,16 @@ def _gpu(
     fast: float,
     slow: float,
     node: int = 8,
+    host: float = 63e9,
 ) -> Device:
     flops = {"bfloat16": half, "float16": half, "float32": single, "float64": double}
     links = Link(fast * _LINK, _FAST_S), Link(slow * _LINK, _SLOW_S)
     # PyTorch's caching allocator rounds to 512 bytes, and to 2 MiB blocks: a few percent of a training step.
-    return Device(name, flops, bandwidth, gb * 1e9, *links, node, slack=0.02)
+    return Device(name, flops, bandwidth, gb * 1e9, *links, node, slack=0.02, host=Link(host * _LINK, _HOST_S))
 
 
-#: PCI Express 4.0 x16: 16 GT/s, 16 lanes, 128b/130b coding (PCI-SIG base specification 4.0): 31.5 GB/s each way.
+#: PCI Express 4.0 x16: 16 GT/s, 16 lanes, 128b/130b coding (PCI-SIG base specification 4.0): 31.5 GB/s each way; 5.0
+#: has twice that. To the host every GPU of these systems has such a link of its own.
 _PCIE4 = 31.5e9
 
 #: float32 is the plain (not TF32) rate: torch's default. Links are one way: half of what data sheets add up.
@@ -180,7 +183,7 @@ DEVICES: dict[str, Device] = {
     for d in (
         # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOPS bf16, 19.5 fp32 and fp64 tensor, 2039 GB/s, NVLink 600 GB/s
         # both ways; DGX A100 guide: one 200 Gb/s HDR port per GPU.
-        _gpu("a100", 312e12, 19.5e12, 19.5e12, 2.039e12, 80, 300e9, 25e9),
+        _gpu("a100", 312e12, 19.5e12, 19.5e12, 2.039e12, 80, 300e9, 25e9, host=_PCIE4),
         # NVIDIA H100 SXM data sheet (2023): 989 bf16, 67 fp32 and fp64 tensor, 3.35 TB/s, NVLink 900 GB/s; DGX H100
         # guide: one 400 Gb/s NDR port per GPU.
         _gpu("h100", 989e12, 67e12, 67e12, 3.35e12, 80, 450e9, 50e9),
@@ -198,10 +201,10 @@ DEVICES: dict[str, Device] = {
         _gpu("mi300x", 1307e12, 163.4e12, 163.4e12, 5.3e12, 192, 448e9, 50e9),
         # NVIDIA Ada architecture whitepaper (2022): 165 bf16 with fp32 accumulation, 82.6 fp32, 1.3 fp64, 1008 GB/s;
         # PCIe 4.0 x16, no NVLink; 100 Gb/s Ethernet assumed between nodes.
-        _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, _PCIE4, 12.5e9),
+        _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, _PCIE4, 12.5e9, host=_PCIE4),
         # NVIDIA L4 data sheet (2023): 121 bf16 dense, 30.3 fp32, 300 GB/s; fp64 a 64th of fp32 (Ada whitepaper);
         # PCIe 4.0 x16; 100 Gb/s Ethernet assumed between nodes.
-        _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, _PCIE4, 12.5e9),
+        _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, _PCIE4, 12.5e9, host=_PCIE4),
         # One process of a small machine over gloo: assumed orders of magnitude, there is no data sheet for "a CPU";
         # `autopar calibrate` measures this machine.
         Device(

@@ -15,6 +15,7 @@ import torch
 from autopar.costmodel.fold import Fold
 from autopar.costmodel.items import Items, Meta, Tensor
 from autopar.graph import BACKWARD, FORWARD, LOOKS, MOVES, VIEWS
+from autopar.offload import OFFLOAD
 
 aten = torch.ops.aten
 #: Operand number that stands for "the gradient of this parameter", read at the parameter's storage.
@@ -92,6 +93,7 @@ def kept_of(fold: Fold) -> list[Kept]:
         base = root[tensor]
         maker = items.items[base.item]
         kept = items.items[tensor.item].phase == FORWARD and maker.kind == "op" and not maker.constant
+        kept = kept and (maker.node is None or maker.node.target is not OFFLOAD)  # that is on the host
         if kept and _readers(fold, tensor):
             families.setdefault(base, {}).setdefault(items.meta(tensor).shape, []).append(tensor)
     groups: dict[tuple[Meta, frozenset[Reader], float], int] = {}

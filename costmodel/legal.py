@@ -11,8 +11,9 @@ from autopar.costmodel.items import Item, Items, items_of
 from autopar.costmodel.memory import OPTIMIZERS
 from autopar.errors import PlanError, RuleError
 from autopar.graph import Program, pattern
+from autopar.offload import HOSTED
 from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
-from autopar.rule import BoundRule, Choice
+from autopar.rule import WHOLE, BoundRule, Choice, following
 from autopar.spec import Placement, R, Shape, Spec, format_placements, is_valid, layout
 
 valid = lru_cache(maxsize=1 << 18)(is_valid)
@@ -86,7 +87,8 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
             outs.append(outs[like[item.index]])
             continue
         if item.kind == "op":
-            rule, row = items.rule(item), tuple(plan.choice(item.name))
+            rule = items.rule(item)
+            row = _row(item, rule, plan, outs)
             op = known.get((id(rule), row))
             if op is None:
                 op = known[id(rule), row] = _checked(item, rule, row, plan)
@@ -110,6 +112,21 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
         _check_layouts(item, found, plan)
         _check_partial(item, _partial(found[0], sizes), outs, plan)
     return Specs(ins, outs)
+
+
+def row_of(items: Items, plan: Plan, specs: Specs, item: Item) -> tuple[Choice, ...]:
+    """What an op does on every axis of more than one device."""
+    row = _row(item, items.rule(item), plan, specs.outs)
+    return tuple(c if n > 1 else WHOLE for c, n in zip(row, plan.mesh.sizes))
+
+
+def _row(item: Item, rule: BoundRule, plan: Plan, outs: Sequence[tuple[Spec, ...]]) -> tuple[Choice, ...]:
+    """The choices of an op: what waits on the host lies there as it was made, unless the plan names it."""
+    assert item.node is not None
+    if item.node.target in HOSTED and plan.named(item.name) is None:
+        (operand,) = item.ins
+        return following(rule, outs[operand.item][operand.index])
+    return tuple(plan.choice(item.name))
 
 
 class _OpSpecs(NamedTuple):

@@ -7,6 +7,7 @@ Buckets and the window of gathers started ahead are those of `passes/bucket.py` 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from autopar.costmodel.items import Items
@@ -83,8 +84,8 @@ class Steps:
         pieces, backward = _pieces(forward, backward)
         self.saved, again = _cut([*forward, *pieces], backward, tape.grads)
         cuts = _makers(self.saved, pieces)
-        self.forward = ahead(_behind_operands(forward, cuts), AHEAD_BYTES, cuts)
-        self.backward = ahead(_late_as_possible(again, backward), AHEAD_BYTES)
+        self.forward = _landed(ahead(_behind_operands(forward, cuts), AHEAD_BYTES, tape.copies, cuts), tape.copies)
+        self.backward = ahead(_late_as_possible(again, backward), AHEAD_BYTES, tape.copies)
 
     def peak(self, scratch: float, look: Look | None = None) -> dict[str, float]:
         """The largest sum over forward, backward and update, by kind; `scratch`: of the update, in largest pieces."""
@@ -153,6 +154,22 @@ def _walk(
                 totals[buffer.kind] -= buffer.size
                 now -= buffer.size
     return best
+
+
+def _landed(events: list[Event], copies: int) -> list[Event]:
+    """The events with the ends of copies to the host, until which what is copied is held.
+
+    Of `copies` that are on their way the oldest ends behind the start of the next one; what is left at the end.
+    """
+    out: list[Event] = []
+    leaving: deque[Event] = deque()
+    for event in events:
+        out.append(event)
+        if event.down:
+            leaving.append(event)
+            if len(leaving) > copies:
+                out.append(Event(leaving.popleft().outs, ()))
+    return [*out, *(Event(e.outs, ()) for e in leaving)]
 
 
 # ---- buckets -------------------------------------------------------------------------------------------------------

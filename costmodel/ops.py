@@ -19,6 +19,7 @@ from autopar.costmodel.devices import Machine
 from autopar.costmodel.items import Item, Items
 from autopar.costmodel.legal import op_specs
 from autopar.graph import VIEWS, op_name
+from autopar.offload import HOSTED
 from autopar.rule import BoundRule, Choice
 from autopar.spec import Spec, local_shape
 
@@ -109,6 +110,9 @@ class Compute:
         sizes, device = self.machine.mesh.sizes, self.machine.device
         rule = self.items.rule(item)
         seconds = self._inner(item, rule, row)
+        if item.node.target in HOSTED and device.host is not None:
+            size = sum(_bytes(m, s, sizes) for m, s in zip(item.outs, op_specs(rule, row)[1]) if m is not None)
+            return device.host.latency + size / device.host.bandwidth
         if item.node.target in VIEWS:
             return seconds + (device.measured.view if device.measured else 0.0)
         ins, outs = op_specs(rule, row)

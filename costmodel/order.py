@@ -1,7 +1,8 @@
 """The order in which a rank runs the events of one phase: gathers ahead of their first use, as `passes/overlap.py`.
 
 A gather or all-to-all starts as soon as its operand exists, with the moves that pack it, nearest use first, while what
-flies fits the window; what unpacks it stands right before its first reader. Everything else keeps its order.
+flies fits the window; what unpacks it stands right before its first reader. So does a copy from the host, of which so
+many are on their way as the plan says. Everything else keeps its order.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ class _Start:
     missing: int = 0
 
 
-def ahead(events: Sequence[Event], window: float, at_once: Collection[Event] = ()) -> list[Event]:
+def ahead(events: Sequence[Event], window: float, copies: int, at_once: Collection[Event] = ()) -> list[Event]:
     """The events in the order described above.
 
-    window: bytes of results that may fly, two are always allowed. at_once: run as soon as their operands exist.
+    window: bytes of results that may fly, two are always allowed. copies: as of the plan. at_once: run as soon as their
+    operands exist.
     """
-    return _Order(events, window, at_once).run() if any(e.ahead for e in events) else list(events)
+    if not any(e.ahead or e.up for e in events):
+        return list(events)
+    return _Order(events, window, copies, at_once).run()
 
 
 class _Order:
-    def __init__(self, events: Sequence[Event], window: float, at_once: Collection[Event]) -> None:
-        self.events, self.window, self.at_once = events, window, frozenset(at_once)
+    def __init__(self, events: Sequence[Event], window: float, copies: int, at_once: Collection[Event]) -> None:
+        self.events, self.window, self.copies, self.at_once = events, window, copies, frozenset(at_once)
         self.maker: dict[Buffer, Event] = {}
         for event in events:
             for x in event.outs:
@@ -50,10 +54,12 @@ class _Order:
         self.position = {e: i for i, e in enumerate(events)}
         self.placed: dict[Event, None] = {}
         self.flying: dict[Event, float] = {}
+        self.coming: set[Event] = set()  # copies from the host
         self.ready: list[_Start] = []
+        self.ready_up: list[_Start] = []
         self.waiting: dict[Buffer, list[_Start]] = {}
         self.lazy = self._lazy()
-        self.starts = [self._start(e, i) for i, e in enumerate(events) if e.ahead]
+        self.starts = [self._start(e, i) for i, e in enumerate(events) if e.ahead or e.up]
         self.inside = {e for s in self.starts for e in (*s.moves, s.event)}
         self._first_uses()
         for start in self.starts:
@@ -80,7 +86,8 @@ class _Order:
         for event in self.events:
             makers = [self.maker.get(x) for x in event.ins]
             moves = bool(event.outs) and all(x.free or x.alias for x in event.outs) and not event.lands
-            if moves and any(m is not None and (m.ahead or m in found) for m in makers) and not event.ahead:
+            brought = any(m is not None and (m.ahead or m.up or m in found) for m in makers)
+            if moves and brought and not (event.ahead or event.up):
                 found.add(event)
         return found
 
@@ -93,7 +100,7 @@ class _Order:
             maker = self.maker.get(x)
             if maker is None:
                 continue
-            free = all(y.free or y.alias for y in maker.outs) and not maker.ahead and not maker.lands
+            free = all(y.free or y.alias for y in maker.outs) and not (maker.ahead or maker.up or maker.lands)
             own = all(r is event or r in moves for y in maker.outs for r in self.readers.get(y, ()))
             if free and (own or maker in self.lazy):
                 if own:
@@ -115,7 +122,7 @@ class _Order:
             start.first_use = min((first.get(x, math.inf) for x in start.event.outs), default=math.inf)
 
     def _open(self, start: _Start) -> None:
-        bisect.insort(self.ready, start, key=lambda s: (s.first_use, s.at))
+        bisect.insort(self.ready_up if start.event.up else self.ready, start, key=lambda s: (s.first_use, s.at))
 
     def _go(self) -> None:
         """Start what is ready, nearest use first, while it fits."""
@@ -123,10 +130,13 @@ class _Order:
             start = self.ready[0]
             if start.event not in self.placed:
                 if len(self.flying) >= TWO and sum(self.flying.values()) + start.size > self.window:
-                    return
+                    break
                 self._place(start.event)
             if self.ready and self.ready[0] is start:
                 self.ready.pop(0)
+        while self.ready_up and len(self.coming) < self.copies:
+            start = self.ready_up.pop(0)
+            self._place(start.event)
 
     def _place(self, event: Event) -> None:
         stack = [event]
@@ -148,8 +158,11 @@ class _Order:
         self.placed[event] = None
         for x in event.ins:
             maker = self.maker.get(x)
-            if maker is not None and maker in self.flying:
-                del self.flying[maker]
+            if maker is not None:
+                self.flying.pop(maker, None)
+                self.coming.discard(maker)
+        if event.up:
+            self.coming.add(event)
         if event.ahead:
             self.flying[event] = sum(x.size for x in event.outs)
         for x in event.outs:

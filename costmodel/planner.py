@@ -31,6 +31,7 @@ from autopar.costmodel.sweep import Found, Search, experts
 from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
+from autopar.offload import COPIES
 from autopar.plan import Plan, Storage
 from autopar.plan import fold as fold_choices
 from autopar.rule import Choice
@@ -62,6 +63,7 @@ def plan(
     storage: Mapping[str, Storage] | None = None,
     choices: Mapping[str, Sequence[Choice]] | None = None,
     recompute: bool = True,
+    offload: bool = True,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -81,7 +83,8 @@ def plan(
         storage: where parameters lie already, by name: they stay there.
         choices: what ops do already, by address, one choice per axis: they keep doing it.
         recompute: whether the backward may compute again what the forward need not keep then, where that takes less
-            time than cutting more; False: everything that it reads is kept.
+            time than cutting more; False: nothing is computed twice.
+        offload: whether what the backward reads may wait on the host, likewise, on a device that has one.
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -106,6 +109,7 @@ def plan(
             dict(storage or {}),
             {address: tuple(row) for address, row in (choices or {}).items()},
             recompute,
+            offload,
             time_limit,
             progress or (lambda what, done: None),
         ).run()
@@ -155,9 +159,11 @@ class _Planner:
     storage: dict[str, Storage]
     choices: dict[str, tuple[Choice, ...]]
     recompute: bool
+    offload: bool
     time_limit: float
     progress: Progress
     saved: Mapping[str, str] = field(default_factory=dict)
+    copies: int = COPIES
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("fold", "layouts", "build", "solve", "price"), 0.0)
     )
@@ -236,13 +242,16 @@ class _Planner:
     def _budget(self, orders: list[list[int]]) -> Budget:
         return Budget(
             self.program, self.where.device, self.links, self.prices.policy, self.fold, self.memory_limit,
-            self.deadline, orders, self.search, lambda saved: self._again(saved, orders), self.progress,
-            self.recompute and self.program.training,
+            self.deadline, orders, self.search, lambda like: self._again(like, orders), self.progress,
+            self.recompute, self.offload,
         )  # fmt: skip
 
-    def _again(self, saved: Mapping[str, str], orders: list[list[int]]) -> Found | None:
-        """The best plan within the limit for the program whose backward computes again what `saved` says."""
-        other = replace(self, saved=dict(saved), progress=lambda what, done: None, seconds=dict(self.seconds))
+    def _again(self, like: Plan, orders: list[list[int]]) -> Found | None:
+        """The best plan within the limit for the program that keeps as little as that of a plan."""
+        other = replace(
+            self, saved=dict(like.saved), copies=like.copies, progress=lambda what, done: None,
+            seconds=dict(self.seconds),
+        )  # fmt: skip
         other.prepare()
         other.deadline = self.deadline
         return other.search(self.memory_limit).run(orders)
@@ -293,6 +302,7 @@ class _Planner:
             outputs=outputs,
             optimizer=self.optimizer,
             saved=self.saved,
+            copies=self.copies,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -315,8 +325,7 @@ class _Planner:
         }
         if self.constraints:
             solver["constraints"] = dict(self.constraints)
-        if not self.recompute:
-            solver["recompute"] = False
+        solver.update({name: False for name in ("recompute", "offload") if not getattr(self, name)})
         assert best.price is not None
         predicted = {**figures(best.price, best.timeline), "device": self.where.device.name}
         if self.memory_limit is not None:
@@ -331,6 +340,7 @@ class _Planner:
             outputs=p.outputs,
             optimizer=p.optimizer,
             saved=p.saved,
+            copies=p.copies,
             predicted=predicted,
             solver=solver,
             notes=tuple(

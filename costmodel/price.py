@@ -13,15 +13,14 @@ from typing import Any
 
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.devices import Device, Link, machine
-from autopar.costmodel.items import Item, Items, items_of
-from autopar.costmodel.legal import Specs, plan_specs, storage_of
+from autopar.costmodel.items import Items, items_of
+from autopar.costmodel.legal import Specs, plan_specs, row_of, storage_of
 from autopar.costmodel.liveness import peak
 from autopar.costmodel.lower import bring_seconds
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.graph import Program
 from autopar.plan import Plan
-from autopar.rule import WHOLE
 from autopar.spec import R
 
 
@@ -94,7 +93,7 @@ class _Pricer:
         compute = 0.0
         for item in self.items.items:
             if item.kind == "op":
-                compute += self.compute.seconds(item, self._row(item))
+                compute += self.compute.seconds(item, row_of(self.items, self.plan, self.specs, item))
         comm, counts = self._comm()
         device = self.compute.machine.device
         update = sum(
@@ -104,9 +103,6 @@ class _Pricer:
         )
         memory = peak(self.items, self.plan, self.specs, self.policy, device.slack, device.gloo, device.weights_from)
         return Price(compute, comm, update, memory, sum(memory.values()), dict(sorted(counts.items())))
-
-    def _row(self, item: Item) -> tuple[Any, ...]:
-        return tuple(c if n > 1 else WHOLE for c, n in zip(self.plan.choice(item.name), self.plan.mesh.sizes))
 
     def _comm(self) -> tuple[float, Counter[str]]:
         """Every distinct (tensor, wanted spec) once; twice for a parameter gathered twice and read in both phases."""

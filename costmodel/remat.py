@@ -1,21 +1,25 @@
-"""What the backward computes again, for one plan: an integer program over the classes of a folded program.
+"""What the forward does not keep, for one plan: an integer program over the classes of a folded program.
 
-For an op c of the forward: r[c] = 1 if the backward has a copy of it (`autopar.recompute`). For a value v that an op
-makes, or that has been brought to another spec: need[v] = 1 if the backward reads it, k[v] = 1 if the forward keeps it
-for that. With n members in a class, s seconds of an op and d of bringing a value to a spec:
+For an op c of the forward: r[c] = 1 if the backward has a copy of it, h[c] = 1 if what it makes waits on the host
+(`autopar.recompute`). For a value v that an op makes, or that has been brought to another spec: need[v] = 1 if the
+backward reads it, k[v] = 1 if the forward keeps it for that. With n members in a class, s seconds of an op, d of
+bringing a value to a spec, w of a way to or from the host, and F and B seconds of computation in the two halves:
 
     (1)  need[v] = 1                                                  of what an op of the backward reads
     (2)  need[v] >= r[c]                                              of what a copied op reads
-    (3)  k[v] >= need[v] - r[c]                                       of what c makes: kept, or made again
-    (4)  m[v] >= need[v] + r[c] - 1                                   and brought to its spec again, if it was moved
+    (3)  k[v] >= need[v] - r[c] - h[c]                                of what c makes: kept, made again, or fetched
+    (4)  m[v] >= need[v] + r[c] + h[c] - 1                            and brought to its spec again, if it was moved
     (5)  fixed(t) + sum_v size (a0(t) + (a1(t) - a0(t)) k + (a2(t) - a0(t)) (need - k)) <= limit    at every moment t
-    min  sum_c n s r + sum_v n d m
+    (6)  r[c] + h[c] <= 1
+    (7)  e >= sum_c n w h - u F,  f >= sum_c n w h - u (B + sum_c n s r)    what is waited for
+    min  sum_c n s r + sum_v n d m + e + f
 
 Moves (views, casts) cost nothing: they are made again from what they read, or kept where that takes less. The moments
 of (5) are those of a step that keeps everything. Of the members of v, a1(t) are alive at t if it is kept, a2(t) if it
-is made again, a0(t) if the backward needs it in no way; fixed(t) is the rest. That is exact but for where copies run:
-right before their first reader, which depends on what else is copied; it is taken from the last answer. So the program
-is solved a few times, and `costmodel.remat_search` measures each answer on the program that it makes.
+is made again or fetched, a0(t) if the backward needs it in no way; fixed(t) is the rest. That is exact but for tensors
+on their way, and for where copies run: right before their first reader, which depends on what else is copied; it is
+taken from the last answer. So the program is solved a few times, and `costmodel.remat_search` measures each answer on
+the program that it makes.
 
 Sources: Jain et al., "Checkmate" (2020), for rematerialisation as an integer program; here the backward runs once, in
 order, so that a copy has one place, and the program does not grow with the square of the graph.
@@ -52,6 +56,16 @@ GAP, SECONDS = 1e-3, 10.0
 TIE, LEAST = 1e-2, 1e6
 #: Of the members of a class, whose moments have a row.
 ENDS = (0.0, 0.5, 1.0)
+#: Part of the computation of a half of the step that ways to and from the host can hide behind, until a simulation has
+#: shown it: they begin late, end early, and come in bursts.
+USABLE, LEAST_USABLE = 0.8, 0.3
+
+
+class Chosen(NamedTuple):
+    """Classes of ops: those of which the backward has copies, and those whose results wait on the host."""
+
+    again: frozenset[int] = frozenset()
+    away: frozenset[int] = frozenset()
 
 
 class Version(NamedTuple):
@@ -84,12 +98,15 @@ class Remat:
     """The program of one plan, of which everything but the limit and the places of copies is known.
 
     Attributes:
-        classes: those of the forward that compute: what may be copied.
+        classes: those of the forward that compute: what may be copied, or wait on the host.
+        hosts: whether anything may wait there. usable: u of (7).
     """
 
     def __init__(self, items: Items, folded: Fold, plan: Plan, specs: Specs, compute: Compute, comm: Comm, tape: Tape):
         self.items, self.fold, self.plan, self.specs = items, folded, plan, specs
         self.compute, self.comm, self.tape = compute, comm, tape
+        self.hosts = compute.machine.device.host is not None
+        self.usable = USABLE
         self.sizes = plan.mesh.sizes
         self.walk = Steps(tape)
         self.totals: list[float] = []
@@ -119,21 +136,25 @@ class Remat:
                     likely[version] = spans[version]
         self.likely = likely
 
-    def solve(self, limit: float | None, copied: Collection[int]) -> tuple[frozenset[int], float] | None:
-        """The classes to copy so that at most `limit` bytes come and go, and how many then do; None if there are none.
+    def solve(
+        self, limit: float | None, copied: Collection[int], copies: bool, hosts: bool
+    ) -> tuple[Chosen, float] | None:
+        """What not to keep so that at most `limit` bytes come and go, and how many then do; None if there is no way.
 
-        limit: None: so that as few as possible do. copied: the classes by which it is judged where copies run.
+        limit: None: so that as few as possible do. copied: the classes by which it is judged where copies run. copies,
+        hosts: whether anything may be copied, and wait on the host.
         """
         if limit is None:  # as few as possible, and of those that are about as few the quickest
-            program = _Program(self, copied, None)
+            program = _Program(self, copied, None, copies, hosts)
             values = solve_linear(program.linear, SECONDS, GAP)
             assert values is not None  # everything may be kept
             limit = program.most(values) * (1 + GAP)
-        program = _Program(self, copied, limit)
+        program = _Program(self, copied, limit, copies, hosts)
         values = solve_linear(program.linear, SECONDS, GAP)
         if values is None:
             return None
-        return frozenset(c for c, column in program.copy.items() if values[column] > 0.5), program.most(values)
+        again, away = (frozenset(c for c, col in cols.items() if values[col] > 0.5) for cols in program.decided)
+        return Chosen(again, away), program.most(values)
 
     # ---- what is read where ------------------------------------------------------------------------------------
 
@@ -264,6 +285,40 @@ class Remat:
         row = tuple(c if n > 1 else WHOLE for c, n in zip(self.plan.choice(item.name), self.sizes))
         return self.compute.seconds(item, row)
 
+    def sent(self, cls: int) -> float:
+        """Seconds of one way between device and host of what a member of a class makes for the backward."""
+        host = self.compute.machine.device.host
+        assert host is not None
+        mine = [m[0] for v, m in self.members.items() if v.tensor.item == cls and v.spec == self.home(m[0].tensor)]
+        return sum(host.latency + self.size(v) / host.bandwidth for v in mine if self.lives[v].last >= 0)
+
+    def halves(self) -> tuple[float, float]:
+        """Seconds of computation of forward and backward."""
+        found = [0.0, 0.0]
+        for cls, members in enumerate(self.fold.members):
+            item = self.fold.first(cls)
+            if item.kind == "op":
+                found[item.phase == BACKWARD] += self.seconds(cls) * len(members)
+        return found[0], found[1]
+
+    def learn(self, chosen: Chosen, exposed: float) -> None:
+        """Fit `usable` so that the program's seconds of waiting for the host are those that were simulated."""
+        ways = sum(self.sent(c) * len(self.fold.members[c]) for c in chosen.away)
+        forward, backward = self.halves()
+        backward += sum(self.seconds(c) * len(self.fold.members[c]) for c in chosen.again)
+
+        def told(usable: float) -> float:
+            return max(0.0, ways - usable * forward) + max(0.0, ways - usable * backward)
+
+        low, high = (0.0, 1.0) if told(self.usable) < exposed else (self.usable, 1.0)
+        for _ in range(20):
+            mid = (low + high) / 2
+            if told(mid) > exposed:
+                low = mid
+            else:
+                high = mid
+        self.usable = max(high, LEAST_USABLE) if low else self.usable
+
     def moved(self, version: Version) -> float | None:
         """Seconds to bring a version to its spec; None if it is made there."""
         home = self.home(version.tensor)
@@ -304,7 +359,9 @@ class Remat:
 class _Program:
     """Columns and rows, with the numbers of the equations above."""
 
-    def __init__(self, remat: Remat, copied: Collection[int], limit: float | None) -> None:
+    def __init__(
+        self, remat: Remat, copied: Collection[int], limit: float | None, copies: bool, hosts: bool
+    ) -> None:  # fmt: skip
         self.remat, self.limit = remat, limit
         self.linear = Linear()
         self.scale = 1e3 / max(sum(remat.seconds(c) * len(remat.fold.members[c]) for c in remat.classes), 1e-12)
@@ -312,6 +369,12 @@ class _Program:
             c: self.linear.column(remat.seconds(c) * len(remat.fold.members[c]) * self.scale, binary=True)
             for c in remat.classes
         }
+        self.away: dict[int, int] = {}
+        self.decided = self.copy, self.away
+        if hosts and remat.hosts:
+            self._hosted()
+        for column in () if copies else self.copy.values():
+            self.linear.row({column: 1.0}, 0.0, 0.0)
         self.free = {c: self.linear.column() for c in remat.reads if c not in self.copy}
         self.need = {v: self.linear.column() for v in remat.members}
         unit = self.unit = max(max(remat.totals), 1.0)
@@ -322,6 +385,25 @@ class _Program:
         self._needs()
         self._kept()
         self._moments(remat.spans(copied), remat.likely)
+
+    def _hosted(self) -> None:
+        """(6) and (7)."""
+        remat, row = self.remat, self.linear.row
+        ways: dict[int, float] = {}
+        for cls, copy in self.copy.items():
+            seconds = remat.sent(cls) * len(remat.fold.members[cls]) * self.scale
+            if seconds:
+                away = self.away[cls] = self.linear.column(TIE * seconds, binary=True)
+                ways[away] = seconds
+                row({copy: 1.0, away: 1.0}, -math.inf, 1.0)
+        forward, backward = (remat.usable * seconds * self.scale for seconds in remat.halves())
+        again = {
+            column: -remat.usable * remat.seconds(c) * len(remat.fold.members[c]) * self.scale
+            for c, column in self.copy.items()
+        }
+        for hidden, terms in ((forward, ways), (backward, {**ways, **again})):
+            exposed = self.linear.column(1.0, high=math.inf)
+            row({**terms, exposed: -1.0}, -math.inf, hidden)
 
     def _needs(self) -> None:
         """(1) and (2)."""
@@ -345,10 +427,13 @@ class _Program:
                 terms: Terms = {keep: 1.0, need: -1.0}
                 if again is not None:
                     terms[again] = 1.0
+                if cls in self.away:
+                    terms[self.away[cls]] = 1.0
                 row(terms, 0.0, math.inf)
                 continue
-            # Copied is what one of its sources is a copy of.
-            sources = sorted({self.copy[c] for c in remat.sources(members[0].tensor)})
+            # Copied is what one of its sources is a copy of, or comes from the host.
+            made = remat.sources(members[0].tensor)
+            sources = sorted({columns[c] for columns in self.decided for c in made if c in columns})
             row({keep: 1.0, need: -1.0, **dict.fromkeys(sources, 1.0)}, 0.0, math.inf)
             moved = self.linear.column(seconds * len(members) * self.scale)
             for source in sources:
@@ -408,4 +493,4 @@ class _Program:
                 yield from {times[round(part * (len(times) - 1))] for part in ENDS}
 
 
-__all__ = ["Remat", "Version"]
+__all__ = ["USABLE", "Chosen", "Remat", "Version"]

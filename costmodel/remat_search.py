@@ -1,4 +1,4 @@
-"""A plan that keeps less: which of its ops the backward does again so that the peak is within a limit.
+"""A plan that keeps less: what the backward does again and what waits on the host, so that the peak is within a limit.
 
 `costmodel.remat` is solved, its answer made into a program, and that program's peak and step taken as those of any
 other. What the answer missed by is taken off the limit, and where its copies run is told to the next solve.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -22,33 +23,37 @@ from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.pieces import candidates
 from autopar.costmodel.price import Price, price
-from autopar.costmodel.remat import Remat
+from autopar.costmodel.remat import USABLE, Chosen, Remat
 from autopar.costmodel.simulate import Timeline, run
 from autopar.costmodel.tape import record
 from autopar.graph import Program, pattern
+from autopar.offload import COPIES
 from autopar.pipeline.regions import nbytes, regions_of
 from autopar.plan import Plan
-from autopar.recompute import KEEP, RECOMPUTE
+from autopar.recompute import KEEP, OFFLOADED, RECOMPUTE
 
 #: The layer of an op: its address up to the first number in it.
 _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
 #: Solves for one limit, and how near to it the peak of an answer ends them. Copies that are then tried without.
 ROUNDS, NEAR, TRIALS = 10, 0.01, 8
+#: How many copies to and from the host may be under way, that are tried besides: more than most plans need.
+FLIGHTS = (4, 8)
 #: By what parts of the peak less is asked for, when the least is looked for.
 STEPS = (0.1, 0.03, NEAR)
 
 
-Judge = Callable[[frozenset[int]], frozenset[int]]
+Judge = Callable[[Chosen], frozenset[int]]
 
 
 @dataclass
 class Kept:
-    """A plan with what its backward computes again, priced and simulated."""
+    """A plan with what its backward computes again or fetches, priced and simulated."""
 
     plan: Plan
     price: Price
     timeline: Timeline
-    classes: frozenset[int]
+    chosen: Chosen
+    copies: int = COPIES
 
     @property
     def peak(self) -> float:
@@ -57,47 +62,62 @@ class Kept:
 
 
 class Rematerialiser:
-    """Looks for what one plan may do again. `plan` says nothing of that yet."""
+    """Looks for what one plan need not keep. `plan` says nothing of that yet.
+
+    recompute, offload: whether anything may be computed again, and may wait on the host, if the device has one.
+    """
 
     def __init__(
         self, program: Program, plan: Plan, device: str | Device, links: Mapping[str, Link] | None, policy: Policy,
-        items: Items | None = None, folded: Fold | None = None, deadline: float = math.inf,
+        items: Items | None = None, folded: Fold | None = None, deadline: float = math.inf, recompute: bool = True,
+        offload: bool = True,
     ) -> None:  # fmt: skip
         self.program, self.plan, self.links, self.policy = program, plan, links, policy
-        self.deadline = deadline
+        self.deadline, self.recompute = deadline, recompute
         self.items = items or items_of(program)
         self.fold = folded or fold(self.items)
         self.where = machine(device, plan.mesh, links)
-        self.seen: dict[frozenset[int], Kept] = {}
+        self.seen: dict[tuple[Chosen, int], Kept] = {}
         specs = plan_specs(self.items, plan)
         compute, comm = Compute(self.items, self.where), Comm(self.where)
         tape = record(self.items, plan, specs, self.where.device.gloo, self.where.device.weights_from)
         self.remat = Remat(self.items, self.fold, plan, specs, compute, comm, tape)
+        self.hosts = offload and self.remat.hosts
         self.narrow = self._narrow()
         self.remat.narrow(self.narrow)
-        self.base = self.measured(frozenset())
+        self.base = self.measured(Chosen())
 
     def within(self, limit: float) -> Kept | None:
         """The quickest that was found of those whose peak is at most `limit`; None if none was."""
         if self.base.peak <= limit:
             return self.base
-        found = [self._within(limit, judge) for judge in (self._exactly, self._nearly)]
+        judges = (self._exactly, self._nearly)
+        found = [self._within(limit, judge, hosts) for hosts in self._ways() for judge in judges]
         if not any(found):
             found += [kept for kept in self._by_hand() if kept.peak <= limit]
         best = min((k for k in found if k is not None), key=_seconds, default=None)
         return None if best is None else self._improved(best, limit)
 
-    def _within(self, limit: float, judge: Judge) -> Kept | None:
+    def _ways(self) -> list[bool]:
+        """Whether anything waits on the host, in the answers to look for."""
+        return [hosts for hosts, allowed in ((False, self.recompute), (True, self.hosts)) if allowed]
+
+    def _within(self, limit: float, judge: Judge, hosts: bool) -> Kept | None:
         best: Kept | None = None
-        aim, copied = limit, judge(frozenset())  # the limit that the program is given, and what it takes for copied
+        aim, copied = limit, judge(Chosen())  # the limit that the program is given, and what it takes for copied
+        self.remat.usable = USABLE
         low, high = 0.0, math.inf  # limits of which the answer has fitted, and has not
         for _ in range(ROUNDS):
             if self._late():
                 break
-            answer, told = self._answer(aim, copied)
+            answer, told = self._answer(aim, copied, hosts)
             found = self.measured(answer)
+            tried = self._flown(found, limit)
+            if tried.peak <= limit:
+                best = min((k for k in (best, tried) if k is not None), key=_seconds)
+            if answer.away:
+                self.remat.learn(answer, tried.timeline.exposed_s - self.base.timeline.exposed_s)
             if found.peak <= limit:
-                best = min((k for k in (best, found) if k is not None), key=_seconds)
                 low = max(low, aim)
                 if found.peak >= (1 - NEAR) * limit:
                     break
@@ -112,32 +132,48 @@ class Rematerialiser:
         return best
 
     def _improved(self, best: Kept, limit: float) -> Kept:
-        """Without copies that it fits without, those that take longest tried first."""
-        order = sorted(best.classes, key=lambda c: -self.remat.seconds(c) * len(self.fold.members[c]))
-        for cls in order[:TRIALS] if not self._late() else ():
-            found = self.measured(best.classes - {cls})
+        """Without copies, and ways to the host, that it fits without, those that take longest tried first."""
+        again, away = best.chosen
+        order = sorted(again, key=lambda c: -self.remat.seconds(c) * len(self.fold.members[c]))[:TRIALS]
+        order += sorted(away, key=lambda c: -self.remat.sent(c) * len(self.fold.members[c]))[:TRIALS]
+        for cls in order if not self._late() else ():
+            found = self.measured(Chosen(best.chosen.again - {cls}, best.chosen.away - {cls}), best.copies)
             if found.peak <= limit and _seconds(found) < _seconds(best):
                 best = found
         return best
 
-    def _answer(self, limit: float | None, copied: Collection[int]) -> tuple[frozenset[int], float]:
-        """What to copy for a limit, and the peak that the program tells; if it cannot be met, what comes nearest."""
+    def _flown(self, kept: Kept, limit: float) -> Kept:
+        """With more copies under way while that is quicker and fits; with fewer, if only that fits."""
+        if not kept.chosen.away or self._late():
+            return kept
+        if kept.peak > limit:
+            fewer = self.measured(kept.chosen, 1) if kept.peak <= (1 + 4 * NEAR) * limit else kept
+            return fewer if fewer.peak <= limit else kept
+        for copies in FLIGHTS:
+            more = self.measured(kept.chosen, copies)
+            if more.peak > limit or _seconds(more) >= _seconds(kept):
+                break
+            kept = more
+        return kept
+
+    def _answer(self, limit: float | None, copied: Collection[int], hosts: bool) -> tuple[Chosen, float]:
+        """What not to keep for a limit, and the peak that the program tells; if none meets it, what comes nearest."""
         part, rest = self._room()
-        found = None if limit is None else self.remat.solve(limit / part - rest, copied)
-        found = found or self.remat.solve(None, copied)
+        found = None if limit is None else self.remat.solve(limit / part - rest, copied, self.recompute, hosts)
+        found = found or self.remat.solve(None, copied, self.recompute, hosts)
         assert found is not None  # without a limit there is always one
         return found[0], (found[1] + rest) * part
 
     def smallest(self) -> Kept:
-        """The answer of least peak: what the backward can do again, as far as that takes less."""
+        """The answer of least peak: all that need not be kept, as far as that takes less."""
         self._by_hand()
         for judge in (self._exactly, self._nearly):
-            copied = judge(frozenset())
+            copied = judge(Chosen())
             for _ in range(ROUNDS):
-                answer, _ = self._answer(None, copied)
-                if answer in self.seen or self._late():
+                answer, _ = self._answer(None, copied, self.hosts)
+                if (answer, 1 if answer.away else COPIES) in self.seen or self._late():
                     break
-                self.measured(answer)
+                self.measured(answer, 1)
                 copied = judge(answer)
         best = min(self.seen.values(), key=lambda kept: kept.peak)
         for step in STEPS:
@@ -148,7 +184,11 @@ class Rematerialiser:
     def _by_hand(self) -> list[Kept]:
         """What is done by hand: all of a layer but what it hands on, or but one of that. However late it is."""
         every = frozenset(self.remat.classes)
-        return [self.measured(every - kept) for kept in (self.narrow, *({z} for z in sorted(self.narrow)[:TRIALS]))]
+        kept = [self.narrow, *(frozenset({z}) for z in sorted(self.narrow)[:TRIALS])]
+        tried = [Chosen(every - some) for some in kept] if self.recompute else []
+        if self.hosts:
+            tried += [Chosen(every - some, some) for some in kept] if self.recompute else [Chosen(away=every)]
+        return [self.measured(chosen, 1) for chosen in tried]
 
     def _late(self) -> bool:
         """Whether the time is up: what has been found so far is the answer."""
@@ -156,16 +196,16 @@ class Rematerialiser:
 
     # Where a copy runs depends on what else is copied. What the next solve takes for copied, by the last answer:
 
-    def _exactly(self, answer: frozenset[int]) -> frozenset[int]:
+    def _exactly(self, answer: Chosen) -> frozenset[int]:
         """Just that: where little is copied, the next answer will not be far from it."""
-        return answer
+        return answer.again
 
-    def _nearly(self, answer: frozenset[int]) -> frozenset[int]:
+    def _nearly(self, answer: Chosen) -> frozenset[int]:
         """Everything, but of what goes from layer to layer only what the answer has.
 
         Were that copied too, a copy in one layer would be wanted as soon as the backward begins, by all layers behind.
         """
-        return frozenset(self.remat.classes) - (self.narrow - answer)
+        return frozenset(self.remat.classes) - (self.narrow - answer.again)
 
     def _narrow(self) -> frozenset[int]:
         """Classes of what is handed on where the forward is narrow: from layer to layer."""
@@ -181,18 +221,19 @@ class Rematerialiser:
         versions = (v for t in tensors for v in remat.roots(t, remat.home(t)))
         return frozenset(self.fold.of[v.tensor.item] for v in versions)
 
-    def measured(self, classes: frozenset[int]) -> Kept:
-        """The plan that does these classes again."""
-        if classes not in self.seen:
-            made = replace(self.plan, saved=self._saved(classes))
-            items = self.items if not classes else items_of(self.program, made.saved)
+    def measured(self, chosen: Chosen, copies: int = COPIES) -> Kept:
+        """The plan that does not keep this, with so many copies to and from the host under way."""
+        copies = copies if chosen.away else COPIES
+        if (chosen, copies) not in self.seen:
+            made = replace(self.plan, saved=self._saved(chosen), copies=copies)
+            items = self.items if not any(chosen) else items_of(self.program, made.saved)
             cost = price(
                 items, made, self.where.device, optimizer_bytes=self.policy.optimizer_bytes, links=self.links
             )  # fmt: skip
             specs = plan_specs(items, made)
             timeline = run(items, made, specs, Compute(items, self.where), Comm(self.where), self.policy)
-            self.seen[classes] = Kept(made, cost, timeline, classes)
-        return self.seen[classes]
+            self.seen[chosen, copies] = Kept(made, cost, timeline, chosen, copies)
+        return self.seen[chosen, copies]
 
     def _room(self) -> tuple[float, float]:
         """What the allocator makes of a byte, and bytes that are there all the time."""
@@ -201,21 +242,20 @@ class Rematerialiser:
         fixed = sum(memory[kind] for kind in ("parameters", "optimizer", "buffers", "inputs"))
         return 1 + memory["slack"] / max(used, 1.0), fixed
 
-    def _saved(self, classes: Collection[int]) -> dict[str, str]:
-        """What the plan says: starred where all layers agree."""
-        groups: dict[str, dict[str, bool]] = {}
+    def _saved(self, chosen: Chosen) -> dict[str, str]:
+        """What the plan says: starred where most layers agree."""
+        how = {**dict.fromkeys(chosen.away, OFFLOADED), **dict.fromkeys(chosen.again, RECOMPUTE)}
+        groups: dict[str, dict[str, str]] = {}
         for item in self.remat.forward:
-            groups.setdefault(pattern(item.name), {})[item.name] = self.fold.of[item.index] in classes
+            groups.setdefault(pattern(item.name), {})[item.name] = how.get(self.fold.of[item.index], KEEP)
         found: dict[str, str] = {}
         for star, members in groups.items():
-            again = sum(members.values())
-            if again == len(members):
-                found[star] = RECOMPUTE
-            elif 2 * again > len(members):
-                found[star] = RECOMPUTE
-                found.update({name: KEEP for name, yes in members.items() if not yes})
+            most, count = Counter(members.values()).most_common(1)[0]
+            if most == KEEP or 2 * count <= len(members):
+                most = KEEP
             else:
-                found.update({name: RECOMPUTE for name, yes in members.items() if yes})
+                found[star] = most
+            found.update({name: said for name, said in members.items() if said != most})
         return found
 
 

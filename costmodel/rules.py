@@ -28,7 +28,11 @@ from autopar.rule import BoundRule, Operand, Rule, bind
 #: OpOverload -> rule text, or function of the call.
 RULES: dict[Any, Maker | str] = {**rules_shape.TABLE, **rules_math.TABLE, **rules_index.TABLE, **rules_nn.TABLE}
 #: The same for ops that are defined outside ATen, by qualified name.
-NAMED: dict[str, Maker | str] = {**rules_nn.NAMED}
+NAMED: dict[str, Maker | str] = {
+    **rules_nn.NAMED,
+    "autopar::offload": rules_math.pointwise((0,)),  # autopar/offload.py: what lies anywhere may wait on the host
+    "autopar::fetch": rules_math.pointwise((0,)),
+}
 
 UserRule = str | Rule | Callable[[fx.Node], "str | Rule"]
 

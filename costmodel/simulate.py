@@ -7,6 +7,8 @@ Independent of the integer program and its assumptions on overlap: the local pro
 * a reduction is issued when its operand exists, a gather or all-to-all ahead of its first use within a window of bytes,
   nearest use first; one that reads another collective, half way from that to its first use, if it is a reduction that
   only the output reads, when the next of the other's kind is issued;
+* a copy to the host is issued when its operand exists, copies from there ahead of their first use, nearest use first;
+  of each so many are on their way as the plan says, then the oldest is waited for;
 * a collective starts when it is issued and its link is free, and is waited for at its first use; what only the
   output reads is pending, within a window of bytes, until the end of its phase;
 * the optimizer's update comes after the backward;
@@ -32,7 +34,7 @@ from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
-from autopar.costmodel.tasks import AHEAD, AHEAD_BYTES, BUCKET_BYTES, PENDING_BYTES, TWO, Task, Tasks, bucket
+from autopar.costmodel.tasks import AHEAD, AHEAD_BYTES, BUCKET_BYTES, DOWN, PENDING_BYTES, TWO, UP, Task, Tasks, bucket
 from autopar.graph import BACKWARD, FORWARD, Program
 from autopar.plan import Plan
 
@@ -159,6 +161,8 @@ class _Clock:
         self.flying: dict[int, float] = {}  # gathers issued and not waited for (by id) -> bytes
         self.pending: deque[Task] = deque()  # reductions issued that only the output reads
         self.held = 0.0  # their bytes
+        self.leaving: deque[Task] = deque()  # copies to the host issued
+        self.coming: set[int] = set()  # copies from there issued and not waited for (by id)
         self.sent: list[Task] = []  # issued since `_Phase` has last looked
 
     def need(self, task: Task) -> None:
@@ -215,6 +219,10 @@ class _Clock:
             self.spans.append(Span(task.name, self.tasks.streams[task.stream], start, task.end))
         if task.kind in AHEAD:
             self.flying[id(task)] = task.after
+        elif task.kind == UP:
+            self.coming.add(id(task))
+        elif task.kind == DOWN:
+            self.leaving.append(task)
         elif task.leaves:
             self.pending.append(task)
             self.held += task.before
@@ -225,15 +233,26 @@ class _Clock:
         task.done = True
         if task.kind in AHEAD:
             self.flying.pop(id(task), None)
+        elif task.kind == UP:
+            self.coming.discard(id(task))
         elif task.leaves:
             self.held -= task.before
 
-    def full(self, more: float) -> bool:
-        """Whether a gather of so many bytes has to wait until another one is used."""
+    def full(self, unit: Task) -> bool:
+        """Whether a gather, or a copy from the host, has to wait until another one is used."""
+        if unit.kind == UP:
+            return len(self.coming) >= self.tasks.plan.copies
+        if unit.kind not in AHEAD:
+            return False
+        more = unit.after
         return len(self.flying) >= TWO and sum(self.flying.values()) + more > AHEAD_BYTES
 
     def drain(self, limit: float) -> None:
         """Wait for the oldest reductions while too many are pending; the newest is always allowed."""
+        while len(self.leaving) > self.tasks.plan.copies:
+            leaving = self.leaving.popleft()
+            if not leaving.done:
+                self._wait(leaving)
         while len(self.pending) > 1 and self.held > limit:
             oldest = self.pending.popleft()
             if not oldest.done:
@@ -250,6 +269,7 @@ class _Phase:
         self.units = [t for t in mine if t.stream >= 0]
         self.ends = [t for t in tasks.ends if t.phase == phase]
         self.gathers: list[tuple[float, int, Task]] = []  # heap: may be issued ahead
+        self.fetches: list[tuple[float, int, Task]] = []  # heap: copies from the host that may be
         # Heap: step, number, count; the first task was issued, the second reads it, and waits until that has had time.
         self.later: list[tuple[int, int, int, Task, Task]] = []
         self.pushed = 0
@@ -300,8 +320,9 @@ class _Phase:
         """A reduction is issued at once, a gather when it is near enough."""
         if unit.issued >= 0:
             return
-        key = unit.first_use if unit.kind in AHEAD else -1.0
-        heapq.heappush(self.gathers, (key, self.number[id(unit)], unit))
+        key = unit.first_use if unit.kind in AHEAD or unit.kind == UP else -1.0
+        heap = self.fetches if unit.kind == UP else self.gathers
+        heapq.heappush(heap, (key, self.number[id(unit)], unit))
 
     def _issue(self) -> None:
         clock = self.clock
@@ -318,14 +339,15 @@ class _Phase:
                 unit.missing -= 1
                 if not unit.missing:
                     self._ready(unit)
-            if not self.gathers:
+            for heap in (self.gathers, self.fetches):
+                if heap and (heap[0][2].issued >= 0 or not clock.full(heap[0][2])):
+                    break
+            else:
                 return
-            unit = self.gathers[0][2]
+            unit = heap[0][2]
             if unit.issued < 0:
-                if unit.kind in AHEAD and clock.full(unit.after):
-                    return
                 clock.issue(unit)
-            heapq.heappop(self.gathers)
+            heapq.heappop(heap)
 
     def _sent(self, unit: Task) -> None:
         """A collective has been issued: when may those be that read it, or the one before it in its lane?"""

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import fx
+
 from autopar.costmodel.items import Tensor, items_of
 from autopar.costmodel.legal import Specs, plan_specs
-from autopar.graph import Program, pattern
+from autopar.graph import Program, results
 from autopar.pipeline.cut import Stage
 from autopar.plan import Plan
-from autopar.recompute import copy_of
+from autopar.recompute import copy_of, way_of
 from autopar.spec import R, Spec
 
 
@@ -35,8 +37,8 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
 
     out = []
     for stage in stages:
-        nodes = stage.program.gm.graph.nodes
-        addresses = [n.meta["address"] for n in nodes if "address" in n.meta]
+        nodes = [n for n in stage.program.gm.graph.nodes if "address" in n.meta]
+        addresses = [n.meta["address"] for n in nodes]
         inputs = {s.name: plan.inputs[s.name] for s in stage.program.of_kind("input") if s.name in plan.inputs}
         inputs.update({name: crossing(name) for name in (*stage.receives, *stage.receives_back)})
         outputs = {s.name: plan.outputs[s.name] for s in stage.program.sinks if s.name in plan.outputs}
@@ -46,7 +48,7 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
             replace(
                 plan,
                 fingerprint=stage.program.fingerprint,
-                choices={a: plan.choice(a) for a in (*addresses, *_copies(plan, addresses))},
+                choices={a: plan.choice(a) for a in (*addresses, *_made(plan, nodes))},
                 storage={k: s for k, s in plan.storage.items() if k in names},
                 inputs=inputs,
                 outputs=outputs,
@@ -56,9 +58,13 @@ def stage_plans(program: Program, plan: Plan, stages: Sequence[Stage]) -> list[P
     return out
 
 
-def _copies(plan: Plan, addresses: Sequence[str]) -> list[str]:
-    """Of the backward's copies of ops, those whose choices the plan names."""
-    return [a for a in map(copy_of, addresses) if a in plan.choices or pattern(a) in plan.choices]
+def _made(plan: Plan, nodes: Sequence[fx.Node]) -> list[str]:
+    """Of the backward's copies of ops, and of ways to and from the host, those whose choices the plan names."""
+    found: list[str] = []
+    for node in nodes:
+        address = node.meta["address"]
+        found += [copy_of(address), *(way for i in range(len(results(node))) for way in way_of(address, i))]
+    return [address for address in found if plan.named(address) is not None]
 
 
 def _at_rest(tensor: Tensor, specs: Specs, users: Sequence[tuple[int, int]]) -> Spec:

@@ -17,6 +17,7 @@ from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
 from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS, op_name
 from autopar.linear import THIN
+from autopar.offload import COPIES, FETCH, OFFLOAD
 from autopar.plan import Plan
 from autopar.reshard import Step, steps
 from autopar.spec import R, Spec, local_shape
@@ -61,6 +62,7 @@ class Buffer:
     product: bool = False  # of matrices: written where it is wanted
     #: What travels to make it: held until it has arrived, at its first reader.
     sent: tuple[Buffer, ...] = field(default=(), repr=False)
+    host: float = 0.0  # bytes on the host, of what takes none on the device
 
     @property
     def base(self) -> Buffer:
@@ -75,13 +77,15 @@ class Buffer:
 class Event:
     """Something runs: reads `ins`, makes `outs`.
 
-    ahead: it starts a gather or all-to-all. over: the result may take the memory of an operand that dies with it.
-    lands: a reduction in place ends. cuts: a local chunk or view of its operand.
+    ahead: it starts a gather or all-to-all. down, up: a copy to the host, or from there. over: the result may take the
+    memory of an operand that dies with it. lands: a reduction in place ends. cuts: a local chunk or view of it.
     """
 
     ins: tuple[Buffer, ...]
     outs: tuple[Buffer, ...]
     ahead: bool = False
+    down: bool = False
+    up: bool = False
     over: bool = False
     lands: bool = False
     cuts: bool = False
@@ -120,6 +124,7 @@ class Tape:
     """Events by phase.
 
     Attributes:
+        copies: as of the plan.
         owner: the number of the op for which an event is there.
         made: what holds a tensor where it is made. brought: and where it has been brought, by spec and phase.
     """
@@ -133,6 +138,7 @@ class Tape:
     made: dict[Tensor, Buffer] = field(default_factory=dict)
     brought: dict[tuple[Tensor, Spec, str], Buffer] = field(default_factory=dict)
     largest: float = 0.0  # bytes of the largest trained piece
+    copies: int = COPIES
 
     def of(self, phase: str) -> list[Event | Travel]:
         """The events of a phase."""
@@ -151,7 +157,7 @@ class _Recorder:
         self.items, self.plan, self.specs, self.gloo = items, plan, specs, gloo
         self.weights_from = math.inf if weights_from is None else weights_from
         self.sizes = plan.mesh.sizes
-        self.tape = Tape()
+        self.tape = Tape(copies=plan.copies)
         self.at, self.made = self.tape.brought, self.tape.made
         self.again: set[int] = set()  # parameters that are gathered for each phase
         self.stored: set[Buffer] = set()  # what comes out of placeholders by moves and gathers
@@ -239,11 +245,14 @@ class _Recorder:
             out.late = phase == BACKWARD
             out.dense = target in _DENSE or (_dense(target, ins, out) and not strided)
             out.product = target is aten.mm.default and not apart
+            if target is OFFLOAD:
+                out.size, out.host, out.sent = 0.0, out.size, (ins[0].base,)
             self.made[Tensor(item.index, index)] = out
             outs.append(out)
             if free and ins and all(x in self.stored for x in ins):
                 self.stored.add(out)
-        events.append(Event(tuple(ins), tuple(outs), over=target in _OVER, cuts=bool(ins) and target in _CUTS))
+        cuts, down, up = bool(ins) and target in _CUTS, target is OFFLOAD, target is FETCH
+        events.append(Event(tuple(ins), tuple(outs), down=down, up=up, over=target in _OVER, cuts=cuts))
 
     def _by_onednn(self, item: Item) -> bool:
         """Whether a gradient of a weight is (as `passes/products.py`): of a copy of its operand, and not in place."""

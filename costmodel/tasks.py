@@ -11,12 +11,12 @@ import torch
 from autopar.costmodel.comm import collective_seconds, copy_seconds, sent_seconds
 from autopar.costmodel.devices import Link, Machine
 from autopar.costmodel.items import Item, Items, Meta, Tensor
-from autopar.costmodel.legal import Specs, storage_of
+from autopar.costmodel.legal import Specs, row_of, storage_of
 from autopar.costmodel.ops import Compute
 from autopar.graph import BACKWARD, MOVES
+from autopar.offload import FETCH, HOSTED
 from autopar.plan import Plan
 from autopar.reshard import Step, steps
-from autopar.rule import WHOLE
 from autopar.spec import R, Spec
 
 aten = torch.ops.aten
@@ -27,11 +27,13 @@ TWO = 2
 
 REDUCTIONS, AHEAD = ("all_reduce", "reduce_scatter"), ("all_gather", "all_to_all")
 KINDS = (*REDUCTIONS, *AHEAD)
+#: Copies to the host and back, each way a stream.
+DOWN, UP = "to host", "from host"
 
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """An op (`stream` -1, `lazy` False), a move (-1, True), or a collective on a stream."""
+    """An op (`stream` -1, `lazy` False), a move (-1, True), or a collective or copy to or from the host on a stream."""
 
     name: str
     phase: str
@@ -69,17 +71,17 @@ class Tasks:
         for name, tier in zip(plan.mesh.names, self.tier):
             names[tier].append(name)
         self.streams = ["+".join(row) for row in names]
+        if where.device.host is not None and any(_way(i) for i in items.items):
+            self.streams += [DOWN, UP]
         self.home: list[Task | None] = [None] * len(items.items)  # what makes the results of an item; None: nothing
         self.at: dict[tuple[Tensor, Spec, str, str], Task | None] = {}  # what has been brought
         self._kinds: dict[int, tuple[bool, bool]] = {}  # by signature: a move, a product
         self.ends: list[Task] = []  # what the output reads
         self._ways: dict[tuple[Meta, Spec, Spec, str], list[tuple[Step, float]]] = {}
         self.twice = {i.index for i in items.items if i.kind == "param" and storage_of(plan, i).gather == "twice"}
-        sizes = plan.mesh.sizes
         for item in items.items:
             if item.kind == "op":
-                row = tuple(c if n > 1 else WHOLE for c, n in zip(plan.choice(item.name), sizes))
-                self._op(item, row)
+                self._op(item, row_of(items, plan, specs, item))
             elif item.kind == "grad":
                 held = storage_of(plan, items.items[items.param[item.name]])
                 self._end(self._bring(item, 0, held.reduce))
@@ -89,6 +91,13 @@ class Tasks:
     def _op(self, item: Item, row: tuple[Any, ...]) -> None:
         seconds = self.compute.seconds(item, row)
         srcs = [t for k in range(len(item.ins)) if (t := self._bring(item, k, "")) is not None]
+        way = _way(item)
+        if way and self.where.device.host is not None:
+            stream = self.streams.index(way)
+            task = Task(item.name, item.phase, seconds, stream, False, srcs, way, (way, stream))
+            self.all.append(task)
+            self.home[item.index] = task
+            return
         kinds = self._kinds.get(item.signature)
         if kinds is None:
             assert item.node is not None
@@ -161,6 +170,13 @@ class Tasks:
             moves = [*steps(meta.shape, src, mid, sizes), *steps(meta.shape, mid, dst, sizes)]
             found = self._ways[key] = [(s, sent_seconds(s, meta.itemsize, self.where)) for s in moves]
         return found
+
+
+def _way(item: Item) -> str:
+    """The stream of an op that brings something to or from the host; "" for others."""
+    if item.node is None or item.node.target not in HOSTED:
+        return ""
+    return UP if item.node.target is FETCH else DOWN
 
 
 # ---- buckets -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import fx
 
 from autopar.graph import Program
 from autopar.mesh import Mesh
+from autopar.offload import COPIES
 from autopar.passes.attention import keep_strides
 from autopar.passes.bind import bind
 from autopar.passes.box import boxed
@@ -33,6 +34,7 @@ from autopar.passes.edit import finished
 from autopar.passes.exchange import exchange
 from autopar.passes.fuse import fuse
 from autopar.passes.halves import Halves, halves
+from autopar.passes.hosted import hosted
 from autopar.passes.inplace import inplace
 from autopar.passes.insert import LocalProgram, RuleOf, insert_collectives
 from autopar.passes.overlap import overlap
@@ -100,11 +102,12 @@ def finish(
     title: str,
     eager: bool = False,
     target: Target = HOST,
+    copies: int = COPIES,
 ) -> tuple[fx.GraphModule, Report]:
     """The graph that the rank at `coordinates` runs. `groups`: axis name -> process group name.
 
     `eager`: it will run op by op, so fused kernels and memory that is written in place pay; else it stays functional.
-    `target`: as `lower` was given.
+    `target`: as `lower` was given. `copies`: as of the plan.
 
     Raises:
         PassError: as `lower`.
@@ -113,7 +116,8 @@ def finish(
     home = target.device if target.staged else None
     steps: tuple[Pass, ...] = (
         partial(bind, mesh=mesh, coordinates=coordinates, group_names=groups, staged=home),
-        overlap,
+        partial(hosted, device=target.device, eager=eager),
+        partial(overlap, copies=copies),
         keep_strides,
     )
     if target.device.type == "cpu":  # another device may not be there when the graph is made

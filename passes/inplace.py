@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from autopar.graph import BACKWARD
+from autopar.offload import ARRIVED, FETCH_START, OFFLOAD_START
 from autopar.passes import edit
 from autopar.passes.bind import GATHER_INTO, IN_PLACE_REDUCE, STARTS, WAIT, functional
 
@@ -85,7 +86,8 @@ class _Memory:
         self.dense: set[fx.Node] = set()
         self.joined: dict[fx.Node, fx.Node] = {}
         self.last: dict[fx.Node, int] = {}
-        #: Collectives that read a piece of memory, with the position of their wait: until then they may still read.
+        #: Collectives, and copies to and from the host, that read a piece of memory, with the position of their wait:
+        #: until then they may still read.
         self.flights: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for node in gm.graph.nodes:
             base = _aliased(node)
@@ -95,7 +97,7 @@ class _Memory:
                 self.dense.add(node)
             for used in node.all_input_nodes:
                 self.last[self.root[used]] = self.position[node]
-            if node.target is WAIT:
+            if node.target in (WAIT, ARRIVED):
                 start: fx.Node = node.args[0]  # type: ignore[assignment]
                 for used in start.all_input_nodes:
                     self.flights.setdefault(self.root[used], []).append((start, self.position[node]))
@@ -109,7 +111,7 @@ class _Memory:
             return True
         if node.target is aten.clone.default:
             return node.kwargs.get("memory_format") is torch.contiguous_format or inputs[0] in self.dense
-        if node.target in _FLAT or node.target is WAIT:
+        if node.target in _FLAT or node.target in (WAIT, ARRIVED, OFFLOAD_START, FETCH_START):
             return inputs[0] in self.dense
         if node.target not in _POINTWISE:
             return False

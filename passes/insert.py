@@ -18,11 +18,12 @@ from torch import fx
 from autopar.errors import PlanError, RuleError
 from autopar.graph import BACKWARD, FORWARD, Draft, Program, Sink, Source, Value, is_op, operands, resolve, results
 from autopar.mesh import Mesh
+from autopar.offload import HOSTED
 from autopar.passes.localise import LocalCall, emit
 from autopar.passes.redistribute import redistribute
 from autopar.plan import Plan
 from autopar.recompute import recomputed
-from autopar.rule import WHOLE, BoundRule
+from autopar.rule import WHOLE, BoundRule, Choice, following
 from autopar.spec import R, Spec, format_spec, is_valid, local_shape
 
 #: The bound rule of an op node; the driver passes `autopar.costmodel.rules.rule_for`.
@@ -114,7 +115,8 @@ class _Inserter:
 
     def _op(self, node: fx.Node) -> None:
         address = node.meta["address"]
-        bound, choices = self.rule_of(node), self.plan.choice(address)
+        bound = self.rule_of(node)
+        choices = self._choices(node, address, bound)
         try:
             columns = [bound.placements(c if n > 1 else WHOLE) for c, n in zip(choices, self.sizes)]
         except RuleError as error:
@@ -136,6 +138,12 @@ class _Inserter:
         for i, local in enumerate(emit(self.graph, node, locals_, call)):
             if local is not None:
                 self._own(Value(node, i), out_specs[i], local)
+
+    def _choices(self, node: fx.Node, address: str, bound: BoundRule) -> tuple[Choice, ...]:
+        """What the plan has an op do: what waits on the host lies there as it was made, unless the plan names it."""
+        if node.target in HOSTED and self.plan.named(address) is None:
+            return following(bound, self.home[operands(node)[0]])
+        return self.plan.choice(address)
 
     def _bring(self, value: Value, spec: Spec, phase: str, reader: str) -> fx.Node:
         """The local node that holds `value` in `spec`, made if it is not at hand."""

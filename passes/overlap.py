@@ -11,6 +11,8 @@ In each phase, the nodes that compute keep their order. Around them
 * one that reads another collective (a parameter that is split over two axes) starts half way from that to its own first
   use: sooner, computation would wait for the other; later, for this one. If only the output reads it (a gradient that
   is reduced over two axes), when the next of the other's kind starts, if that is sooner;
+* what is to wait on the host leaves when it is made, and comes back ahead of its first use, nearest use first: each way
+  so many tensors at a time as the plan says;
 * reductions of outputs may be pending up to `pending_bytes` of operands, then the oldest is waited for; the newest is
   always allowed.
 
@@ -29,18 +31,26 @@ import torch
 from torch import fx
 
 from autopar.graph import BACKWARD
+from autopar.offload import ARRIVED, COPIES, FETCH_START
+from autopar.offload import STARTS as HOST_STARTS
 from autopar.passes import edit
-from autopar.passes.bind import STARTS, WAIT, functional
+from autopar.passes.bind import STARTS as COLLECTIVES
+from autopar.passes.bind import WAIT, functional
 from autopar.passes.bucket import BUCKET_BYTES
 
 aten = torch.ops.aten
 #: Gathers that may always fly.
 TWO = 2
+STARTS = (*COLLECTIVES, *HOST_STARTS)
+WAITS = (WAIT, ARRIVED)
 _AHEAD = (functional.all_gather_into_tensor.default, functional.all_to_all_single.default)
 
 
 def overlap(
-    gm: fx.GraphModule, ahead_bytes: int = 2 * BUCKET_BYTES, pending_bytes: int = 4 * BUCKET_BYTES
+    gm: fx.GraphModule,
+    ahead_bytes: int = 2 * BUCKET_BYTES,
+    pending_bytes: int = 4 * BUCKET_BYTES,
+    copies: int = COPIES,
 ) -> fx.GraphModule:
     """A new module with the same nodes in the order described above. `gm` is a bound local graph."""
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
@@ -48,7 +58,7 @@ def overlap(
     early = [n for n in nodes if n.meta.get("phase") != BACKWARD]
     late = [n for n in nodes if n.meta.get("phase") == BACKWARD]
     for phase in (early, late):
-        _Scheduler(phase, order, ahead_bytes, pending_bytes).run()
+        _Scheduler(phase, order, ahead_bytes, pending_bytes, copies).run()
     out = edit.rebuild(gm, [*order, edit.output_node(gm)])
     out.recompile()
     return out
@@ -71,15 +81,18 @@ class _Unit:
 
 
 def _lane(start: fx.Node) -> tuple[Any, ...]:
-    """What collectives that run one after the other have in common: the kind, and the group."""
-    return start.target, start.args[-1]
+    """What runs one after the other has in common: the kind, and the group; of copies from and to the host the way."""
+    return start.target, None if start.target in HOST_STARTS else start.args[-1]
 
 
 class _Scheduler:
     """One phase. `order` is what has been placed so far, and grows."""
 
-    def __init__(self, nodes: list[fx.Node], order: dict[fx.Node, None], ahead: int, pending: int) -> None:
+    def __init__(
+        self, nodes: list[fx.Node], order: dict[fx.Node, None], ahead: int, pending: int, copies: int
+    ) -> None:
         self.nodes, self.order, self.ahead, self.pending_limit = nodes, order, ahead, pending
+        self.copies = copies
         self.inside = set(nodes)
         self.position = {n: i for i, n in enumerate(nodes)}
         self.lazy = self._find_lazy()
@@ -92,6 +105,7 @@ class _Scheduler:
         self._find_first_uses()
         self.readers: dict[fx.Node, list[_Unit]] = {}
         self.open_gathers: list[_Unit] = []
+        self.open_fetches: list[_Unit] = []
         self.open_reductions: list[_Unit] = []
         for unit in self.units:
             missing = [n for n in unit.needs if n not in order and n not in self.lazy]
@@ -106,6 +120,8 @@ class _Scheduler:
         self.lane_at: dict[fx.Node, int] = {}  # start -> that number with it
         self.flying: dict[fx.Node, int] = {}  # gathers started and not waited for -> bytes
         self.pending: dict[fx.Node, int] = {}  # starts of reductions of outputs, not waited for -> bytes
+        self.leaving: dict[fx.Node, None] = {}  # to the host, not waited for
+        self.coming: dict[fx.Node, None] = {}  # from there
 
     def run(self) -> None:
         self._start_ready()
@@ -158,17 +174,25 @@ class _Scheduler:
                 self._open(unit)
         if node in self.of_start:
             unit = self.of_start[node]
-            (self.open_gathers if node.target in _AHEAD else self.open_reductions).remove(unit)
+            self._opened(node).remove(unit)
             self.started[node] = self.steps
             self.lanes[_lane(node)] = self.lane_at[node] = self.lanes.get(_lane(node), 0) + 1
             if node.target in _AHEAD:
                 self.flying[node] = unit.bytes
+            elif node.target in HOST_STARTS:
+                (self.coming if node.target is FETCH_START else self.leaving)[node] = None
             elif unit.first_use == math.inf:
                 self.pending[node] = edit.nbytes(node.args[0])  # type: ignore[arg-type]
-        elif node.target is WAIT:
+        elif node.target in WAITS:
             start: fx.Node = node.args[0]  # type: ignore[assignment]
-            self.flying.pop(start, None)
-            self.pending.pop(start, None)
+            for under_way in (self.flying, self.pending, self.leaving, self.coming):
+                under_way.pop(start, None)
+
+    def _opened(self, start: fx.Node) -> list[_Unit]:
+        """The starts that may be placed, of the kind of `start`."""
+        if start.target is FETCH_START:
+            return self.open_fetches
+        return self.open_gathers if start.target in _AHEAD else self.open_reductions
 
     def _start_ready(self) -> None:
         """Start what can be started: reductions at once, in graph order; gathers nearest use first, while they fit."""
@@ -178,6 +202,7 @@ class _Scheduler:
             for unit in list(self.open_reductions):
                 if unit.start not in self.order and self._ready(unit):
                     self._place(unit.start)
+                    self._land()
                     progress = True
             for unit in list(self.open_gathers):
                 if unit.start in self.order or not self._ready(unit):
@@ -186,13 +211,20 @@ class _Scheduler:
                     break
                 self._place(unit.start)
                 progress = True
+            for unit in list(self.open_fetches):
+                if len(self.coming) >= self.copies:
+                    break
+                if unit.start not in self.order and self._ready(unit):
+                    self._place(unit.start)
+                    progress = True
 
     def _open(self, unit: _Unit) -> None:
         """All a unit still misses comes out of other collectives: it may start when they have had time."""
-        if unit.start.target in _AHEAD:
-            bisect.insort(self.open_gathers, unit, key=lambda u: (u.first_use, self.position[u.start]))
+        opened = self._opened(unit.start)
+        if opened is self.open_reductions:
+            bisect.insort(opened, unit, key=lambda u: self.position[u.start])
         else:
-            bisect.insort(self.open_reductions, unit, key=lambda u: self.position[u.start])
+            bisect.insort(opened, unit, key=lambda u: (u.first_use, self.position[u.start]))
 
     def _ready(self, unit: _Unit) -> bool:
         """All it reads is there, or comes out of collectives that have had time to finish."""
@@ -206,7 +238,7 @@ class _Scheduler:
                 continue
             if top.target in STARTS:
                 return False
-            if top.target is WAIT:
+            if top.target in WAITS:
                 start: fx.Node = top.args[0]  # type: ignore[assignment]
                 if start in self.inside and not self._had_time(start, unit):
                     return False
@@ -228,6 +260,11 @@ class _Scheduler:
             return True
         return self.steps >= started + max(1, (unit.first_step - started) // 2)
 
+    def _land(self) -> None:
+        """Wait for the oldest copies to the host while too many are under way."""
+        while len(self.leaving) > self.copies:
+            self._place(next(iter(next(iter(self.leaving)).users)))
+
     def _drain(self) -> None:
         """Wait for the oldest reductions of outputs while too many are pending, and free what they held."""
         while len(self.pending) > 1 and sum(self.pending.values()) > self.pending_limit:
@@ -235,7 +272,7 @@ class _Scheduler:
             stack = list(start.users)
             while stack:
                 node = stack.pop()
-                if node in self.inside and (node.target is WAIT or node in self.tail):
+                if node in self.inside and (node.target in WAITS or node in self.tail):
                     self._place(node)
                     stack.extend(node.users)
 
@@ -246,7 +283,7 @@ class _Scheduler:
         lazy: set[fx.Node] = set()
         for node in self.nodes:
             moves = node.target in edit.MOVES and any(n in lazy for n in node.all_input_nodes)
-            if node.target is WAIT or moves:
+            if node.target in WAITS or moves:
                 lazy.add(node)
         return lazy
 

@@ -16,6 +16,8 @@ from torch import fx
 from autopar.errors import PassError
 from autopar.graph import BACKWARD, FORWARD, op_name
 from autopar.mesh import Mesh
+from autopar.offload import ARRIVED
+from autopar.offload import STARTS as COPIES
 from autopar.passes import collectives as c
 from autopar.passes import edit
 from autopar.passes.bind import BOUND, GATHER_INTO, IN_PLACE_REDUCE, STARTS, WAIT
@@ -78,7 +80,7 @@ def _common(node: fx.Node, order: dict[fx.Node, int]) -> None:
 
 
 def _symbolic(node: fx.Node, mesh: Mesh | None) -> None:
-    if node.target in STARTS or node.target is WAIT:
+    if node.target in STARTS or node.target is WAIT or node.target in COPIES:
         raise PassError(f"{node.name} is {op_name(node)}, but the graph is not bound; passes before bind are symbolic")
     if node.target not in c.SYMBOLIC:
         return
@@ -115,17 +117,20 @@ def _bound(node: fx.Node) -> None:
     if node.target in c.SYMBOLIC:
         raise PassError(f"{node.name} ({_title(node)}) is symbolic, but the graph is bound; bind lowers all of them")
     starts = (*STARTS, IN_PLACE_REDUCE, GATHER_INTO)
-    if node.target in starts:
+    wait, what = (ARRIVED, "arrived") if node.target in COPIES else (WAIT, "wait_tensor")
+    if node.target in starts or node.target in COPIES:
         if not node.users:
             raise PassError(f"{node.name} ({_title(node)}) is never waited for")
         for user in node.users:
-            if user.target is not WAIT:
-                raise PassError(f"{user.name} reads {node.name} ({_title(node)}) without wait_tensor")
+            if user.target is not wait:
+                raise PassError(f"{user.name} reads {node.name} ({_title(node)}) without {what}")
         if len(node.users) > 1:
             names = ", ".join(u.name for u in node.users)
             raise PassError(f"{node.name} ({_title(node)}) is waited for {len(node.users)} times: {names}")
     if node.target is WAIT and node.args[0].target not in starts:  # type: ignore[union-attr, operator]
         raise PassError(f"{node.name} waits for {node.args[0]}, which is no collective")
+    if node.target is ARRIVED and node.args[0].target not in COPIES:  # type: ignore[union-attr]
+        raise PassError(f"{node.name} waits for {node.args[0]}, which is no copy to or from the host")
 
 
 def _deep(node: fx.Node) -> None:

@@ -5,7 +5,8 @@
     live.peak, live.at_peak
 
 It sees every storage that an op at the dispatcher returns, until Python and autograd have let go of it. What a kernel
-allocates inside itself and frees before it returns is not seen.
+allocates inside itself and frees before it returns is not seen; what waits on the host (`autopar.offload`) is no memory
+of the device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from autopar.offload import on_host
 
 
 class LiveBytes(TorchDispatchMode):
@@ -47,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, tensor: torch.Tensor, name: str) -> None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local.device.type == "meta":
+        if local.device.type == "meta" or on_host(local):
             return
         storage = local.untyped_storage()
         size, start = storage.nbytes(), storage.data_ptr()

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar import cli, targets
+from autopar.given import check_plan
 from autopar.options import parse_bytes
 from autopar.plan import Plan
 
@@ -182,7 +183,7 @@ def test_edited_plans(plan, section, key, value, message):
     data = json.loads(plan.to_json())
     data[section][key] = value
     with pytest.raises(autopar.PlanError, match=message):
-        autopar.driver.check_plan(autopar.capture.capture(net(), (), batch()), Plan.from_json(json.dumps(data)))
+        check_plan(autopar.capture.capture(net(), (), batch()), Plan.from_json(json.dumps(data)))
 
 
 def test_dump_folder_that_is_none(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ BASE = {
     f"autopar.{m}"
     for m in (
         "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "recompute",
-        "pipeline",
+        "offload", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.
@@ -45,10 +45,11 @@ FRONT = {
     "autopar": {"autopar.driver", "autopar.answers", "autopar.explain"},
     **dict.fromkeys(CAPTURE, CAPTURE),
     "autopar.options": {f"autopar.{m}" for m in ("call", "checks", "programs", "costmodel")},
+    "autopar.given": {"autopar.costmodel", "autopar.options"},
     "autopar.driver": {
         f"autopar.{m}"
         for m in (
-            "checks", "lowering", "options", "programs", "costmodel", "runtime", "mesh_search", "stages",
+            "checks", "given", "lowering", "options", "programs", "costmodel", "runtime", "mesh_search", "stages",
             "stage_search",
         )
     },
@@ -62,10 +63,10 @@ FRONT = {
     "autopar.targets": set(),
     "autopar.shrink": {"autopar.targets"},
     "autopar.verify": {
-        f"autopar.{m}" for m in ("targets", "shrink", "driver", "capture", "costmodel", "verify_stages")
+        f"autopar.{m}" for m in ("targets", "shrink", "driver", "given", "capture", "costmodel", "verify_stages")
     },
     "autopar.verify_stages": {"autopar.costmodel", "autopar.stage_search"},
-    "autopar.questions": {"autopar.capture", "autopar.costmodel", "autopar.driver", "autopar.targets"},
+    "autopar.questions": {f"autopar.{m}" for m in ("capture", "costmodel", "driver", "given", "targets")},
     "autopar.words": {"autopar.costmodel", "autopar.questions", "autopar.report"},
     "autopar.answers": {f"autopar.{m}" for m in ("capture", "options", "questions", "report", "words")},
     "autopar.cli_tools": {"autopar.report"},

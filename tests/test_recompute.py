@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from autopar.costmodel.legal import plan_specs
 from autopar.costmodel.liveness import Steps
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.planner import random_plan
+from autopar.costmodel.remat import Chosen
 from autopar.costmodel.remat_search import Rematerialiser
 from autopar.costmodel.rules import rule_for
 from autopar.costmodel.tape import record
@@ -45,10 +47,11 @@ def ops(program: Program) -> list[str]:
     return [n.meta["address"] for n in program.gm.graph.nodes if is_op(n) and n.meta["phase"] == FORWARD]
 
 
-def some(program: Program, seed: int, part: float = 0.5) -> dict[str, str]:
-    """About a part of the forward's ops, by address, to be computed again."""
+def some(program: Program, seed: int, part: float = 0.5, hows: Sequence[str] = ("recompute",)) -> dict[str, str]:
+    """About a part of the forward's ops, by address, and what becomes of each."""
     draw = random.Random(seed)
-    return {a: "recompute" for a in ops(program) if draw.random() < part}
+    picked = [a for a in ops(program) if draw.random() < part]
+    return {a: draw.choice(hows) for a in picked}
 
 
 def traced(name: str, **options: Any) -> tuple[Program, nn.Module, dict[str, torch.Tensor]]:
@@ -90,7 +93,7 @@ def test_what_is_no_op_is_refused():
     program = capture(Tiny(), (torch.randn(2, 4),), {})
     with pytest.raises(PlanError, match="saved names 'fwd:/cos#0', which is no op of the forward"):
         recomputed(program, {"fwd:/cos#0": "recompute"})
-    with pytest.raises(PlanError, match="saved of fwd:/tanh#0 is 'forget'; it may be recompute, keep"):
+    with pytest.raises(PlanError, match="saved of fwd:/tanh#0 is 'forget'; it may be recompute, offload, keep"):
         recomputed(program, {"fwd:/tanh#0": "forget"})
     plan = replace(planner.plan(program, Mesh.parse("dp=1")), saved={"fwd:/tanh#0": "recompute"})
     assert Plan.from_json(plan.to_json()).saved == plan.saved
@@ -181,14 +184,16 @@ PLACES = {
 }
 
 
-def with_copies(name: str, mesh: str, constraints: dict[str, str], seed: int, options: dict[str, Any]) -> list[str]:
-    """On every rank: a plan with copies, against the plan without, from the same seed, and against the plain module."""
+def with_copies(
+    name: str, mesh: str, constraints: dict[str, str], seed: int, options: dict[str, Any], hows: Sequence[str]
+) -> list[str]:
+    """On every rank: a plan that keeps less, against one that keeps all, from the same seed, and the plain module."""
     model, batch = example(name, **options)
     runs = []
     with widen_to_float64(), captured_once():
         program = capture(model, (), batch)
         plan = planner.plan(program, Mesh.parse(mesh), constraints=constraints)
-        for saved in (some(program, seed, 0.7), {}):
+        for saved in (some(program, seed, 0.7, hows), {}):
             torch.manual_seed(5)
             given = replace(plan, saved=saved)
             pm = autopar.compile(copy.deepcopy(model), mesh, example=batch, plan=given, device="cpu")
@@ -204,7 +209,7 @@ def with_copies(name: str, mesh: str, constraints: dict[str, str], seed: int, op
 def test_four_processes(four, name, place):
     mesh, constraints = PLACES[place]
     options = {"dropout": 0.2} if name == "gpt2" else {}
-    for failures in four.run(with_copies, name, mesh, constraints, 3, options):
+    for failures in four.run(with_copies, name, mesh, constraints, 3, options, ("recompute",)):
         assert not failures
 
 
@@ -285,7 +290,7 @@ def every() -> tuple[Rematerialiser, list[Any]]:
     classes = search.remat.classes
     assert 8 <= len(classes) <= 10
     counts = range(len(classes) + 1)
-    return search, [search.measured(frozenset(c)) for n in counts for c in itertools.combinations(classes, n)]
+    return search, [search.measured(Chosen(frozenset(c))) for n in counts for c in itertools.combinations(classes, n)]
 
 
 @pytest.mark.parametrize("part", [0.97, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5])
@@ -317,17 +322,17 @@ def test_layers_are_folded():
     assert found is not None
     assert all(how == "recompute" for how in found.plan.saved.values())
     assert any("*" in a for a in found.plan.saved)
-    assert "computed again in the backward: " in report.again_text(found.plan)
+    assert "computed again in the backward: " in report.kept_text(found.plan)
 
 
-def in_stages(name: str, seed: int) -> list[str]:
-    """On every rank: stages whose backwards have copies, against the plain module."""
+def in_stages(name: str, seed: int, hows: Sequence[str]) -> list[str]:
+    """On every rank: stages that keep less, against the plain module."""
     model, batch = example(name)
     with widen_to_float64(), captured_once():
         plain = autopar.compile(copy.deepcopy(model), "pp=2,dp=2", example=batch, device="cpu", micro_batches=2).plan
         program = capture(model, (), {k: v[:4] for k, v in batch.items()})
         runs = []
-        for saved in (some(program, seed, 0.7), {}):
+        for saved in (some(program, seed, 0.7, hows), {}):
             pm = autopar.compile(
                 copy.deepcopy(model), "pp=2,dp=2", example=batch, device="cpu", plan=replace(plain, saved=saved)
             )
@@ -339,7 +344,7 @@ def in_stages(name: str, seed: int) -> list[str]:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_stages(four, name):
-    for failures in four.run(in_stages, name, 4):
+    for failures in four.run(in_stages, name, 4, ("recompute",)):
         assert not failures
 
 
