@@ -1,6 +1,6 @@
 """A budget of memory: is it held, is the peak what was predicted, and what does it cost beside PyTorch's own ways?
 
-    python benchmarks/memory.py                    # sweep, then PyTorch's memory budget and checkpointing
+    python benchmarks/memory.py                    # all parts
     python benchmarks/memory.py --models llama --parts sweep
     python benchmarks/memory.py --quick            # smaller models, fewer repeats
 
@@ -11,6 +11,8 @@ One process, one device (the CPU), float32, AdamW. Peaks are of live bytes, coun
 * peers: `activation_memory_budget` of PyTorch's partitioner (torch.compile, its graphs run op by op as ours are) at
   several budgets, and full checkpointing of every layer. Each is measured, then a plan of ours is made for its true
   peak. Seconds of both take turns; what is printed is ours over theirs, at most 1.0 each.
+* deep: a Llama at 40 % of the peak that it has on one device, planned by H100 figures with what waits on the host: at
+  most 15 % more simulated time. That plan then trains here, beside the plain model: within the limit, the same losses.
 """
 
 from __future__ import annotations
@@ -51,11 +53,14 @@ from autopar.programs import capture
 from tests.live_bytes import LiveBytes
 from tests.trained import captured_once
 
+PARTS = ("sweep", "peers", "deep")
 POINTS = 12
 #: Budgets of PyTorch's partitioner: 1 keeps what is quickest, 0 recomputes all that it can.
 BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 #: The bars: predicted beside measured peak, and our seconds beside theirs.
 MEMORY, TIME = 0.03, 1.0
+#: Of the deep budget: part of the peak, simulated seconds over those without it, steps that are compared.
+DEEP, SLOWER, STEPS = 0.4, 1.15, 3
 Batch = dict[str, torch.Tensor]
 
 
@@ -153,6 +158,14 @@ class Runner:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - began
+
+    def step_loss(self) -> torch.Tensor:
+        """The loss of one step of training."""
+        loss = self.module(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
     def peak(self) -> int:
         """Bytes at the peak of a step, the least of three."""
@@ -261,6 +274,44 @@ def least(model: nn.Module, batch: Batch, device: Device) -> float:
     raise AssertionError("one byte is not enough for anything")
 
 
+# ---- a deep budget -------------------------------------------------------------------------------------------------
+
+
+def deep(console: Console) -> bool:
+    """A Llama at two fifths of its peak, by H100 figures, and run here. Whether all bars are met."""
+    config = hf.LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(config)
+    ids = torch.randint(0, 2048, (32, 256), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    free = autopar.plan(model, "dp=1", example=batch, device="h100")
+    limit = round(DEEP * free.predicted["peak_bytes"])
+    plan = autopar.plan(model, "dp=1", example=batch, device="h100", memory_limit=limit)
+    ratio = plan.predicted["step_s"] / free.predicted["step_s"]
+    ways = [plan.saved.get(a) for a in plan.saved]
+    plain = Runner(copy.deepcopy(model), batch)
+    pm = autopar.compile(model, "dp=1", example=batch, plan=plan, device="cpu", check=False)
+    runner = Runner(pm, batch)
+    losses = [[float(r.step_loss()) for _ in range(STEPS)] for r in (runner, plain)]
+    apart = max(abs(a - b) for a, b in zip(*losses))
+    whole, peak = plain.peak(), runner.peak()
+    console.print(
+        f"deep: {config.num_hidden_layers} layers, {ids.numel()} tokens. Plain PyTorch needs {whole / 1e6:.0f} MB "
+        f"here, our plan without a limit {free.predicted['peak_bytes'] / 1e6:.0f} MB.\n"
+        f"At {DEEP:.0%} of that, {limit / 1e6:.0f} MB: {ways.count('recompute')} ops computed again, "
+        f"{ways.count('offload')} wait on the host; simulated step {1e3 * plan.predicted['step_s']:.2f} ms, "
+        f"{ratio:.3f} times that without a limit (bar {SLOWER}).\n"
+        f"Run here: peak {peak / 1e6:.0f} MB, losses {', '.join(f'{x:.4f}' for x in losses[0])}, at most {apart:.1g} "
+        "from the plain model's."
+    )
+    good = ratio <= SLOWER and peak <= limit < DEEP * 1.05 * whole and apart < 1e-3 and losses[0][-1] < losses[0][0]
+    console.print(f"deep: {'good' if good else 'MISSED'}\n")
+    return good
+
+
 # ---- peers ---------------------------------------------------------------------------------------------------------
 
 
@@ -308,14 +359,16 @@ def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--parts", nargs="+", choices=("sweep", "peers"), default=["sweep", "peers"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="smaller models, 5 repeats")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     console = Console(width=None if sys.stdout.isatty() else 110)
+    good = deep(console) if "deep" in args.parts else True
+    if args.parts == ["deep"]:
+        raise SystemExit(0 if good else 1)
     device = measure(1, args.quick, console)
-    good = True
     for name in args.models:
         torch.manual_seed(0)
         model, batch, pattern = MODELS[name](1 if args.quick else 3)

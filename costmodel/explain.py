@@ -24,7 +24,7 @@ from autopar.costmodel.fold import fold
 from autopar.costmodel.ilp import solve
 from autopar.costmodel.items import Item, Items, items_of
 from autopar.costmodel.layouts import candidates
-from autopar.costmodel.legal import plan_specs, storage_of
+from autopar.costmodel.legal import plan_specs, spelled_out, storage_of
 from autopar.costmodel.lower import Axis, Prices, current, lift, lower
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
@@ -145,6 +145,7 @@ class Bench:
         """
         items = program if isinstance(program, Items) else items_of(program, plan.saved)
         plan_specs(items, plan)
+        plan = spelled_out(items, plan)
         wishes = Wishes.parse(dict(constraints or {}), items, plan.mesh)
         # What the plan treats differently is never one class, so that a class has one decision.
         folded = fold(items, small=0, mark=lambda item: (wishes.mark(item), _decided(plan, item)))

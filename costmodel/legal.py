@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -118,6 +118,15 @@ def row_of(items: Items, plan: Plan, specs: Specs, item: Item) -> tuple[Choice, 
     """What an op does on every axis of more than one device."""
     row = _row(item, items.rule(item), plan, specs.outs)
     return tuple(c if n > 1 else WHOLE for c, n in zip(row, plan.mesh.sizes))
+
+
+def spelled_out(items: Items, plan: Plan) -> Plan:
+    """The plan with the choices of what waits on the host, which follow from where that is made, among its own."""
+    hosted = [i for i in items.items if i.node is not None and i.node.target in HOSTED and plan.named(i.name) is None]
+    if not hosted:
+        return plan
+    specs = plan_specs(items, plan)
+    return replace(plan, choices={**plan.choices, **{i.name: row_of(items, plan, specs, i) for i in hosted}})
 
 
 def _row(item: Item, rule: BoundRule, plan: Plan, outs: Sequence[tuple[Spec, ...]]) -> tuple[Choice, ...]:

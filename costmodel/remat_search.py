@@ -18,7 +18,7 @@ from autopar.costmodel.comm import Comm
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.fold import Fold, fold
 from autopar.costmodel.items import Items, Tensor, items_of
-from autopar.costmodel.legal import plan_specs
+from autopar.costmodel.legal import plan_specs, spelled_out
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.pieces import candidates
@@ -227,6 +227,7 @@ class Rematerialiser:
         if (chosen, copies) not in self.seen:
             made = replace(self.plan, saved=self._saved(chosen), copies=copies)
             items = self.items if not any(chosen) else items_of(self.program, made.saved)
+            made = spelled_out(items, made)
             cost = price(
                 items, made, self.where.device, optimizer_bytes=self.policy.optimizer_bytes, links=self.links
             )  # fmt: skip

@@ -5,7 +5,7 @@ lower    program + plan -> local graph with symbolic collectives, the same for e
 cut      joint local graph -> forward and backward                                           partition
 halves   a backward -> gradients of inputs, gradients of weights                             halves
 close    what ends an accumulation of gradients                                              reduction
-finish   one of them -> this rank's graph of functional collectives                          bind, then overlap
+finish   one of them -> this rank's graph of functional collectives                          bind, hosted, then overlap
 boxed    that, if it runs op by op -> how the runtime calls it                               box
 """
 

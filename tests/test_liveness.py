@@ -213,10 +213,10 @@ def test_gathers_run_ahead_within_the_window():
     starts = [Event((w,), (g,), ahead=True) for w, g in zip(weights, wholes)]
     uses = [Event((g,), (Buffer(1, (g,)),)) for g in wholes]
     serial = [e for pair in zip(starts, uses) for e in pair]
-    assert ahead(serial, 40) == [starts[0], starts[1], uses[0], starts[2], uses[1], uses[2]]
-    assert ahead(serial, 1) == ahead(serial, 40)  # two may always fly
-    assert ahead(serial, 60) == [*starts, *uses]
-    assert ahead(uses, 40) == uses
+    assert ahead(serial, 40, 2) == [starts[0], starts[1], uses[0], starts[2], uses[1], uses[2]]
+    assert ahead(serial, 1, 2) == ahead(serial, 40, 2)  # two may always fly
+    assert ahead(serial, 60, 2) == [*starts, *uses]
+    assert ahead(uses, 40, 2) == uses
 
 
 @pytest.mark.parametrize(("seed", "mesh"), [(3, "dp=4"), (5, "dp=2"), (9, "dp=2"), (13, "dp=2")])
@@ -233,5 +233,5 @@ def test_what_is_cut_for_the_backward_is_cut_at_once():
     whole = Buffer(20, (weight,))
     start, use = Event((weight,), (whole,), ahead=True), Event((whole,), (Buffer(1, (whole,)),))
     cut, other = Event((whole,), (Buffer(5, (whole,), free=True),), cuts=True), Event((), (Buffer(1),))
-    assert ahead([start, cut, use, other], 40) == [start, use, other, cut]  # a move: when it is read
-    assert ahead([start, cut, use, other], 40, [cut]) == [start, cut, use, other]
+    assert ahead([start, cut, use, other], 40, 2) == [start, use, other, cut]  # a move: when it is read
+    assert ahead([start, cut, use, other], 40, 2, [cut]) == [start, cut, use, other]

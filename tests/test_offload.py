@@ -15,6 +15,7 @@ from autopar import offload, passes
 from autopar.capture import capture
 from autopar.costmodel import planner
 from autopar.costmodel.devices import DEVICES
+from autopar.costmodel.explain import Bench
 from autopar.costmodel.rules import rule_for
 from autopar.costmodel.simulate import simulate
 from autopar.errors import PlanError
@@ -227,3 +228,16 @@ def test_a_cpu_has_no_host():
     free = planner.plan(program, Mesh.parse("dp=1"))
     plan = planner.plan(program, Mesh.parse("dp=1"), memory_limit=round(0.9 * free.predicted["peak_bytes"]))
     assert set(plan.saved.values()) == {"recompute"}
+
+
+def test_it_can_be_explained():
+    """Prices of its parts add up to those of the whole, on a mesh, too, where the plan does not spell out the ways."""
+    program = traced("llama")[0]
+    mesh = Mesh.parse("dp=2,tp=2")
+    plan = planner.plan(program, mesh, device="h100", constraints={"dp": "ddp", "tp": "tp"})
+    plan = replace(plan, saved=dict.fromkeys(computing(program), "offload"))
+    bench = Bench.open(program, plan, "h100")
+    assert bench.price.step_s == pytest.approx(planner.price(program, plan, "h100").step_s)
+    away = [a for a, row in bench.plan.choices.items() if traveller(a) and any(c.factor for c in row)]
+    assert len(away) > 20, "it lies on the host as it was made: split"
+    assert Plan.from_json(bench.plan.to_json()).choices.keys() >= set(away)
