@@ -84,8 +84,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
     plan.add_argument("--no-recompute", action="store_true", help="keep all that the backward reads")
     plan.add_argument(
-        "--optimizer", choices=options.OPTIMIZER_CLASSES, default=options.ADAMW, metavar="NAME",
-        help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw)",
+        "--optimizer", default=options.ADAMW, metavar="NAME",
+        help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw), "
+        "or bytes of its state by a parameter's elements n: 'mine: 2*n + 8*n/256'",
     )  # fmt: skip
     plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",

@@ -23,7 +23,7 @@ from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import Asked, Example, arguments, ask, batch_rows
+from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, optimizer_text
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
@@ -63,7 +63,7 @@ def compile(
     clip: float | None = None,
     weights: str = "current",
     nonfinite: str = "skip",
-    optimizer_class: str | None = None,
+    optimizer_class: Stepped | None = None,
     recompute: bool = True,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
@@ -112,9 +112,10 @@ def compile(
             backward reads its forward's, which are kept; "predicted": a forward reads those that its backward is to
             find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
-        optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
-            it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
-            default: the given plan's, else "adamw". A function in `optimizer` is not asked.
+        optimizer_class: what steps the parameters, in `train_step` or in your own loop, for the memory that it takes
+            and moves: a name ("sgd", "lion", ...), the class or a function of parameters that makes it, which is called
+            and stepped on small tensors and measured, or bytes ("mine: 12*n"); see `autopar.costmodel.optimizers`.
+            Default: the given plan's, else `optimizer`, measured, else "adamw".
         recompute: let the backward compute again what the forward then need not keep, if memory is short and that is
             the quickest that fits.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
@@ -137,7 +138,7 @@ def compile(
             given = _searched(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
-                schedule=schedule, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+                schedule=schedule, weights=weights, optimizer_class=optimizer_class or optimizer, recompute=recompute,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -148,6 +149,7 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
+        optimizer_class = optimizer_text(optimizer_class if given is not None else optimizer_class or optimizer)
         if given is not None and optimizer_class not in (None, given.optimizer):
             raise PlanError(
                 f"optimizer_class={optimizer_class} is asked for, and the plan was made for {given.optimizer}; leave "
@@ -202,7 +204,7 @@ def plan_model(
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
     weights: str = "current",
-    optimizer_class: str | None = None,
+    optimizer_class: Stepped | None = None,
     recompute: bool = True,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).

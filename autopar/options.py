@@ -18,7 +18,8 @@ from autopar.call import TARGET, Call
 from autopar.checks import check_dtypes, refuse_old_norms, watched_generators
 from autopar.costmodel import profile
 from autopar.costmodel.devices import DEVICES, Device
-from autopar.costmodel.memory import OPTIMIZERS
+from autopar.costmodel.measure_optimizer import Recipe, optimizer_text
+from autopar.costmodel.optimizers import OPTIMIZERS, optimizer_of
 from autopar.errors import BatchError, CaptureError, ConstraintError, RuntimeUseError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
@@ -29,7 +30,9 @@ from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
 OUTPUTS = ("auto", "full", "sharded")
-#: What `optimizer_class=` may be, and what it is where nobody says.
+#: What `optimizer_class=` may be: a name, bytes as text ("mine: 12*n"), a class, or a function that makes it.
+Stepped = str | Recipe
+#: The names that it may be, and what it is where nobody says.
 OPTIMIZER_CLASSES, ADAMW = tuple(OPTIMIZERS), "adamw"
 #: The name of the device that `autopar calibrate` measured.
 CALIBRATED = "calibrated"
@@ -193,7 +196,7 @@ def ask(
     trains: bool = False,
     weights: str = "current",
     searched: bool = False,
-    optimizer_class: str | None = None,
+    optimizer_class: Stepped | None = None,
     recompute: bool = True,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
@@ -217,11 +220,8 @@ def ask(
     names = (shared,) if isinstance(shared, str) else tuple(shared) if isinstance(shared, Sequence) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
-    if optimizer_class is not None and optimizer_class not in OPTIMIZER_CLASSES:
-        raise ConstraintError(
-            f"optimizer_class={optimizer_class!r} is not the name of one that is known; choose one of "
-            f"{', '.join(OPTIMIZER_CLASSES)}: one that keeps as many tensors of a parameter's size as yours does"
-        )
+    stepped = optimizer_text(optimizer_class) or ADAMW
+    optimizer_of(stepped)
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
     name, table = _schedule(mesh, micro_batches, schedule, searched)
@@ -235,7 +235,7 @@ def ask(
         )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, optimizer_class or ADAMW, recompute,
+        weights, stepped, recompute,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class Plan:
         target: how the CLI rebuilds the model (`autopar verify`), free-form; empty for plans made in Python.
         notes: what the user should know (replicated ops, ignored settings).
         pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
-        optimizer: the class of optimizer it was priced for (`autopar.costmodel.memory.OPTIMIZERS`).
+        optimizer: the class of optimizer it was priced for (`autopar.costmodel.optimizers`: a name, or a law as text).
         saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
             "recompute" (`autopar.recompute`). What is not named is kept.
     """

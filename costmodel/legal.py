@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from autopar.costmodel.items import Item, Items, items_of
-from autopar.costmodel.memory import OPTIMIZERS
-from autopar.errors import PlanError, RuleError
+from autopar.costmodel.optimizers import OPTIMIZERS, optimizer_of
+from autopar.errors import ConstraintError, PlanError, RuleError
 from autopar.graph import Program, pattern
 from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
 from autopar.rule import BoundRule, Choice
@@ -74,8 +74,11 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     sizes = plan.mesh.sizes
     whole: Spec = (R,) * len(sizes)
     _check_names(items, plan)
-    if plan.optimizer not in OPTIMIZERS:
-        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; those known are {', '.join(OPTIMIZERS)}")
+    try:
+        optimizer_of(plan.optimizer)
+    except ConstraintError as error:
+        known = f"those known are {', '.join(OPTIMIZERS)}" if ":" not in plan.optimizer else str(error)
+        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; {known}") from None
     ins: list[tuple[Spec, ...]] = []
     outs: list[tuple[Spec, ...]] = []
     known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule

@@ -15,6 +15,7 @@ from autopar.costmodel.memory import KINDS, Policy
 from autopar.costmodel.order import ahead
 from autopar.costmodel.tape import Buffer, Event, Tape, Travel, record
 from autopar.plan import Plan
+from autopar.spec import local_shape
 
 #: As in `passes/bucket.py` and `passes/overlap.py` (tests compare them).
 BUCKET_BYTES = 25 << 20
@@ -39,11 +40,23 @@ def peak(
     for buffer in tape.placeholders:
         if buffer.held != "parameters":
             found[buffer.held] += buffer.size
-    rest = Steps(tape).peak(policy.scratch)
+    rest = Steps(tape).peak(policy.temporaries(_trained(items, plan, specs), gpu=not gloo))
     for kind, size in rest.items():
         found[kind] += size
     found["slack"] = slack * sum(found.values())
     return found
+
+
+def _trained(items: Items, plan: Plan, specs: Specs) -> list[tuple[int, int]]:
+    """Elements of this rank's piece of every trained parameter, and bytes of one."""
+    out = []
+    for item in items.items:
+        if item.kind == "param" and item.source is not None and item.source.trainable:
+            meta = item.outs[0]
+            assert meta is not None
+            shape = local_shape(meta.shape, specs.outs[item.index][0], plan.mesh.sizes)
+            out.append((math.prod(shape), meta.itemsize))
+    return out
 
 
 def moving(
@@ -87,7 +100,7 @@ class Steps:
         self.backward = ahead(_late_as_possible(again, backward), AHEAD_BYTES)
 
     def peak(self, scratch: float, look: Look | None = None) -> dict[str, float]:
-        """The largest sum over forward, backward and update, by kind; `scratch`: of the update, in largest pieces."""
+        """The largest sum over forward, backward and update, by kind; `scratch`: temporaries of the update."""
         outputs = {b.base for b in self.tape.outputs}
         saved = {b.base for b in self.saved}
         grads = {b.base for b in self.tape.grads}
@@ -99,7 +112,7 @@ class Steps:
         if self.tape.backward:
             late = _walk(self.backward, held, grads | {b for b in outputs if not b.held}, look)
             best = max(best, late, key=lambda m: sum(m.values()))
-            update = {"gradients": sum(b.size for b in grads), "transient": scratch * self.tape.largest}
+            update = {"gradients": sum(b.size for b in grads), "transient": scratch}
             best = max(best, update, key=lambda m: sum(m.values()))
         return best
 

@@ -71,7 +71,7 @@ def plan(
         device: preset name (`autopar.costmodel.devices.DEVICES`) or Device.
         memory_limit: bytes per rank; None: 92 % of the device's memory, no limit on the cpu.
         constraints: axis -> strategy, parameter glob -> storage, or op glob -> choice; see `costmodel.constraints`.
-        optimizer: its class, which says what state it keeps (`costmodel.memory.OPTIMIZERS`).
+        optimizer: its class, which says what state it keeps (`costmodel.optimizers`).
         optimizer_bytes: bytes of optimizer state per parameter element, in place of what the class keeps.
         inputs: "global": the whole batch is on every rank; "local": each rank has its piece of the batch, split over
             every axis pinned to ddp or zero*, or over the first axis if none is.

@@ -132,7 +132,6 @@ class Tape:
     owner: dict[Event | Travel, int] = field(default_factory=dict)
     made: dict[Tensor, Buffer] = field(default_factory=dict)
     brought: dict[tuple[Tensor, Spec, str], Buffer] = field(default_factory=dict)
-    largest: float = 0.0  # bytes of the largest trained piece
 
     def of(self, phase: str) -> list[Event | Travel]:
         """The events of a phase."""
@@ -202,8 +201,6 @@ class _Recorder:
         if item.kind == "param":
             if storage_of(self.plan, item).gather == "twice":
                 self.again.add(item.index)
-            if item.source is not None and item.source.trainable:
-                self.tape.largest = max(self.tape.largest, size)
         buffer.kind = buffer.held
         self.tape.placeholders.append(buffer)
         self.stored.add(buffer)

@@ -68,6 +68,9 @@ EXACT = [
     ("Adadelta", {}),
     ("ASGD", {}),
     ("LBFGS", {}),
+    ("Rprop", {}),
+    ("Adagrad", {"fused": True}),
+    ("SGD", {"momentum": 0.9, "fused": True}),
 ]
 
 
@@ -77,7 +80,7 @@ def test_optimizers_that_work_on_shards(ranks):
 
 
 def test_optimizers_that_need_whole_parameters(ranks):
-    cases = [("Adafactor", {}), ("Rprop", {}), ("Muon", {})]
+    cases = [("Adafactor", {}), ("Muon", {})]
     for differences in ranks.run(trained, cases, WHOLE):
         assert max(differences) < 1e-12
 
@@ -99,9 +102,6 @@ def step(name, options, constraints):
     [
         ("Adafactor", {}, "Adafactor cannot update sharded parameters: it takes norms of each rank's piece"),
         ("Adafactor", {"foreach": False}, "Adafactor cannot update sharded parameters"),
-        ("Rprop", {"foreach": False}, "Rprop cannot update sharded parameters: it assigns through masks"),
-        ("SGD", {"fused": True}, "SGD(fused=True) does not know DTensor parameters; leave out fused=True"),
-        ("Adagrad", {"fused": True}, "Adagrad(fused=True) does not know"),
     ],
 )
 def test_refused_before_the_first_step(ranks, name, options, message):
