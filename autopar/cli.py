@@ -89,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
         "or bytes of its state by a parameter's elements n: 'mine: 2*n + 8*n/256'",
     )  # fmt: skip
     plan.add_argument(
+        "--compression", metavar="HOW", help="of gradients that are reduced: bf16, or powersgd:RANK (default: none)"
+    )
+    plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="change an entry of the Hugging Face configuration; may be repeated",
     )  # fmt: skip
@@ -178,6 +181,7 @@ def _plan(args: argparse.Namespace) -> int:
             schedule=args.schedule,
             optimizer_class=args.optimizer,
             recompute=not args.no_recompute,
+            compression=args.compression,
         )
     if args.output is not None:
         plan.save(args.output)

@@ -23,7 +23,7 @@ from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, optimizer_text
+from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, check_asked, has_loss, optimizer_text
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
@@ -65,6 +65,7 @@ def compile(
     nonfinite: str = "skip",
     optimizer_class: Stepped | None = None,
     recompute: bool = True,
+    compression: str | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -118,6 +119,7 @@ def compile(
             Default: the given plan's, else `optimizer`, measured, else "adamw".
         recompute: let the backward compute again what the forward then need not keep, if memory is short and that is
             the quickest that fits.
+        compression: of gradients that are reduced: "bf16", or "powersgd:RANK"; see `autopar.compression`.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -139,6 +141,7 @@ def compile(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class or optimizer, recompute=recompute,
+                compression=compression,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -150,14 +153,12 @@ def compile(
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
         optimizer_class = optimizer_text(optimizer_class if given is not None else optimizer_class or optimizer)
-        if given is not None and optimizer_class not in (None, given.optimizer):
-            raise PlanError(
-                f"optimizer_class={optimizer_class} is asked for, and the plan was made for {given.optimizer}; leave "
-                "it out, or plan again"
-            )
+        if given is not None:
+            check_asked(given, optimizer_class, compression)
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+            compression=given.compression if given is not None else compression,
         )  # fmt: skip
         if given is not None:
             asked = replace(asked, optimizer_class=given.optimizer)
@@ -206,6 +207,7 @@ def plan_model(
     weights: str = "current",
     optimizer_class: Stepped | None = None,
     recompute: bool = True,
+    compression: str | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -230,6 +232,7 @@ def plan_model(
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
+        compression=compression,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -411,13 +414,14 @@ def _plan(
 
 def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program) and not asked.pipelined)
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and has_loss(program) and not asked.pipelined)
     return {
         "device": asked.device,
         "memory_limit": asked.memory_limit,
         "constraints": dict(asked.constraints),
         "optimizer": asked.optimizer_class,
         "recompute": asked.recompute,
+        "compression": asked.compression,
         "output_specs": "free" if free else "replicated",
     }
 
@@ -487,13 +491,3 @@ def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, S
 def _decisions(plan: Plan) -> str:
     """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
     return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
-
-
-def _has_loss(program: Program) -> bool:
-    """Whether a scalar floating-point output, a loss, is among the outputs."""
-    for sink in program.sinks:
-        if sink.kind == "output" and sink.node is not None:
-            value = program.node(sink.node).meta["val"]
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                return True
-    return False

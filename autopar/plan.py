@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autopar.compression import Compression
 from autopar.errors import AutoparError, PlanError
 from autopar.graph import pattern
 from autopar.mesh import Mesh
@@ -77,6 +78,7 @@ class Plan:
         notes: what the user should know (replicated ops, ignored settings).
         pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
         optimizer: the class of optimizer it was priced for (`autopar.costmodel.optimizers`: a name, or a law as text).
+        compression: how gradients travel when they are reduced (`autopar.compression`); None: as they are.
         saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
             "recompute" (`autopar.recompute`). What is not named is kept.
     """
@@ -94,6 +96,7 @@ class Plan:
     pipeline: Pipeline | None = None
     optimizer: str = "adamw"
     saved: Mapping[str, str] = field(default_factory=dict)
+    compression: str | None = None
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere.
@@ -136,6 +139,7 @@ class Plan:
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
             **({"saved": dict(self.saved)} if self.saved else {}),
             "optimizer": self.optimizer,
+            **({"compression": self.compression} if self.compression is not None else {}),
             "predicted": dict(self.predicted),
             "solver": dict(self.solver),
             "target": dict(self.target),
@@ -213,6 +217,8 @@ class Plan:
             key, optimizer = "optimizer", data.get("optimizer", "adamw")
             if not isinstance(optimizer, str):
                 raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
+            key = "compression"
+            Compression.parse(data.get("compression"))
             return cls(
                 mesh=mesh,
                 fingerprint=str(data["fingerprint"]),
@@ -227,6 +233,7 @@ class Plan:
                 pipeline=pipeline,
                 optimizer=optimizer,
                 saved=saved,
+                compression=data.get("compression"),
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from autopar.costmodel.compress import tail_bytes, works
 from autopar.costmodel.items import Items
 from autopar.costmodel.legal import Specs
 from autopar.costmodel.memory import KINDS, Policy
@@ -40,7 +41,10 @@ def peak(
     for buffer in tape.placeholders:
         if buffer.held != "parameters":
             found[buffer.held] += buffer.size
-    rest = Steps(tape).peak(policy.temporaries(_trained(items, plan, specs), gpu=not gloo))
+    behind = works(items, plan, specs)
+    found["optimizer"] += sum(work.state_bytes for work in behind)
+    scratch = policy.temporaries(_trained(items, plan, specs), gpu=not gloo)
+    rest = Steps(tape).peak(max(scratch, tail_bytes(behind)))
     for kind, size in rest.items():
         found[kind] += size
     found["slack"] = slack * sum(found.values())
@@ -201,7 +205,7 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
                 _write(event, members, packs, here)
             if event is members[-1]:
                 tail[:0] = _reduce(members, packs.get(id(members)), here)
-                pending[id(members)] = sum(t.sent for t in members)
+                pending[id(members)] = sum(t.sent * t.part for t in members)
                 while len(pending) > 1 and sum(pending.values()) > PENDING_BYTES:
                     first = next(iter(pending))
                     out += tails.pop(first)
@@ -337,13 +341,18 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
         if travel.copied:
             row = Buffer(travel.sent, (row,), kind="collectives")
             out.append(Event((travel.source,), (row,)))
+        if travel.part < 1:
+            return _reduce_half(row, travel.out, group, out)
         if not travel.exchanged:
             out.append(Event((row,), (travel.out,), over=in_place))
             return []
         travel.out.ins = (_arrive(row, out),)
         return [Event(travel.out.ins, (travel.out,))]
     whole, tail = packed, []
-    if not in_place:
+    if group[0].part < 1:
+        whole = Buffer(sum(t.received for t in group), kind="gradients")
+        tail = _reduce_half(packed, whole, group, out)
+    elif not in_place:
         whole = Buffer(sum(t.received for t in group), (packed,), kind="gradients")
         if group[0].exchanged:
             whole.ins = (_arrive(packed, out),)
@@ -354,6 +363,24 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
     for travel in group:
         travel.out.ins, travel.out.alias = (whole,), True
     return tail + [Event((whole,), (t.out,), lands=in_place) for t in group]
+
+
+def _reduce_half(x: Buffer, result: Buffer, group: list[Travel], out: list[Event]) -> list[Event]:
+    """Start of a reduction that travels cast, and what makes `result` of it, cast back, at the end."""
+    part = group[0].part
+    half = Buffer(x.size * part, (x,), kind="collectives")
+    out.append(Event((x,), (half,)))
+    tail = []
+    if group[0].key[0] != "all_reduce":
+        summed = Buffer(result.size * part, (half,), kind="collectives")
+        if group[0].exchanged:
+            summed.ins = (_arrive(half, out),)
+            tail.append(Event(summed.ins, (summed,)))
+        else:
+            out.append(Event((half,), (summed,)))
+        half = summed
+    result.ins = (half,)
+    return [*tail, Event((half,), (result,))]
 
 
 def _arrive(x: Buffer, out: list[Event]) -> Buffer:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopar.collector import resting_collector
+from autopar.compression import Compression
 from autopar.costmodel.budget import Budget
 from autopar.costmodel.choices import Pins, Space, State
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.compress import compressed_note
 from autopar.costmodel.constraints import Wishes, pin
 from autopar.costmodel.devices import Device, Link, Machine, machine
 from autopar.costmodel.edges import edges_of
@@ -62,6 +64,7 @@ def plan(
     storage: Mapping[str, Storage] | None = None,
     choices: Mapping[str, Sequence[Choice]] | None = None,
     recompute: bool = True,
+    compression: str | None = None,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -82,6 +85,7 @@ def plan(
         choices: what ops do already, by address, one choice per axis: they keep doing it.
         recompute: whether the backward may compute again what the forward need not keep then, where that takes less
             time than cutting more; False: everything that it reads is kept.
+        compression: of gradients that are reduced, as text (`autopar.compression`).
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -108,6 +112,7 @@ def plan(
             recompute,
             time_limit,
             progress or (lambda what, done: None),
+            compression,
         ).run()
 
 
@@ -157,6 +162,7 @@ class _Planner:
     recompute: bool
     time_limit: float
     progress: Progress
+    compression: str | None
     saved: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("fold", "layouts", "build", "solve", "price"), 0.0)
@@ -192,7 +198,7 @@ class _Planner:
                 self.space,
                 edges_of(self.fold),
                 Compute(self.items, self.where),
-                Comm(self.where),
+                Comm(self.where, Compression.parse(self.compression)),
                 Policy(self.program.training, self.optimizer_bytes, self.optimizer),
             )
             self.experts = experts(self.prices, wishes)
@@ -293,6 +299,7 @@ class _Planner:
             outputs=outputs,
             optimizer=self.optimizer,
             saved=self.saved,
+            compression=self.compression,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -331,6 +338,7 @@ class _Planner:
             outputs=p.outputs,
             optimizer=p.optimizer,
             saved=p.saved,
+            compression=p.compression,
             predicted=predicted,
             solver=solver,
             notes=tuple(
@@ -338,6 +346,7 @@ class _Planner:
                     (
                         *self.program.notes,
                         *self.notes,
+                        *compressed_note(self.items, p),
                         *report(i.node for i in self.items.items if i.kind == "op" and i.node),
                     )
                 )

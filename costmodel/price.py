@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from autopar.compression import Compression
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.compress import works
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.items import Item, Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs, storage_of
@@ -77,7 +79,8 @@ def price(
     specs = plan_specs(items, plan)
     where = machine(device, plan.mesh, links)
     policy = Policy(items.program.training, optimizer_bytes, plan.optimizer)
-    return _Pricer(items, plan, specs, Compute(items, where), Comm(where), policy).run()
+    comm = Comm(where, Compression.parse(plan.compression))
+    return _Pricer(items, plan, specs, Compute(items, where), comm, policy).run()
 
 
 @dataclass
@@ -96,6 +99,10 @@ class _Pricer:
             if item.kind == "op":
                 compute += self.compute.seconds(item, self._row(item))
         comm, counts = self._comm()
+        for work in works(self.items, self.plan, self.specs):
+            compute += sum(work.compute(self.compute.machine))
+            comm += work.sent(self.compute.machine)
+            counts["all_reduce"] += 2 * len(work.axes)
         device = self.compute.machine.device
         update = sum(
             device.update_seconds(self.policy.update_bytes(i, self.specs.outs[i.index][0], sizes))
@@ -127,7 +134,8 @@ class _Pricer:
                 if src == dst:
                     continue
                 total += bring_seconds(self.comm, meta, src, dst, reduce)
-                mid = tuple(R if p.kind == "P" else p for p in src) if reduce == "all_reduce" else src
+                whole = reduce == "all_reduce" and not any(p.kind == "P" for p in dst)
+                mid = tuple(R if p.kind == "P" else p for p in src) if whole else src
                 counts += self.comm.counts(meta.shape, src, mid) + self.comm.counts(meta.shape, mid, dst)
         return total, counts
 
