@@ -78,8 +78,8 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     try:
         optimizer_of(plan.optimizer)
     except ConstraintError as error:
-        known = f"those known are {', '.join(OPTIMIZERS)}" if ":" not in plan.optimizer else str(error)
-        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; {known}") from None
+        what = f"those known are {', '.join(OPTIMIZERS)}" if ":" not in plan.optimizer else str(error)
+        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; {what}") from None
     compression = Compression.parse(plan.compression)
     ins: list[tuple[Spec, ...]] = []
     outs: list[tuple[Spec, ...]] = []

@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from autopar.errors import RuntimeUseError
+from autopar.runtime import adafactor
 from autopar.runtime.local_step import ELEMENTWISE, eligible, step_pieces
 
 _WHOLE = 'or keep the parameters whole (constraints={"*": "replicate"})'
@@ -27,6 +28,8 @@ _REFUSED: dict[type[Optimizer], tuple[str, str]] = {
 #: Classes whose fused form torch's DTensor does not know, sharded or not; and one whose masks it does not.
 _NOT_FUSED = (torch.optim.SGD, torch.optim.Adagrad)
 _MASKS = (torch.optim.Rprop,)
+#: Those that are stepped here, on pieces, if they can be. Not their subclasses, which may do anything.
+_OURS = ELEMENTWISE | {torch.optim.Adafactor}
 #: By id: equal meshes of two lives of torch.distributed are two.
 _meshes: weakref.WeakValueDictionary[int, DeviceMesh] = weakref.WeakValueDictionary()
 _last: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
@@ -47,7 +50,7 @@ def watch(mesh: DeviceMesh | None) -> None:
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Check; then have `_localise` run after the optimizer's own hooks, which may change gradients."""
     _check(optimizer)
-    if type(optimizer) in ELEMENTWISE:
+    if type(optimizer) in _OURS:
         if optimizer in _last:
             _last.pop(optimizer).remove()
         if not torch.compiler.is_compiling():
@@ -72,8 +75,11 @@ def _localise(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any
         with torch.enable_grad():
             loss = closure()
         told = (lambda: loss,)
-    if plain and eligible(optimizer, list(_meshes.values())):
+    meshes = list(_meshes.values())
+    if plain and eligible(optimizer, meshes):
         return (step_pieces(optimizer), *told), {}
+    if plain and type(optimizer) is torch.optim.Adafactor and adafactor.eligible(optimizer, meshes):
+        return (adafactor.step(optimizer), *told), {}
     _check_whole_step(optimizer)
     return ((optimizer, *told), {}) if told else None
 
@@ -84,6 +90,7 @@ def _check_whole_step(optimizer: Optimizer) -> None:
     Raises:
         RuntimeUseError: DTensor does not know the ops of that.
     """
+    _check_norms(optimizer)
     masks = isinstance(optimizer, _MASKS)
     if not masks and not isinstance(optimizer, _NOT_FUSED):
         return
@@ -109,8 +116,12 @@ def _check(optimizer: Optimizer) -> None:
     Raises:
         RuntimeUseError: `optimizer` would give wrong numbers, or torch's error from inside; nothing has changed yet.
     """
-    if type(optimizer) not in ELEMENTWISE:
+    if type(optimizer) not in _OURS:
         _check_whole_step(optimizer)
+
+
+def _check_norms(optimizer: Optimizer) -> None:
+    """Raise RuntimeUseError where torch's own step would take norms of pieces for norms of parameters."""
     name = type(optimizer).__name__
     reason = next((why for cls, why in _REFUSED.items() if isinstance(optimizer, cls)), None)
     if reason is None:
