@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import increment_version
 from torch.distributed import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import Optimizer
 
 
@@ -29,11 +29,12 @@ def eligible(optimizer: Optimizer, meshes: Collection[DeviceMesh]) -> bool:
             return False
         pieces = 1
         for axis, placement in enumerate(param.placements):
-            pieces *= param.device_mesh.size(axis) if placement.is_shard() else 1
+            pieces *= param.device_mesh.size(axis) if isinstance(placement, Shard) else 1
         even = param.to_local().numel() * pieces == param.numel()
         if param.device_mesh not in meshes or not even or param.is_complex():
             return False
-        if not _lies(param.grad, param, param.placements) or any(p.is_partial() for p in param.placements):
+        known = all(isinstance(p, (Shard, Replicate)) for p in param.placements)
+        if not known or not _lies(param.grad, param, param.placements):
             return False
         state = optimizer.state.get(param, {})
         if state and not all(_lies(state[k], param, p) for k, p in _places(param).items()):
@@ -133,7 +134,7 @@ class _Piece:
         return tuple(
             mesh.get_group(axis)
             for axis, p in enumerate(self.owner.placements)
-            if p.is_shard() and at in (None, p.dim) and mesh.size(axis) > 1
+            if isinstance(p, Shard) and at in (None, p.dim) and mesh.size(axis) > 1
         )
 
 
@@ -143,7 +144,7 @@ def _places(param: DTensor) -> dict[str, tuple[Any, ...]]:
         return {"variance": tuple(param.placements)}
     gone = {"row_var": param.dim() - 1, "col_var": param.dim() - 2}
     return {
-        key: tuple(Replicate() if p.is_shard() and p.dim == dim else p for p in param.placements)
+        key: tuple(Replicate() if isinstance(p, Shard) and p.dim == dim else p for p in param.placements)
         for key, dim in gone.items()
     }
 
