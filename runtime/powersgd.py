@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import torch
 
 from autopar.compression import POWERSGD, Compression
-from autopar.errors import RuntimeUseError
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.spec import Spec
@@ -68,8 +67,6 @@ class PowerSgd:
                 x.settle(p, q, share)
 
     def _matrix(self, name: str, grad: torch.Tensor, dtype: torch.dtype, rank: int) -> _Matrix:
-        if not grad.is_contiguous():
-            raise AssertionError(f"gradient of {name} is not contiguous")
         matrix = grad.view(grad.shape[0], -1)
         kept = self.kept.get(name)
         if kept is None or kept.error.shape != matrix.shape:
@@ -126,14 +123,9 @@ def left_of(plan: Plan, homes: Mapping[str, Spec]) -> dict[str, tuple[str, ...]]
 
 
 def rank_of(plan: Plan) -> int:
-    """The rank of the products.
-
-    Raises:
-        RuntimeUseError: the plan compresses nothing so, and yet gradients are left as sums (a defect of ours).
-    """
+    """The rank of the products, of a plan that leaves gradients as sums."""
     compression = Compression.parse(plan.compression)
-    if compression is None or compression.kind != POWERSGD:
-        raise RuntimeUseError("gradients are left as sums, and the plan has no powersgd; report this as a bug")
+    assert compression is not None and compression.kind == POWERSGD, plan.compression
     return compression.rank
 
 

@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
-from live_bytes import peak_of_step
+from harness import Ranks
+from live_bytes import LiveBytes, peak_of_step
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar.capture import capture
@@ -137,6 +139,8 @@ def test_muon_is_of_matrices():
     assert [found.state(s, 4) for s in matrices] == state_bytes(optim.Muon, matrices, torch.float32)
     with pytest.raises(ConstraintError, match=r"Muon says nothing of a parameter piece of shape \(3,\)"):
         found.state((3,), 4)
+    with pytest.raises(ConstraintError, match="give as optimizer_class a function of the parameters that makes all"):
+        autopar.plan(net(), "dp=2", example=X, loss=loss, optimizer_class=optim.Muon)
 
 
 def test_laws_read_well():
@@ -244,6 +248,33 @@ def test_peak_of_a_step(cls, options):
 
     step()
     assert pm.plan.predicted["peak_bytes"] == pytest.approx(peak_of_step(pm, optimizer, X, step), rel=0.03)
+
+
+def updated(options):
+    """On pieces: bytes of state, and the most that an update makes besides; and both as predicted."""
+    recipe = part(optim.AdamW, **options)
+    pm = autopar.compile(net(), "dp=2", example=X, loss=loss, constraints={"dp": "zero3"}, optimizer_class=recipe)
+    optimizer = recipe(pm.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        pm(X["input"], target=X["target"]).backward()
+        state = [v for s in optimizer.state.values() for v in s.values()]
+        held = [*pm.parameters(), *(p.grad for p in pm.parameters()), *state]
+        with LiveBytes(held) as live:
+            before = live.now
+            optimizer.step()
+    pieces = [(p.to_local().numel(), 4) for p in pm.parameters()]
+    kept = sum((v.to_local() if isinstance(v, DTensor) else v).nbytes for v in state)
+    told = Policy(True, optimizer=pm.plan.optimizer).temporaries(pieces, gpu=False)
+    return kept, live.peak - before, pm.plan.predicted["memory"]["optimizer"], told
+
+
+def test_updates_of_pieces():
+    with Ranks(2) as ranks:
+        for options in ({}, {"foreach": True}, {"fused": True}):
+            for kept, made, kept_told, made_told in ranks.run(updated, options):
+                assert kept == kept_told
+                assert made == pytest.approx(made_told, rel=0.03, abs=200)  # numbers of four bytes
 
 
 def test_temporaries_on_a_gpu():
