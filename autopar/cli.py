@@ -85,9 +85,13 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--no-recompute", action="store_true", help="compute nothing twice")
     plan.add_argument("--no-offload", action="store_true", help="let nothing wait on the host")
     plan.add_argument(
-        "--optimizer", choices=options.OPTIMIZER_CLASSES, default=options.ADAMW, metavar="NAME",
-        help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw)",
+        "--optimizer", default=options.ADAMW, metavar="NAME",
+        help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw), "
+        "or bytes of its state by a parameter's elements n: 'mine: 2*n + 8*n/256'",
     )  # fmt: skip
+    plan.add_argument(
+        "--compression", metavar="HOW", help="of gradients that are reduced: bf16, or powersgd:RANK (default: none)"
+    )
     plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="change an entry of the Hugging Face configuration; may be repeated",
@@ -179,6 +183,7 @@ def _plan(args: argparse.Namespace) -> int:
             optimizer_class=args.optimizer,
             recompute=not args.no_recompute,
             offload=not args.no_offload,
+            compression=args.compression,
         )
     if args.output is not None:
         plan.save(args.output)

@@ -18,13 +18,14 @@ from torch import nn
 from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
+from autopar.costmodel.measure_optimizer import optimizer_text, recipe_text
 from autopar.errors import BatchError, MeshError, PlanError
 from autopar.given import check_given
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import Asked, Example, arguments, ask, batch_rows
+from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, check_asked, has_loss
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
@@ -64,9 +65,10 @@ def compile(
     clip: float | None = None,
     weights: str = "current",
     nonfinite: str = "skip",
-    optimizer_class: str | None = None,
+    optimizer_class: Stepped | None = None,
     recompute: bool = True,
     offload: bool = True,
+    compression: str | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -114,11 +116,13 @@ def compile(
             backward reads its forward's, which are kept; "predicted": a forward reads those that its backward is to
             find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
-        optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
-            it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
-            default: the given plan's, else "adamw". A function in `optimizer` is not asked.
         recompute, offload: let the backward compute again, or fetch from the host's memory, what the forward then need
             not keep, if memory is short and that is the quickest that fits.
+        optimizer_class: what steps the parameters, in `train_step` or in your own loop, for the memory that it takes
+            and moves: a name ("sgd", "lion", ...), the class or a function of parameters that makes it, which is called
+            and stepped on small tensors and measured, or bytes ("mine: 12*n"); see `autopar.costmodel.optimizers`.
+            Default: the given plan's, else `optimizer`, measured, else "adamw".
+        compression: of gradients that are reduced: "bf16", or "powersgd:RANK"; see `autopar.compression`.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -139,8 +143,8 @@ def compile(
             given = _searched(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
-                schedule=schedule, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
-                offload=offload,
+                schedule=schedule, weights=weights, optimizer_class=optimizer_class or recipe_text(optimizer),
+                recompute=recompute, offload=offload, compression=compression,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -151,15 +155,16 @@ def compile(
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
             raise PlanError(f"plan is a {type(given).__name__}; pass an autopar.Plan or the path of its file")
-        if given is not None and optimizer_class not in (None, given.optimizer):
-            raise PlanError(
-                f"optimizer_class={optimizer_class} is asked for, and the plan was made for {given.optimizer}; leave "
-                "it out, or plan again"
-            )
+        optimizer_class = optimizer_text(optimizer_class)
+        if optimizer_class is None and given is None:
+            optimizer_class = recipe_text(optimizer)
+        if given is not None:
+            check_asked(given, optimizer_class, compression)
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
             offload=offload,
+            compression=given.compression if given is not None else compression,
         )  # fmt: skip
         if given is not None:
             asked = replace(asked, optimizer_class=given.optimizer)
@@ -206,9 +211,10 @@ def plan_model(
     micro_batches: int | None = None,
     schedule: str | Path | None = None,
     weights: str = "current",
-    optimizer_class: str | None = None,
+    optimizer_class: Stepped | None = None,
     recompute: bool = True,
     offload: bool = True,
+    compression: str | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -234,6 +240,7 @@ def plan_model(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
         offload=offload,
+        compression=compression,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -415,7 +422,7 @@ def _plan(
 
 def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program) and not asked.pipelined)
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and has_loss(program) and not asked.pipelined)
     return {
         "device": asked.device,
         "memory_limit": asked.memory_limit,
@@ -423,6 +430,7 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
         "optimizer": asked.optimizer_class,
         "recompute": asked.recompute,
         "offload": asked.offload,
+        "compression": asked.compression,
         "output_specs": "free" if free else "replicated",
     }
 
@@ -462,13 +470,3 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
 def _decisions(plan: Plan) -> str:
     """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
     return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
-
-
-def _has_loss(program: Program) -> bool:
-    """Whether a scalar floating-point output, a loss, is among the outputs."""
-    for sink in program.sinks:
-        if sink.kind == "output" and sink.node is not None:
-            value = program.node(sink.node).meta["val"]
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                return True
-    return False

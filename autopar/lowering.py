@@ -13,6 +13,7 @@ from autopar.costmodel.devices import Device
 from autopar.graph import Program
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
+from autopar.runtime.powersgd import left_of
 from autopar.runtime.step import Lowered
 
 
@@ -42,7 +43,9 @@ def lower(
         return Lowered(program, plan, forward, None, compiler=compiler)
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target, plan.copies)
     backward = passes.boxed(backward) if eager else backward
-    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
+    homes = {s.name: spec for s, spec in zip(local.program.sinks, local.sink_specs) if s.kind == "grad" and s.node}
+    left = left_of(plan, homes)
+    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler, left=left)
 
 
 def quicker(device: str | Device) -> tuple[float | None, float | None]:

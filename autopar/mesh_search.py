@@ -72,7 +72,7 @@ def _pipelines(
     program: Program, count: int, asked: Asked, options: _Options, program_of: Callable[[int], Program], rows: int,
     tell: Progress,
 ) -> list[Tried]:  # fmt: skip
-    if not program.training or asked.outputs != "auto" or rows < 2:
+    if not program.training or asked.outputs != "auto" or rows < 2 or asked.compression is not None:
         return []
     try:
         loss_of(program)

@@ -16,20 +16,25 @@ from torch import nn
 from autopar import tree
 from autopar.call import TARGET, Call
 from autopar.checks import check_dtypes, refuse_old_norms, watched_generators
+from autopar.compression import Compression
 from autopar.costmodel import profile
 from autopar.costmodel.devices import DEVICES, Device
-from autopar.costmodel.memory import OPTIMIZERS
-from autopar.errors import BatchError, CaptureError, ConstraintError, RuntimeUseError, ScheduleError
+from autopar.costmodel.measure_optimizer import Recipe, optimizer_text
+from autopar.costmodel.optimizers import OPTIMIZERS, optimizer_of
+from autopar.errors import BatchError, CaptureError, ConstraintError, PlanError, RuntimeUseError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.pipeline.plans import AXIS, OWN
 from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.tables import micro_of, read
+from autopar.plan import Plan
 from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
 OUTPUTS = ("auto", "full", "sharded")
-#: What `optimizer_class=` may be, and what it is where nobody says.
+#: What `optimizer_class=` may be: a name, bytes as text ("mine: 12*n"), a class, or a function that makes it.
+Stepped = str | Recipe
+#: The names that it may be, and what it is where nobody says.
 OPTIMIZER_CLASSES, ADAMW = tuple(OPTIMIZERS), "adamw"
 #: The name of the device that `autopar calibrate` measured.
 CALIBRATED = "calibrated"
@@ -59,6 +64,7 @@ class Asked:
     optimizer_class: str = ADAMW
     recompute: bool = True
     offload: bool = True
+    compression: str | None = None
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -69,7 +75,8 @@ class Asked:
             f"shared {', '.join(self.shared) or 'nothing'}, "
             f"{'with' if self.loss else 'without'} loss=, "
             f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
-            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}, offload {self.offload}"
+            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}, offload {self.offload}, "
+            f"compression {self.compression}"
         )
 
     @property
@@ -194,9 +201,10 @@ def ask(
     trains: bool = False,
     weights: str = "current",
     searched: bool = False,
-    optimizer_class: str | None = None,
+    optimizer_class: Stepped | None = None,
     recompute: bool = True,
     offload: bool = True,
+    compression: str | None = None,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
@@ -219,11 +227,8 @@ def ask(
     names = (shared,) if isinstance(shared, str) else tuple(shared) if isinstance(shared, Sequence) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
-    if optimizer_class is not None and optimizer_class not in OPTIMIZER_CLASSES:
-        raise ConstraintError(
-            f"optimizer_class={optimizer_class!r} is not the name of one that is known; choose one of "
-            f"{', '.join(OPTIMIZER_CLASSES)}: one that keeps as many tensors of a parameter's size as yours does"
-        )
+    stepped = optimizer_text(optimizer_class) or ADAMW
+    optimizer_of(stepped)
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
     name, table = _schedule(mesh, micro_batches, schedule, searched)
@@ -235,9 +240,14 @@ def ask(
             f'{what} on mesh {mesh}: with a pipeline (axis {AXIS}) every rank takes the whole batch and gets whole '
             'outputs; use batch="global" and outputs="auto" or "full"'
         )
+    if Compression.parse(compression) is not None and (AXIS in mesh.names or micro_batches or schedule):
+        raise ConstraintError(
+            f"compression={compression!r} on mesh {mesh}: gradients of pipelines (axis {AXIS}) are not compressed yet; "
+            "leave compression= out, or take a mesh without stages"
+        )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, optimizer_class or ADAMW, recompute, offload,
+        weights, stepped, recompute, offload, compression,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -314,12 +324,38 @@ def _check_asynchronous(name: str, micro: int | None, trains: bool) -> None:
         )
 
 
+def check_asked(given: Plan, optimizer_class: str | None, compression: str | None) -> None:
+    """Raise unless what is asked for beside a given plan is what that says.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    for name, asked, has in (
+        ("optimizer_class", optimizer_class, given.optimizer),
+        ("compression", compression, given.compression),
+    ):
+        if asked not in (None, has):
+            raise PlanError(
+                f"{name}={asked} is asked for, and the plan was made for {has}; leave it out, or plan again"
+            )
+
+
 def batch_rows(program: Program) -> int:
     """Length of the batch of a program; 0 if none of its inputs is one."""
     for source in program.of_kind("input"):
         if source.name in program.batch_dims:
             return int(program.node(source.node).meta["val"].shape[program.batch_dims[source.name]])
     return 0
+
+
+def has_loss(program: Program) -> bool:
+    """Whether a scalar floating-point output, a loss, is among the outputs."""
+    for sink in program.sinks:
+        if sink.kind == "output" and sink.node is not None:
+            value = program.node(sink.node).meta["val"]
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+                return True
+    return False
 
 
 def arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

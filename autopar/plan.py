@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autopar.compression import Compression
 from autopar.errors import AutoparError, PlanError
 from autopar.graph import pattern
 from autopar.mesh import Mesh
@@ -77,7 +78,8 @@ class Plan:
         target: how the CLI rebuilds the model (`autopar verify`), free-form; empty for plans made in Python.
         notes: what the user should know (replicated ops, ignored settings).
         pipeline: stages and schedule, if it has any. The program is then that of one micro-batch.
-        optimizer: the class of optimizer it was priced for (`autopar.costmodel.memory.OPTIMIZERS`).
+        optimizer: the class of optimizer it was priced for (`autopar.costmodel.optimizers`: a name, or a law as text).
+        compression: how gradients travel when they are reduced (`autopar.compression`); None: as they are.
         saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
             "recompute" or "offload" (`autopar.recompute`). What is not named is kept.
         copies: how many tensors may be on their way to the host at once, and how many from there.
@@ -97,6 +99,7 @@ class Plan:
     optimizer: str = "adamw"
     saved: Mapping[str, str] = field(default_factory=dict)
     copies: int = COPIES
+    compression: str | None = None
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere.
@@ -142,6 +145,7 @@ class Plan:
             **({"saved": dict(self.saved)} if self.saved else {}),
             **({"copies": self.copies} if self.copies != COPIES else {}),
             "optimizer": self.optimizer,
+            **({"compression": self.compression} if self.compression is not None else {}),
             "predicted": dict(self.predicted),
             "solver": dict(self.solver),
             "target": dict(self.target),
@@ -222,6 +226,8 @@ class Plan:
             key, optimizer = "optimizer", data.get("optimizer", "adamw")
             if not isinstance(optimizer, str):
                 raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
+            key = "compression"
+            Compression.parse(data.get("compression"))
             return cls(
                 mesh=mesh,
                 fingerprint=str(data["fingerprint"]),
@@ -237,6 +243,7 @@ class Plan:
                 optimizer=optimizer,
                 saved=saved,
                 copies=copies,
+                compression=data.get("compression"),
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

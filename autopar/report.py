@@ -247,6 +247,8 @@ def heading(plan: Plan) -> str:
         lines.append(f"solver: {status}" + (f", gap {100 * gap:.2g} %" if isinstance(gap, (int, float)) else ""))
     if plan.optimizer != "adamw":
         lines.append(f"optimizer: {plan.optimizer}")
+    if plan.compression is not None:
+        lines.append(f"gradients travel compressed: {plan.compression}")
     inputs = [f"{k} {_spec(v, plan.mesh.names)}" for k, v in plan.inputs.items()]
     outputs = [f"{k} {_spec(v, plan.mesh.names)}" for k, v in plan.outputs.items()]
     if inputs or outputs:

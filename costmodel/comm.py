@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from autopar.compression import Compression
 from autopar.costmodel.devices import Link, Machine
 from autopar.reshard import Step, steps
 from autopar.spec import Shape, Spec
@@ -63,41 +64,49 @@ class Comm:
     """Prices redistributions on one machine, each distinct one once.
 
     Attributes:
+        compression: of gradients (`costmodel.compress`).
         tier: number of the link tier of every axis; axes with the same link share one. tiers: how many there are.
     """
 
     machine: Machine
-    _seconds: dict[tuple[Shape, int, Spec, Spec], tuple[float, tuple[float, ...]]] = field(default_factory=dict)
+    compression: Compression | None = None
+    _seconds: dict[tuple[Shape, int, Spec, Spec, bool], tuple[float, tuple[float, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known: dict[Link, int] = {}
         self.tier = [known.setdefault(link, len(known)) for link in self.machine.links]
         self.tiers = len(known)
 
-    def seconds(self, shape: Shape, itemsize: int, src: Spec, dst: Spec) -> float:
-        """Seconds to bring a tensor of global `shape` from `src` to `dst`.
+    def seconds(self, shape: Shape, itemsize: int, src: Spec, dst: Spec, half: bool = False) -> float:
+        """Seconds to bring a tensor of global `shape` from `src` to `dst`; `half`: sums travel at two bytes an element.
 
         Raises:
             SpecError: as `autopar.reshard.steps`.
         """
-        return self._found(shape, itemsize, src, dst)[0]
+        return self._found(shape, itemsize, src, dst, half)[0]
 
-    def links(self, shape: Shape, itemsize: int, src: Spec, dst: Spec) -> tuple[float, ...]:
+    def links(self, shape: Shape, itemsize: int, src: Spec, dst: Spec, half: bool = False) -> tuple[float, ...]:
         """Of `seconds`, those that the links of every tier are busy (local slices keep none busy)."""
-        return self._found(shape, itemsize, src, dst)[1]
+        return self._found(shape, itemsize, src, dst, half)[1]
 
-    def _found(self, shape: Shape, itemsize: int, src: Spec, dst: Spec) -> tuple[float, tuple[float, ...]]:
+    def _found(
+        self, shape: Shape, itemsize: int, src: Spec, dst: Spec, half: bool
+    ) -> tuple[float, tuple[float, ...]]:
         if src == dst:
             return 0.0, (0.0,) * self.tiers
-        key = (shape, itemsize, src, dst)
+        key = (shape, itemsize, src, dst, half)
         found = self._seconds.get(key)
         if found is None:
             total, busy = 0.0, [0.0] * self.tiers
             for step in steps(shape, src, dst, self.machine.mesh.sizes):
-                seconds = step_seconds(step, itemsize, self.machine)
-                total += seconds
+                sent = 2 if half and step.reduce == "sum" else itemsize
+                seconds = sent_seconds(step, sent, self.machine)
+                total += seconds + _copies(step, itemsize, self.machine)
+                if sent != itemsize:
+                    casts = math.prod(step.before), math.prod(step.after)
+                    total += sum(copy_seconds(n * (itemsize + sent) / 2, self.machine) for n in casts)
                 if step.kind != "local_chunk":
-                    busy[self.tier[step.axis]] += sent_seconds(step, itemsize, self.machine)
+                    busy[self.tier[step.axis]] += seconds
             found = self._seconds[key] = total, tuple(busy)
         return found
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from autopar.compression import Compression
 from autopar.costmodel.choices import Option, Pins, Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.constraints import Wishes, pin
@@ -164,7 +165,7 @@ class Bench:
             space,
             edges_of(folded),
             Compute(items, where),
-            Comm(where),
+            Comm(where, Compression.parse(plan.compression)),
             Policy(items.program.training, optimizer_bytes, plan.optimizer),
         )
         bench = cls(items, plan, where, prices, pins, state, memory_limit, optimizer_bytes, links)

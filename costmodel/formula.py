@@ -150,6 +150,10 @@ def formula(
     where = DEVICES[device] if isinstance(device, str) and device in DEVICES else device
     if isinstance(where, str) or where.measured is not None:
         raise PlanError("a formula needs a device preset (--device h100): measured curves over sizes are no formula")
+    if plan.compression is not None:
+        raise PlanError(
+            "there is no formula of a plan with compressed gradients yet; take one of the plan without compression"
+        )
     lengths = [seq, seq // 2, seq // 4] if varies else [seq]
     if varies and (seq % 4 or seq < 16):
         raise PlanError(

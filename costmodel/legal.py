@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from autopar.compression import Compression
 from autopar.costmodel.items import Item, Items, items_of
-from autopar.costmodel.memory import OPTIMIZERS
-from autopar.errors import PlanError, RuleError
+from autopar.costmodel.optimizers import OPTIMIZERS, optimizer_of
+from autopar.errors import ConstraintError, PlanError, RuleError
 from autopar.graph import Program, pattern
 from autopar.offload import HOSTED
 from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
@@ -70,13 +71,17 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     """Spec of every operand and result under a plan. Raises PlanError as `check_plan`.
 
     like: for every item the first that the plan, the planner's own, treats in the same way: only that one is looked at.
-    Gradients lie as their own parameters do.
+    Gradients lie as their own parameters do, or are left as sums that PowerSGD is to reduce.
     """
     sizes = plan.mesh.sizes
     whole: Spec = (R,) * len(sizes)
     _check_names(items, plan)
-    if plan.optimizer not in OPTIMIZERS:
-        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; those known are {', '.join(OPTIMIZERS)}")
+    try:
+        optimizer_of(plan.optimizer)
+    except ConstraintError as error:
+        what = f"those known are {', '.join(OPTIMIZERS)}" if ":" not in plan.optimizer else str(error)
+        raise PlanError(f"the plan is for optimizer {plan.optimizer!r}; {what}") from None
+    compression = Compression.parse(plan.compression)
     ins: list[tuple[Spec, ...]] = []
     outs: list[tuple[Spec, ...]] = []
     known: dict[tuple[int, tuple[Choice, ...]], _OpSpecs] = {}  # ops of one signature share their rule
@@ -102,7 +107,11 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
             found = ((), (tuple(plan.inputs.get(item.name, whole)),))
         elif item.kind == "grad":
             param = items.items[items.param[item.name]]
-            found = ((_stored(plan, param),), ())
+            spec, home = _stored(plan, param), outs[item.ins[0].item][item.ins[0].index]
+            meta = items.meta(item.ins[0])
+            if compression is not None and meta.dtype.is_floating_point:
+                spec = compression.left(meta.shape, home, spec, sizes)
+            found = ((spec,), ())
         elif item.kind == "output":
             found = ((tuple(plan.outputs.get(item.name, whole)),), ())
         else:

@@ -10,12 +10,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from autopar.costmodel.compress import tail_bytes, works
 from autopar.costmodel.items import Items
 from autopar.costmodel.legal import Specs
 from autopar.costmodel.memory import KINDS, Policy
 from autopar.costmodel.order import ahead
 from autopar.costmodel.tape import Buffer, Event, Tape, Travel, record
 from autopar.plan import Plan
+from autopar.spec import local_shape
 
 #: As in `passes/bucket.py` and `passes/overlap.py` (tests compare them).
 BUCKET_BYTES = 25 << 20
@@ -40,11 +42,26 @@ def peak(
     for buffer in tape.placeholders:
         if buffer.held != "parameters":
             found[buffer.held] += buffer.size
-    rest = Steps(tape).peak(policy.scratch)
+    behind = works(items, plan, specs)
+    found["optimizer"] += sum(work.state_bytes for work in behind)
+    scratch = policy.temporaries(_trained(items, plan, specs), gpu=not gloo)
+    rest = Steps(tape).peak(max(scratch, tail_bytes(behind)))
     for kind, size in rest.items():
         found[kind] += size
     found["slack"] = slack * sum(found.values())
     return found
+
+
+def _trained(items: Items, plan: Plan, specs: Specs) -> list[tuple[int, int]]:
+    """Elements of this rank's piece of every trained parameter, and bytes of one."""
+    out = []
+    for item in items.items:
+        if item.kind == "param" and item.source is not None and item.source.trainable:
+            meta = item.outs[0]
+            assert meta is not None
+            shape = local_shape(meta.shape, specs.outs[item.index][0], plan.mesh.sizes)
+            out.append((math.prod(shape), meta.itemsize))
+    return out
 
 
 def moving(
@@ -88,7 +105,7 @@ class Steps:
         self.backward = ahead(_late_as_possible(again, backward), AHEAD_BYTES, tape.copies)
 
     def peak(self, scratch: float, look: Look | None = None) -> dict[str, float]:
-        """The largest sum over forward, backward and update, by kind; `scratch`: of the update, in largest pieces."""
+        """The largest sum over forward, backward and update, by kind; `scratch`: temporaries of the update."""
         outputs = {b.base for b in self.tape.outputs}
         saved = {b.base for b in self.saved}
         grads = {b.base for b in self.tape.grads}
@@ -100,7 +117,7 @@ class Steps:
         if self.tape.backward:
             late = _walk(self.backward, held, grads | {b for b in outputs if not b.held}, look)
             best = max(best, late, key=lambda m: sum(m.values()))
-            update = {"gradients": sum(b.size for b in grads), "transient": scratch * self.tape.largest}
+            update = {"gradients": sum(b.size for b in grads), "transient": scratch}
             best = max(best, update, key=lambda m: sum(m.values()))
         return best
 
@@ -205,7 +222,7 @@ def _packed(events: list[Event | Travel]) -> list[Event]:
                 _write(event, members, packs, here)
             if event is members[-1]:
                 tail[:0] = _reduce(members, packs.get(id(members)), here)
-                pending[id(members)] = sum(t.sent for t in members)
+                pending[id(members)] = sum(t.sent * t.part for t in members)
                 while len(pending) > 1 and sum(pending.values()) > PENDING_BYTES:
                     first = next(iter(pending))
                     out += tails.pop(first)
@@ -341,13 +358,18 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
         if travel.copied:
             row = Buffer(travel.sent, (row,), kind="collectives")
             out.append(Event((travel.source,), (row,)))
+        if travel.part < 1:
+            return _reduce_half(row, travel.out, group, out)
         if not travel.exchanged:
             out.append(Event((row,), (travel.out,), over=in_place))
             return []
         travel.out.ins = (_arrive(row, out),)
         return [Event(travel.out.ins, (travel.out,))]
     whole, tail = packed, []
-    if not in_place:
+    if group[0].part < 1:
+        whole = Buffer(sum(t.received for t in group), kind="gradients")
+        tail = _reduce_half(packed, whole, group, out)
+    elif not in_place:
         whole = Buffer(sum(t.received for t in group), (packed,), kind="gradients")
         if group[0].exchanged:
             whole.ins = (_arrive(packed, out),)
@@ -358,6 +380,24 @@ def _reduce(group: list[Travel], packed: Buffer | None, out: list[Event]) -> lis
     for travel in group:
         travel.out.ins, travel.out.alias = (whole,), True
     return tail + [Event((whole,), (t.out,), lands=in_place) for t in group]
+
+
+def _reduce_half(x: Buffer, result: Buffer, group: list[Travel], out: list[Event]) -> list[Event]:
+    """Start of a reduction that travels cast, and what makes `result` of it, cast back, at the end."""
+    part = group[0].part
+    half = Buffer(x.size * part, (x,), kind="collectives")
+    out.append(Event((x,), (half,)))
+    tail = []
+    if group[0].key[0] != "all_reduce":
+        summed = Buffer(result.size * part, (half,), kind="collectives")
+        if group[0].exchanged:
+            summed.ins = (_arrive(half, out),)
+            tail.append(Event(summed.ins, (summed,)))
+        else:
+            out.append(Event((half,), (summed,)))
+        half = summed
+    result.ins = (half,)
+    return [*tail, Event((half,), (result,))]
 
 
 def _arrive(x: Buffer, out: list[Event]) -> Buffer:

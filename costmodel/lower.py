@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from autopar.costmodel.choices import Option, Pins, Space, State
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.compress import gradient_links, gradient_seconds
 from autopar.costmodel.edges import GRAD, Edge, Kept, kept_of
 from autopar.costmodel.items import Meta
 from autopar.costmodel.memory import Policy
@@ -21,7 +22,7 @@ from autopar.costmodel.problem import AFTER, INF, Consumer, Flow, Group, Keep, P
 from autopar.errors import ConstraintError
 from autopar.graph import BACKWARD
 from autopar.rule import WHOLE
-from autopar.spec import R, Spec, local_shape
+from autopar.spec import Spec, local_shape
 
 #: A tensor, how it may come (and how its parameter is gathered), and how it may be wanted (and reduced).
 _Ways = tuple[Meta, tuple[tuple[Spec, str], ...], tuple[tuple[Spec, str], ...]]
@@ -59,10 +60,9 @@ class Prices:
 
 
 def bring_seconds(comm: Comm, meta: Meta, src: Spec, dst: Spec, reduce: str = "") -> float:
-    """Seconds of one redistribution. For a gradient that is to be all-reduced first, `reduce` is "all_reduce"."""
-    if reduce == "all_reduce":
-        mid = tuple(R if p.kind == "P" else p for p in src)
-        return comm.seconds(meta.shape, meta.itemsize, src, mid) + comm.seconds(meta.shape, meta.itemsize, mid, dst)
+    """Seconds of one redistribution. `reduce`: of a gradient, how it is reduced; empty for all others."""
+    if reduce:
+        return gradient_seconds(comm, meta, src, dst, reduce)
     return comm.seconds(meta.shape, meta.itemsize, src, dst)
 
 
@@ -247,10 +247,8 @@ def _links(prices: Prices, meta: Meta, src: Spec, dst: Spec, reduce: str, cost: 
     """Seconds that the links of every tier are busy; nothing for what cannot be or costs nothing."""
     if not cost or cost == INF:
         return (0.0,) * prices.comm.tiers
-    if reduce == "all_reduce":
-        mid = tuple(R if p.kind == "P" else p for p in src)
-        first = prices.comm.links(meta.shape, meta.itemsize, src, mid)
-        return tuple(a + b for a, b in zip(first, prices.comm.links(meta.shape, meta.itemsize, mid, dst)))
+    if reduce:
+        return gradient_links(prices.comm, meta, src, dst, reduce)
     return prices.comm.links(meta.shape, meta.itemsize, src, dst)
 
 

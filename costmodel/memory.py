@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.costmodel.items import Item
-from autopar.errors import ConstraintError
-from autopar.spec import Shape, Spec, local_shape
+from autopar.costmodel.optimizers import optimizer_of
+from autopar.spec import Spec, local_shape
 
 #: Kinds of memory, in the order in which reports print them.
 KINDS = (
@@ -18,55 +18,12 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """What a class of optimizer keeps and needs.
-
-    Attributes:
-        state: elements of state of a parameter's piece, given the shape of the piece; in the parameter's dtype.
-        scratch: temporaries of an update, in pieces of the largest parameter (one parameter is updated at a time).
-        numbers: of four bytes, of each parameter, whatever its size: how many steps it has made.
-    """
-
-    state: Callable[[Shape], float]
-    scratch: float
-    numbers: int = 1
-
-
-def _pieces(count: float) -> Callable[[Shape], float]:
-    return lambda shape: count * math.prod(shape)
-
-
-def _factored(shape: Shape) -> float:
-    """A row and a column of second moments (Shazeer and Stern, Adafactor, 2018, section 3); all of them of a vector."""
-    if len(shape) < 2:
-        return float(math.prod(shape))
-    return float(math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
-
-
-#: As torch.optim keeps it. Lion: Chen et al., 2023, algorithm 2 (one moment).
-OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer(_pieces(2), 2),
-    "adam": Optimizer(_pieces(2), 2),
-    "nadam": Optimizer(_pieces(2), 2, 2),
-    "radam": Optimizer(_pieces(2), 2),
-    "adamax": Optimizer(_pieces(2), 2),
-    "amsgrad": Optimizer(_pieces(3), 2),
-    "sgd": Optimizer(_pieces(0), 0, 0),
-    "sgd_momentum": Optimizer(_pieces(1), 0, 0),
-    "rmsprop": Optimizer(_pieces(1), 1),
-    "adagrad": Optimizer(_pieces(1), 1),
-    "lion": Optimizer(_pieces(1), 1, 0),
-    "muon": Optimizer(_pieces(1), 4, 0),
-    "adafactor": Optimizer(_factored, 2),
-}
-
-
-@dataclass(frozen=True)
 class Policy:
-    """What training keeps: bytes of optimizer state per element if given, else what the class `optimizer` keeps.
+    """What training keeps: bytes of optimizer state per element if given, else what `optimizer` keeps, a name or the
+    text of a law (`costmodel.optimizers`).
 
     Raises:
-        ConstraintError: no optimizer of that name is known.
+        ConstraintError: no optimizer of that name is known, the text cannot be read, or says nothing of a piece.
     """
 
     training: bool
@@ -74,16 +31,11 @@ class Policy:
     optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise ConstraintError(
-                f"no optimizer {self.optimizer!r} is known; choose one of {', '.join(OPTIMIZERS)}, or give "
-                "optimizer_bytes, the bytes of state per parameter element"
-            )
+        optimizer_of(self.optimizer)
 
-    @property
-    def scratch(self) -> float:
-        """Temporaries of an update, in pieces of the largest parameter."""
-        return OPTIMIZERS[self.optimizer].scratch
+    def temporaries(self, pieces: Iterable[tuple[int, int]], gpu: bool) -> float:
+        """Bytes at the peak of an update of trained pieces, in order, each (elements, bytes of one)."""
+        return optimizer_of(self.optimizer).temporaries(pieces, gpu)
 
     def stored(self, item: Item, spec: Spec, sizes: Sequence[int]) -> dict[str, float]:
         """Bytes of one parameter by kind, on one rank."""
@@ -96,8 +48,7 @@ class Policy:
         if trained and self.optimizer_bytes is not None:
             state = count * self.optimizer_bytes
         elif trained:
-            kept = OPTIMIZERS[self.optimizer]
-            state = kept.state(shape) * meta.itemsize + 4 * kept.numbers
+            state = optimizer_of(self.optimizer).state(shape, meta.itemsize)
         return {
             "parameters": float(count * meta.itemsize),
             "gradients": float(count * meta.itemsize) if trained else 0.0,
@@ -108,3 +59,6 @@ class Policy:
         """Memory traffic of the optimizer's update: parameter and state read and written, gradient read."""
         held = self.stored(item, spec, sizes)
         return 2 * held["parameters"] + held["gradients"] + 2 * held["optimizer"] if held["gradients"] else 0.0
+
+
+__all__ = ["KINDS", "Policy"]

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopar.collector import resting_collector
+from autopar.compression import Compression
 from autopar.costmodel.budget import Budget
 from autopar.costmodel.choices import Pins, Space, State
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.compress import compressed_note
 from autopar.costmodel.constraints import Wishes, pin
 from autopar.costmodel.devices import Device, Link, Machine, machine
 from autopar.costmodel.edges import edges_of
@@ -64,6 +66,7 @@ def plan(
     choices: Mapping[str, Sequence[Choice]] | None = None,
     recompute: bool = True,
     offload: bool = True,
+    compression: str | None = None,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -73,7 +76,7 @@ def plan(
         device: preset name (`autopar.costmodel.devices.DEVICES`) or Device.
         memory_limit: bytes per rank; None: 92 % of the device's memory, no limit on the cpu.
         constraints: axis -> strategy, parameter glob -> storage, or op glob -> choice; see `costmodel.constraints`.
-        optimizer: its class, which says what state it keeps (`costmodel.memory.OPTIMIZERS`).
+        optimizer: its class, which says what state it keeps (`costmodel.optimizers`).
         optimizer_bytes: bytes of optimizer state per parameter element, in place of what the class keeps.
         inputs: "global": the whole batch is on every rank; "local": each rank has its piece of the batch, split over
             every axis pinned to ddp or zero*, or over the first axis if none is.
@@ -85,6 +88,7 @@ def plan(
         recompute: whether the backward may compute again what the forward need not keep then, where that takes less
             time than cutting more; False: nothing is computed twice.
         offload: whether what the backward reads may wait on the host, likewise, on a device that has one.
+        compression: of gradients that are reduced, as text (`autopar.compression`).
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -112,6 +116,7 @@ def plan(
             offload,
             time_limit,
             progress or (lambda what, done: None),
+            compression,
         ).run()
 
 
@@ -162,6 +167,7 @@ class _Planner:
     offload: bool
     time_limit: float
     progress: Progress
+    compression: str | None
     saved: Mapping[str, str] = field(default_factory=dict)
     copies: int = COPIES
     seconds: dict[str, float] = field(
@@ -198,7 +204,7 @@ class _Planner:
                 self.space,
                 edges_of(self.fold),
                 Compute(self.items, self.where),
-                Comm(self.where),
+                Comm(self.where, Compression.parse(self.compression)),
                 Policy(self.program.training, self.optimizer_bytes, self.optimizer),
             )
             self.experts = experts(self.prices, wishes)
@@ -303,6 +309,7 @@ class _Planner:
             optimizer=self.optimizer,
             saved=self.saved,
             copies=self.copies,
+            compression=self.compression,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -341,6 +348,7 @@ class _Planner:
             optimizer=p.optimizer,
             saved=p.saved,
             copies=p.copies,
+            compression=p.compression,
             predicted=predicted,
             solver=solver,
             notes=tuple(
@@ -348,6 +356,7 @@ class _Planner:
                     (
                         *self.program.notes,
                         *self.notes,
+                        *compressed_note(self.items, p),
                         *report(i.node for i in self.items.items if i.kind == "op" and i.node),
                     )
                 )

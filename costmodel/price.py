@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from autopar.compression import Compression
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.compress import works
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs, row_of, storage_of
@@ -76,7 +78,8 @@ def price(
     specs = plan_specs(items, plan)
     where = machine(device, plan.mesh, links)
     policy = Policy(items.program.training, optimizer_bytes, plan.optimizer)
-    return _Pricer(items, plan, specs, Compute(items, where), Comm(where), policy).run()
+    comm = Comm(where, Compression.parse(plan.compression))
+    return _Pricer(items, plan, specs, Compute(items, where), comm, policy).run()
 
 
 @dataclass
@@ -95,6 +98,10 @@ class _Pricer:
             if item.kind == "op":
                 compute += self.compute.seconds(item, row_of(self.items, self.plan, self.specs, item))
         comm, counts = self._comm()
+        for work in works(self.items, self.plan, self.specs):
+            compute += sum(work.compute(self.compute.machine))
+            comm += work.sent(self.compute.machine)
+            counts["all_reduce"] += 2 * len(work.axes)
         device = self.compute.machine.device
         update = sum(
             device.update_seconds(self.policy.update_bytes(i, self.specs.outs[i.index][0], sizes))
@@ -123,7 +130,8 @@ class _Pricer:
                 if src == dst:
                     continue
                 total += bring_seconds(self.comm, meta, src, dst, reduce)
-                mid = tuple(R if p.kind == "P" else p for p in src) if reduce == "all_reduce" else src
+                whole = reduce == "all_reduce" and not any(p.kind == "P" for p in dst)
+                mid = tuple(R if p.kind == "P" else p for p in src) if whole else src
                 counts += self.comm.counts(meta.shape, src, mid) + self.comm.counts(meta.shape, mid, dst)
         return total, counts
 

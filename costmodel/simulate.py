@@ -28,7 +28,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from autopar.compression import BF16
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.compress import append_powersgd, narrow
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs
@@ -116,6 +118,10 @@ def run(
     clock = _Clock(tasks, spans)
     if overlap:
         bucket(tasks)
+    if plan.compression == BF16:
+        narrow(tasks)
+    elif plan.compression is not None:
+        append_powersgd(tasks)
     for phase in (FORWARD, BACKWARD):
         _Phase(tasks, clock, phase, overlap).run()
     for task in tasks.all:  # moves that nobody has read

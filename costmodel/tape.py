@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from autopar.compression import BF16
 from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
 from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS, op_name
@@ -44,6 +45,10 @@ _POINTWISE = _OVER | {
 }  # fmt: skip
 #: Kinds of placeholders that outlive the step.
 HELD = {"param": "parameters", "buffer": "buffers", "input": "inputs"}
+
+
+#: Bytes of an element of a gradient that was cast to travel.
+HALF_BYTES = 2
 
 
 @dataclass(eq=False)
@@ -107,6 +112,7 @@ class Travel:
     copied: bool  # the operand is copied before it is sent alone; into a bucket, all are
     exchanged: bool = False  # all that is summed arrives here
     level: tuple[int, int] = (0, 0)
+    part: float = 1.0  # of its bytes that travel: less where a gradient is cast for it (`passes/compress.py`)
 
     @property
     def ins(self) -> tuple[Buffer, ...]:
@@ -137,7 +143,6 @@ class Tape:
     owner: dict[Event | Travel, int] = field(default_factory=dict)
     made: dict[Tensor, Buffer] = field(default_factory=dict)
     brought: dict[tuple[Tensor, Spec, str], Buffer] = field(default_factory=dict)
-    largest: float = 0.0  # bytes of the largest trained piece
     copies: int = COPIES
 
     def of(self, phase: str) -> list[Event | Travel]:
@@ -208,8 +213,6 @@ class _Recorder:
         if item.kind == "param":
             if storage_of(self.plan, item).gather == "twice":
                 self.again.add(item.index)
-            if item.source is not None and item.source.trainable:
-                self.tape.largest = max(self.tape.largest, size)
         buffer.kind = buffer.held
         self.tape.placeholders.append(buffer)
         self.stored.add(buffer)
@@ -269,7 +272,7 @@ class _Recorder:
             self.tape.outputs.append(self._bring(tensor, spec, FORWARD))
             return
         param = self.items.items[self.items.param[item.name]]
-        if storage_of(self.plan, param).reduce == "all_reduce":
+        if storage_of(self.plan, param).reduce == "all_reduce" and not any(p.kind == "P" for p in spec):
             home = self.specs.outs[tensor.item][tensor.index]
             mid = tuple(R if p.kind == "P" else p for p in home)
             reduced = self._bring(tensor, mid, BACKWARD, grad=True)
@@ -326,7 +329,9 @@ class _Recorder:
         exchanged = scatter and self.gloo
         if gather or reduction:
             copied = x.strided if gather else scatter and step.stacks
-            events.append(Travel(x, out, before, after, key, step.unpacks, copied, exchanged, level))
+            half = reduction and step.reduce == "sum" and self.plan.compression == BF16
+            part = min(1.0, HALF_BYTES / itemsize) if half else 1.0
+            events.append(Travel(x, out, before, after, key, step.unpacks, copied, exchanged, level, part))
             if gather:
                 out.kind = "gathered"
                 self.stored.add(out)

@@ -84,7 +84,8 @@ class Tasks:
                 self._op(item, row_of(items, plan, specs, item))
             elif item.kind == "grad":
                 held = storage_of(plan, items.items[items.param[item.name]])
-                self._end(self._bring(item, 0, held.reduce))
+                left = any(p.kind == "P" for p in specs.ins[item.index][0])  # the rest is not the graph's
+                self._end(self._bring(item, 0, "" if left else held.reduce))
             elif item.ins:
                 self._end(self._bring(item, 0, ""))
 
@@ -255,6 +256,11 @@ def _first_uses(tasks: Tasks) -> None:
         use = task.first_use if task.lazy or task.stream >= 0 else number
         for src in task.srcs:
             src.first_use = min(src.first_use, use)
+    leaving(tasks)
+
+
+def leaving(tasks: Tasks) -> None:
+    """Find out which moves and collectives only the output reads."""
     for task in tasks.all:
         task.leaves = task.first_use == math.inf and (task.stream >= 0 or task.lazy)
 

@@ -17,6 +17,7 @@ from functools import partial
 
 from torch import fx
 
+from autopar.compression import BF16
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.offload import COPIES
@@ -26,6 +27,7 @@ from autopar.passes.box import boxed
 from autopar.passes.bucket import bucket
 from autopar.passes.cancel import cancel
 from autopar.passes.causal import causal
+from autopar.passes.compress import compress
 from autopar.passes.constants import constants
 from autopar.passes.cross_entropy import cross_entropy
 from autopar.passes.device import HOST, Target, statistics, to_device
@@ -70,7 +72,8 @@ def lower(
     """
     local = insert_collectives(program, plan, rule_of, defer)
     # The device last: all others know the program's ops; before the cut, which sees what is saved for the backward.
-    steps = (*SYMBOLIC, cross_entropy) if fuses else SYMBOLIC
+    steps = (*SYMBOLIC, compress) if plan.compression == BF16 else SYMBOLIC
+    steps = (*steps, cross_entropy) if fuses else steps
     if target.device != HOST.device:
         steps = (statistics, *steps, partial(causal, mesh=plan.mesh), partial(to_device, target=target))
     gm, report = run(local.gm, steps, mesh=plan.mesh, title="local")

@@ -59,11 +59,16 @@ def bucket(gm: fx.GraphModule, bucket_bytes: int = BUCKET_BYTES) -> fx.GraphModu
         return gm
     # A bucket may stand behind a reader of one of its pieces: what is read early pulls it forward. Not for what only
     # brings a reduced piece to the output: it would pull all that the bucket waits for before the rest of the backward.
-    late = _behind(wholes)
+    late = behind_of(wholes)
     gm = edit.stable_sort(gm, key=late.__contains__)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
+
+
+def reductions_of(gm: fx.GraphModule) -> list[fx.Node]:
+    """Reductions whose results only the output reads, in graph order."""
+    return [node for node, _ in _reductions(gm)]
 
 
 def _key(node: fx.Node, level: Level) -> tuple[Any, ...]:
@@ -180,7 +185,7 @@ def _merge_gathers(graph: fx.Graph, group: list[fx.Node]) -> None:
             start = end
 
 
-def _behind(starts: list[fx.Node]) -> set[fx.Node]:
+def behind_of(starts: list[fx.Node]) -> set[fx.Node]:
     """Everything computed from `starts`, themselves not included."""
     found: set[fx.Node] = set()
     stack = list(starts)
@@ -238,4 +243,4 @@ def _stacked(graph: fx.Graph, x: fx.Node, parts: int, dim: int, like: fx.Node) -
     return edit.call(graph, aten.reshape.default, x, [parts, x.meta["val"].numel() // parts], like=like)
 
 
-__all__ = ["BUCKET_BYTES", "bucket"]
+__all__ = ["BUCKET_BYTES", "behind_of", "bucket", "reductions_of"]

@@ -193,9 +193,24 @@ def _hand_out_views(gm: fx.GraphModule) -> None:
         base: fx.Node = piece.args[0]  # type: ignore[assignment]
         while base.target in _FLAT:
             base = base.args[0]  # type: ignore[assignment]
-        if base.target is WAIT and _only_output(base):
+        if (base.target is WAIT or _cast_back(base)) and _only_output(base):
             node.replace_all_uses_with(piece)
             gm.graph.erase_node(node)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether it makes another dtype of its operand, on the same device."""
+    return node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}
+
+
+def _cast_back(node: fx.Node) -> bool:
+    """Whether it is what a collective has brought, cast (`passes/compress.py`)."""
+    if not _is_cast(node):
+        return False
+    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    while x.target in _FLAT:
+        x = x.args[0]  # type: ignore[assignment]
+    return x.target is WAIT
 
 
 def _only_output(node: fx.Node) -> bool:
@@ -225,7 +240,7 @@ def _start_of(node: fx.Node) -> fx.Node | None:
         (node,) = node.users
         if node.target in _REDUCTIONS:
             return node
-        if node.target not in _FLAT:
+        if node.target not in _FLAT and not _is_cast(node):
             return None
     return None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autopar.compression import Compression
 from autopar.errors import PlanError, RuleError
 from autopar.graph import BACKWARD, FORWARD, Draft, Program, Sink, Source, Value, is_op, operands, resolve, results
 from autopar.mesh import Mesh
@@ -60,6 +61,7 @@ class _Inserter:
     def __init__(self, program: Program, plan: Plan, rule_of: RuleOf, defer: bool) -> None:
         self.program, self.plan, self.rule_of, self.defer = program, plan, rule_of, defer
         self.mesh, self.sizes = plan.mesh, plan.mesh.sizes
+        self.compression = Compression.parse(plan.compression)
         self.whole: Spec = (R,) * len(self.sizes)
         self.graph = fx.Graph()
         self.home: dict[Value, Spec] = {}  # where each value is produced
@@ -175,8 +177,11 @@ class _Inserter:
         elif sink.kind == "grad":
             spec = self.plan.stored(sink.name).spec
             self._check(spec, value.shape, f"gradient of {sink.name}")
+            left = self._left(value, spec)
             if self.defer:
                 spec = tuple(h if h.kind == "P" and s.kind == "R" else s for h, s in zip(self.home[value], spec))
+            elif left != spec:
+                spec = left
             elif self.plan.stored(sink.name).reduce == "all_reduce":
                 reduced = tuple(R if p.kind == "P" else p for p in self.home[value])
                 local = self._bring(value, reduced, phase, f"gradient of {sink.name}")
@@ -187,6 +192,14 @@ class _Inserter:
                 return out, spec
         self._check(spec, value.shape, f"{sink.kind} {sink.name}")
         return self._bring(value, spec, phase, f"{sink.kind} {sink.name}"), spec
+
+    def _left(self, value: Value, stored: Spec) -> Spec:
+        """Where a gradient is left for the runtime to compress and reduce; `stored` if that is not what it does."""
+        val = value.node.meta["val"]
+        val = val[value.index] if isinstance(val, (tuple, list)) else val
+        if self.compression is None or not val.dtype.is_floating_point:
+            return stored
+        return self.compression.left(value.shape, self.home[value], stored, self.sizes)
 
     def _check(self, spec: Spec, shape: tuple[int, ...], what: str) -> None:
         if not is_valid(shape, spec, self.sizes):

@@ -33,6 +33,7 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
         torch.optim.NAdam,
         torch.optim.RAdam,
         torch.optim.RMSprop,
+        torch.optim.Rprop,
         torch.optim.SGD,
     }
 )

@@ -405,7 +405,7 @@ class ParallelModule(Trainable):
                 assert state.lane is not None
                 step = PipelineStep(lowered, state.lane)
             else:
-                step = Step(lowered, state.grid, state.options.data_axes)
+                step = Step(lowered, state.grid, state.options.data_axes, state.powersgd)
         if state.plan is None:
             with state.control.together("reading the plan"):
                 for storage in plan.storage.values():

@@ -16,6 +16,7 @@ from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Argument, Control
 from autopar.runtime.lane import Lane
 from autopar.runtime.pipeline import Pipelined, PipelineStep
+from autopar.runtime.powersgd import PowerSgd
 from autopar.runtime.step import Lowered, Step
 from autopar.runtime.storage import Init
 from autopar.runtime.training import Recipe, Trainer, asynchronous
@@ -72,6 +73,7 @@ class State:
     holders: tuple[list[_Place], list[_Place]] | None = None  # of parameters and buffers; see `tensors`
     lane: Lane | None = None  # with a pipeline
     trainer: Trainer | None = None
+    powersgd: PowerSgd = field(default_factory=PowerSgd)  # what compressed gradients have left out
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as of `Pipelined`
 
     @property
@@ -133,12 +135,18 @@ class State:
         """
         apart = asynchronous(self.plan)
         steps = {k: s.twin() if apart and isinstance(s, PipelineStep) else s for k, s in self.steps.items()}
+        powersgd = copy.deepcopy(self.powersgd)
+        for key, step in steps.items():
+            if isinstance(step, Step) and step.left:
+                steps[key] = twin = copy.copy(step)
+                twin.powersgd = powersgd
         return replace(
             self,
             shells=copy.deepcopy(self.shells, memo),
             model=copy.deepcopy(self.model, memo),
             steps=steps,
             trainer=None,
+            powersgd=powersgd,
             forms=list(self.forms),
             compared=set(self.compared),
             missing=set(self.missing),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from autopar.graph import Program, Sink
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
+from autopar.runtime.powersgd import PowerSgd, rank_of
 from autopar.runtime.storage import as_dtensor, rewrap, whole
 from autopar.spec import R, Spec, shard
 
@@ -49,7 +50,8 @@ class Lowered:
     The graphs are as the backend takes them: "eager" those that `passes.boxed` makes (the forward gated), "inductor"
     those that take their arguments one by one, and `compiler` for them. `backward` is None for a forward-only program;
     `saved_inputs` are positions among the sources. `news` is what to tell a user who waited for it, `{changes}`
-    standing for the arguments that made it necessary; or nothing.
+    standing for the arguments that made it necessary; or nothing. `left`: gradients that are still sums over some axes
+    when the backward is done, for PowerSGD.
     """
 
     program: Program
@@ -59,14 +61,21 @@ class Lowered:
     saved_inputs: tuple[int, ...] = ()
     compiler: Compiler | None = None
     news: str = ""
+    left: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Step:
     """Runs one `Lowered`. Outputs are plain tensors where the plan holds them whole, else DTensors."""
 
-    def __init__(self, lowered: Lowered, grid: Grid, data_axes: Sequence[str] = ()) -> None:
-        """`data_axes`: mesh axes over which the inputs come in pieces already (local batches)."""
+    def __init__(
+        self, lowered: Lowered, grid: Grid, data_axes: Sequence[str] = (), powersgd: PowerSgd | None = None
+    ) -> None:
+        """`data_axes`: mesh axes over which the inputs come in pieces already (local batches).
+
+        `powersgd`: what the module keeps of compressed gradients.
+        """
         program = lowered.program
+        self.left, self.powersgd = lowered.left, powersgd or PowerSgd()
         self.program, self.plan, self.grid = program, lowered.plan, grid
         self.forward: Any = lowered.forward
         self.backward: Any = lowered.backward
@@ -196,7 +205,11 @@ class Step:
         taken = Taken([*held, *tangents])
         saved += tangents
         results = self._run(self.backward, saved)
-        return {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
+        local = {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
+        if self.left:
+            with answered(self.grid):
+                self.powersgd.reduce(local, self.left, rank_of(self.plan), self.grid)
+        return local
 
     def _run(self, graph: Any, box: list[Any]) -> Any:
         """The graph says itself where it casts: autocast is off. A rank that is gone is told from a bad value."""

@@ -189,6 +189,26 @@ def test_the_optimizer_is_in_the_plan(capsys, mlp, tmp_path):
     assert code == 2 and "the plan is for optimizer 'adamx'; those known are adamw, " in err
 
 
+def test_laws_and_compression_are_in_the_plan(capsys, mlp, tmp_path):
+    path, again = str(tmp_path / "plan.json"), str(tmp_path / "again.json")
+    words = ["--optimizer", "mine: 12*n", "--compression", "powersgd:1:1", "--constraint", "dp=ddp"]
+    code, out, err = run(capsys, "plan", mlp, "--mesh", "dp=2", "--batch", "4", *words, "-o", path)
+    assert code == 0 and "optimizer: mine: 12*n" in out and "gradients travel compressed: powersgd:1:1" in out, err
+    plan = Plan.load(path)
+    state = 12 * (2 * 8 * 16 + 8 + 16) + 4 * (2 * 8 * 16 + 8 + 16)  # besides: errors of two matrices, and two Q
+    assert plan.predicted["memory"]["optimizer"] == state
+    for command in (["price", path], ["resolve", path, "--keep", "up"]):
+        code, _, err = run(capsys, *command, "-o", again)
+        assert code == 0, err
+        read = Plan.load(again)
+        assert (read.optimizer, read.compression) == (plan.optimizer, plan.compression)
+        assert read.predicted["memory"]["optimizer"] == state
+    code, out, err = run(capsys, "verify", path)
+    assert code == 0 and "compared with the plain model, without compression powersgd:1:1;" in out, err
+    code, _, err = run(capsys, "plan", mlp, "--mesh", "dp=2", "--compression", "zip")
+    assert code == 2 and "compression='zip' does not exist" in err
+
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "explain.md"
 #: The page's model, small enough to be planned in seconds: what its commands say -> what is run.
 TINY = {

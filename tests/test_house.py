@@ -29,7 +29,7 @@ BASE = {
     f"autopar.{m}"
     for m in (
         "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "recompute",
-        "offload", "pipeline",
+        "offload", "compression", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.

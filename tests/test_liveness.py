@@ -15,7 +15,8 @@ from autopar.costmodel import liveness, planner, tasks
 from autopar.costmodel.devices import DEVICES, Measured
 from autopar.costmodel.items import items_of
 from autopar.costmodel.legal import plan_specs
-from autopar.costmodel.memory import KINDS, OPTIMIZERS, Policy
+from autopar.costmodel.memory import KINDS, Policy
+from autopar.costmodel.optimizers import OPTIMIZERS
 from autopar.costmodel.order import ahead
 from autopar.costmodel.rules import rule_for
 from autopar.costmodel.tape import Buffer, Event, record
@@ -178,10 +179,10 @@ def test_state_by_class_of_optimizer():
     factors = {"adamw": 2, "sgd": 0, "sgd_momentum": 1, "lion": 1, "amsgrad": 3}
     for name, factor in factors.items():
         count = sum(s.trainable for s in program("llama").of_kind("param"))
-        numbers = 4 * OPTIMIZERS[name].numbers * count  # how many steps each parameter has made
+        numbers = OPTIMIZERS[name].state((0,), 4) * count  # how many steps each parameter has made
         assert peak("llama", "dp:ddp", name)["optimizer"] == factor * parameters + numbers
-    assert OPTIMIZERS["adafactor"].state((8, 4)) == 12 and OPTIMIZERS["adafactor"].state((2, 8, 4)) == 24
-    assert OPTIMIZERS["adafactor"].state((7,)) == 7
+    assert OPTIMIZERS["adafactor"].state((8, 4), 4) == 52 and OPTIMIZERS["adafactor"].state((2, 8, 4), 4) == 100
+    assert OPTIMIZERS["adafactor"].state((7,), 2) == 18
     with pytest.raises(ConstraintError, match="no optimizer 'adamx' is known; choose one of adamw"):
         Policy(True, None, "adamx")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autopar
+from autopar.errors import RuntimeUseError
 from autopar.runtime.local_step import ELEMENTWISE
 from tests.test_optimizers import WHOLE, ZERO3, X, compiled, loss, net
 
 CASES = [
     ("Adadelta", {}),
     ("Adagrad", {"initial_accumulator_value": 0.1}),
+    ("Adagrad", {"fused": True}),
     ("Adam", {"amsgrad": True, "weight_decay": 0.1}),
     ("Adam", {"fused": True}),
     ("Adamax", {}),
@@ -26,7 +29,9 @@ CASES = [
     ("NAdam", {}),
     ("RAdam", {}),
     ("RMSprop", {"centered": True, "momentum": 0.5}),
+    ("Rprop", {}),
     ("SGD", {"momentum": 0.9, "nesterov": True}),
+    ("SGD", {"momentum": 0.9, "fused": True}),
 ]
 
 
@@ -145,6 +150,26 @@ def from_another_plan(fused):
 def test_state_of_another_plan(ranks, fused):
     # Between plans always; from a plain model into one plan at least, where torch takes that.
     assert min(ranks.run(from_another_plan, fused)) >= 4
+
+
+def subclassed():
+    """Classes of one's own that DTensor cannot step are refused before anything changes; differentiable ones too."""
+
+    class Own(torch.optim.Rprop):
+        pass
+
+    module = compiled(ZERO3)
+    for made in (Own, functools.partial(torch.optim.Rprop, differentiable=True)):
+        optimizer = made(module.parameters(), lr=1e-2)
+        backward(module, optimizer)
+        before = module.full_state_dict()
+        with pytest.raises(RuntimeUseError, match=r"Rprop|Own can step DTensor parameters only where"):
+            optimizer.step()
+        assert all(torch.equal(before[k], v) for k, v in module.full_state_dict().items())
+
+
+def test_what_cannot_step_pieces_is_refused(ranks):
+    ranks.run(subclassed)
 
 
 def mixed():

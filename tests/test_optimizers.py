@@ -68,6 +68,10 @@ EXACT = [
     ("Adadelta", {}),
     ("ASGD", {}),
     ("LBFGS", {}),
+    ("Adafactor", {}),
+    ("Rprop", {}),
+    ("Adagrad", {"fused": True}),
+    ("SGD", {"momentum": 0.9, "fused": True}),
 ]
 
 
@@ -77,37 +81,31 @@ def test_optimizers_that_work_on_shards(ranks):
 
 
 def test_optimizers_that_need_whole_parameters(ranks):
-    cases = [("Adafactor", {}), ("Rprop", {}), ("Muon", {})]
+    cases = [("Adafactor", {}), ("Muon", {})]  # Muon: bit for bit only so
     for differences in ranks.run(trained, cases, WHOLE):
         assert max(differences) < 1e-12
 
 
-def step(name, options, constraints):
+class Own(torch.optim.Adafactor):
+    """A class of the user's, which may do anything."""
+
+
+def step():
     """One step; parameters after an error are as before it."""
-    pm = compiled(constraints)
+    pm = compiled(ZERO3)
     before = pm.full_state_dict()
     pm(X, target=X).backward()
-    optimizer = getattr(torch.optim, name)(pm.parameters(), **options)
+    optimizer = Own(pm.parameters())
     try:
         optimizer.step()
     finally:
         assert all(torch.equal(before[k], v) for k, v in pm.full_state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("Adafactor", {}, "Adafactor cannot update sharded parameters: it takes norms of each rank's piece"),
-        ("Adafactor", {"foreach": False}, "Adafactor cannot update sharded parameters"),
-        ("Rprop", {"foreach": False}, "Rprop cannot update sharded parameters: it assigns through masks"),
-        ("SGD", {"fused": True}, "SGD(fused=True) does not know DTensor parameters; leave out fused=True"),
-        ("Adagrad", {"fused": True}, "Adagrad(fused=True) does not know"),
-    ],
-)
-def test_refused_before_the_first_step(ranks, name, options, message):
-    for outcome in ranks.outcomes(step, name, options, ZERO3):
+def test_refused_before_the_first_step(ranks):
+    for outcome in ranks.outcomes(step):
         assert isinstance(outcome, Failure) and outcome.kind == "RuntimeUseError", outcome
-        assert outcome.message.startswith(message)
+        assert outcome.message.startswith("Own cannot update sharded parameters: it takes norms of each rank's piece")
 
 
 def of_others():

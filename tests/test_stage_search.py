@@ -272,7 +272,7 @@ def test_the_optimizer_is_the_users(mesh):
 
 
 def test_an_optimizer_that_nobody_knows():
-    with pytest.raises(ConstraintError, match="'adamx' is not the name of one that is known; choose one of adamw"):
+    with pytest.raises(ConstraintError, match="no optimizer 'adamx' is known; choose one of adamw"):
         planned("dp=2", 64, optimizer_class="adamx")
 
 
