@@ -117,7 +117,7 @@ def recipe_text(given: Any) -> str | None:
     try:
         return optimizer_text(given)
     except ConstraintError as error:
-        warnings.warn(f"memory is planned as for AdamW, because the optimizer cannot be measured: {error}", stacklevel=3)
+        warnings.warn(f"memory is planned as for AdamW, for the optimizer cannot be measured: {error}", stacklevel=3)
         return None
 
 
