@@ -11,7 +11,7 @@ from autopar.capture import compiled
 from autopar.costmodel import rules
 from autopar.costmodel.devices import Device
 from autopar.graph import Program
-from autopar.plan import Plan
+from autopar.plan import HOST, Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.step import Lowered
 
@@ -41,8 +41,11 @@ def lower(
     if not program.training:
         return Lowered(program, plan, forward, None, compiler=compiler)
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target)
-    backward = passes.boxed(backward) if eager else backward
-    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler)
+    hosted = {s.name for s in program.sinks if s.kind == "grad" and plan.stored(s.name).state == HOST}
+    if eager:
+        names = [s.name for s in program.sinks if s.kind == "grad"]
+        backward = passes.boxed(backward, taken={i: name for i, name in enumerate(names) if name in hosted})
+    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler, hosted=frozenset(hosted))
 
 
 def quicker(device: str | Device) -> tuple[float | None, float | None]:

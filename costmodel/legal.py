@@ -11,7 +11,7 @@ from autopar.costmodel.items import Item, Items, items_of
 from autopar.costmodel.memory import OPTIMIZERS
 from autopar.errors import PlanError, RuleError
 from autopar.graph import Program, pattern
-from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
+from autopar.plan import DEVICE, GATHER, REDUCE, STATE, Plan, Storage, storage_shards
 from autopar.rule import BoundRule, Choice
 from autopar.spec import Placement, R, Shape, Spec, format_placements, is_valid, layout
 
@@ -222,3 +222,7 @@ def _check_names(items: Items, plan: Plan) -> None:
             raise PlanError(f"buffer {name} must be stored whole on every axis")
         if stored.gather not in GATHER or stored.reduce not in REDUCE:
             raise PlanError(f"{name}: {stored.gather!r}, {stored.reduce!r} are not one of {GATHER} and {REDUCE}")
+        if stored.state not in STATE:
+            raise PlanError(f"{name}: {stored.state!r} is not one of {STATE}")
+        if name in names["buffer"] and stored.state != DEVICE:
+            raise PlanError(f"buffer {name} has no optimizer state that could lie on the {stored.state}")

@@ -1,0 +1,276 @@
+"""Gradients and optimizer state on the host: it trains as one device does, and the device holds what is predicted."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import autopar
+from autopar.capture import capture
+from autopar.costmodel import planner
+from autopar.errors import PlanError, RuntimeUseError
+from autopar.mesh import Mesh
+from autopar.plan import HOST, Plan, R, S, Storage
+from autopar.runtime.host_optimizer import host_empty
+from tests.live_bytes import LiveBytes
+from tests.widen import widen_to_float64
+from tests.zoo import ZOO
+
+STEPS = 4
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
+    "groups": lambda params: torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+    ),
+    "adafactor": lambda params: torch.optim.Adafactor(params),
+}
+
+
+def halved(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+
+def hosted(plan: Plan, part: str) -> Plan:
+    """The plan with all, or every second, parameter's state on the host."""
+    names = [n for n in plan.storage][:: 1 if part == "all" else 2]
+    return replace(plan, storage={n: replace(s, state=HOST) if n in names else s for n, s in plan.storage.items()})
+
+
+def example(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model, batch = ZOO[name](seed=0)
+    return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def batches(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Another batch for every step: the same rows, in other orders."""
+    return [{k: v.roll(n, 0) for k, v in batch.items()} for n in range(STEPS)]
+
+
+@functools.cache
+def planned(name: str, mesh: str, strategies: str = "") -> str:
+    """A plan, as text: of one process, which all ranks then run."""
+    constraints = dict(text.split(":") for text in strategies.split())
+    with widen_to_float64():
+        model, batch = example(name)
+        program = capture(model, (), batch)
+    return planner.plan(program, Mesh.parse(mesh), constraints=constraints, output_specs="free").to_json()
+
+
+def compiled(name: str, plan: Plan, optimizer: str, **options: Any) -> autopar.ParallelModule:
+    model, batch = example(name)
+    return autopar.compile(
+        model, plan.mesh, example=batch, plan=plan, optimizer=OPTIMIZERS[optimizer], device="cpu", **options
+    )
+
+
+def plain(
+    name: str, optimizer: str, clip: float | None, scheduled: bool
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """What one device comes to."""
+    model, batch = example(name)
+    steps = OPTIMIZERS[optimizer](list(model.parameters()))
+    scheduler = halved(steps) if scheduled else None
+    losses = []
+    for given in batches(batch):
+        loss = model(**given).loss
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        steps.step()
+        steps.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return {k: v.detach() for k, v in model.state_dict().items()}, losses
+
+
+def differences(pm: autopar.ParallelModule, losses: list[float], want: Any) -> float:
+    """The largest between two trainings, of parameters relative to the largest element, and of losses."""
+    state = pm.full_state_dict()
+    found = [float((state[k] - v).abs().max() / v.abs().max().clamp(min=1e-3)) for k, v in want[0].items()]
+    return max([*found, *(abs(a - b) for a, b in zip(losses, want[1], strict=True))])
+
+
+def trains(name: str, text: str, part: str, optimizer: str, clip: float | None) -> float:
+    """How far training under this plan, with a part of it on the host, is from one device."""
+    with widen_to_float64():
+        plan = hosted(Plan.from_json(text), part)
+        pm = compiled(name, plan, optimizer, clip=clip, lr_scheduler=halved)
+        losses = [pm.train_step(**given).item() for given in batches(example(name)[1])]
+        trainer = pm._state.trainer
+        assert set(trainer.host.params) == set(plan.on_host)
+        assert all(p.grad is None for p in pm.parameters())
+        assert len(pm.optimizers) == (1 if part == "all" else 2)
+        return differences(pm, losses, plain(name, optimizer, clip, True))
+
+
+@pytest.mark.parametrize("part", ["all", "some"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "groups"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_one_process(part, optimizer, clip):
+    assert trains("llama", planned("llama", "dp=1"), part, optimizer, clip) < 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["dp:ddp", "dp:zero3", "tp:tp"])
+def test_two_processes(two, strategy):
+    plan = planned("llama", f"{strategy[:2]}=2", strategy)
+    for part, optimizer, clip in (("all", "adamw", 0.1), ("some", "sgd", 0.1)):
+        for error in two.run(trains, "llama", plan, part, optimizer, clip):
+            assert error < 1e-11, (part, optimizer, clip)
+
+
+def test_two_axes_and_tied_embeddings(four):
+    for error in four.run(trains, "gpt2", planned("gpt2", "dp=2,tp=2", "dp:zero3 tp:tp"), "some", "adamw", 0.1):
+        assert error < 1e-11
+
+
+# ---- state ---------------------------------------------------------------------------------------------------------
+
+
+def goes_on(text: str) -> None:
+    """What is saved, loaded or copied goes on as if nothing had been."""
+    with widen_to_float64():
+        plan = hosted(Plan.from_json(text), "some")
+        given = batches(example("llama")[1])
+        pm = compiled("llama", plan, "adamw", clip=0.1)
+        for batch in given[:2]:
+            pm.train_step(**batch)
+        saved = io.BytesIO()
+        torch.save([o.state_dict() for o in pm.optimizers], saved)
+        weights, twin = copy.deepcopy(pm.state_dict()), copy.deepcopy(pm)
+        assert not set(map(id, twin._state.trainer.host.masters.values())) & set(
+            map(id, pm._state.trainer.host.masters.values())
+        )
+        fresh = compiled("llama", plan, "adamw", clip=0.1)
+        fresh.train_step(**given[0])  # its masters are others by now, which must follow
+        fresh.load_state_dict(weights)
+        saved.seek(0)
+        for optimizer, state in zip(fresh.optimizers, torch.load(saved, weights_only=False)):
+            optimizer.load_state_dict(state)
+        ends = []
+        for module in (pm, twin, fresh):
+            for batch in given[2:]:
+                module.train_step(**batch)
+            ends.append(module.full_state_dict())
+        for other in ends[1:]:
+            assert all(torch.equal(ends[0][k], other[k]) for k in ends[0])
+        assert differences(pm, [], (plain("llama", "adamw", 0.1, False)[0], [])) < 1e-11
+        row = pm.memory_per_rank()[0]
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in pm._state.trainer.host.params.values()]
+        numbers = 8 * len(local)  # of steps made
+        assert row["host"] == 4 * sum(p.nbytes for p in local) + numbers
+
+
+def test_save_load_and_copy():
+    goes_on(planned("llama", "dp=1"))
+
+
+def test_save_load_and_copy_of_pieces(two):
+    two.run(goes_on, planned("llama", "dp=2", "dp:zero3"))
+
+
+def test_weights_written_between_steps_are_taken_over():
+    with widen_to_float64():
+        plan = hosted(Plan.from_json(planned("llama", "dp=1")), "all")
+        pm, given = compiled("llama", plan, "sgd"), batches(example("llama")[1])
+        model, _ = example("llama")
+        steps = OPTIMIZERS["sgd"](list(model.parameters()))
+        for batch in given:
+            pm.train_step(**batch)
+            model(**batch).loss.backward()
+            steps.step()
+            steps.zero_grad()
+            with torch.no_grad():
+                for p in (*pm.parameters(), *model.parameters()):
+                    p.mul_(0.9)
+        assert differences(pm, [], (model.state_dict(), [])) < 1e-12
+
+
+def test_evaluation_between_steps():
+    plan = hosted(Plan.from_json(planned("llama", "dp=1")), "all")
+    with widen_to_float64():
+        pm, (_, batch) = compiled("llama", plan, "adamw"), example("llama")
+        first = pm.train_step(**batch)
+        pm.eval()
+        with_grad = pm(**batch).loss
+        assert not with_grad.requires_grad
+        pm.train()
+        assert pm.train_step(**batch) == pytest.approx(with_grad.item(), abs=1e-12) != first
+
+
+def test_compiled_graphs_hand_over_too():
+    """Inductor's backward returns all gradients; those on the host are taken behind it."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, y = torch.randn(4, 8), torch.randn(4, 4)
+    found = []
+    for backend in ("eager", "inductor"):
+        first = autopar.compile(model, "dp=1", example={"input": x, "target": y}, loss=nn.functional.mse_loss)
+        pm = autopar.compile(
+            model, "dp=1", example={"input": x, "target": y}, loss=nn.functional.mse_loss, backend=backend,
+            plan=hosted(first.plan, "some"), optimizer=OPTIMIZERS["adamw"],
+        )  # fmt: skip
+        for _ in range(3):
+            pm.train_step(x, target=y)
+        found.append(pm.full_state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def net(state: str = HOST, **options: Any) -> autopar.ParallelModule:
+    """One linear layer whose weight is on the host."""
+    model = nn.Linear(4, 4)
+    given = {"input": torch.randn(4, 4), "target": torch.randn(4, 4)}
+    loss = nn.functional.mse_loss
+    plan = autopar.compile(model, "dp=1", example=given, loss=loss).plan
+    plan = replace(plan, storage={**plan.storage, "weight": replace(plan.stored("weight"), state=state)})
+    return autopar.compile(model, "dp=1", example=given, loss=loss, plan=plan, **options)
+
+
+def test_a_plain_loop_is_refused():
+    pm, x = net(), torch.randn(4, 4)
+    with pytest.raises(RuntimeUseError, match=r"state of weight .* on the host.*call pm.train_step\(batch\)"):
+        pm(x, target=x)
+    with torch.no_grad():
+        assert pm(x, target=x) > 0
+    with pytest.raises(RuntimeUseError, match="the module has no optimizer"):
+        pm.train_step(x, target=x)
+
+
+def test_an_optimizer_of_other_tensors_is_refused():
+    x = torch.randn(4, 4)
+    modules: list[autopar.ParallelModule] = []
+    modules.append(net(optimizer=lambda params: torch.optim.SGD(modules[0].parameters(), lr=0.1)))
+    with pytest.raises(RuntimeUseError, match="make it of its argument alone"):
+        modules[0].train_step(x, target=x)
+
+
+def test_a_plan_says_no_other_state():
+    with pytest.raises(PlanError, match="'moon' is not one of"):
+        net("moon")
+
+
+def by_norms(text: str) -> None:
+    with widen_to_float64():
+        pm = compiled("llama", hosted(Plan.from_json(text), "all"), "adafactor")
+        pm.train_step(**example("llama")[1])
+
+
+def test_pieces_are_stepped_by_element_wise_optimizers_only(two):
+    for failure in two.failures(by_norms, planned("llama", "dp=2", "dp:zero3")):
+        assert "Adafactor would step this rank's piece of" in failure and "as if it were the whole" in failure
