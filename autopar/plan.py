@@ -26,8 +26,8 @@ SCHEMA = 1
 GATHER = ("once", "twice")
 #: How its gradient is brought to the stored placement. "reduce_scatter", or "all_reduce" then slice (ZeRO-1).
 REDUCE = ("reduce_scatter", "all_reduce")
-#: Where its gradient and its optimizer state lie. HOST: in the host's memory, with a master copy of the parameter, which
-#: the optimizer steps there (Ren et al., ZeRO-Offload, 2021).
+#: Where its gradient and its optimizer state lie. HOST: in the host's memory, with a copy of the parameter that the
+#: optimizer steps there (Ren et al., ZeRO-Offload, 2021).
 DEVICE, HOST = "device", "host"
 STATE = (DEVICE, HOST)
 

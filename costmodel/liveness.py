@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from autopar.costmodel.items import Items
-from autopar.costmodel.legal import Specs
+from autopar.costmodel.legal import Specs, storage_of
 from autopar.costmodel.memory import KINDS, Policy
 from autopar.costmodel.order import ahead
 from autopar.costmodel.tape import Buffer, Event, Tape, Travel, record
@@ -33,7 +33,8 @@ def peak(
     found = dict.fromkeys(KINDS, 0.0)
     for item in items.items:
         if item.kind == "param":
-            held = policy.stored(item, specs.outs[item.index][0], plan.mesh.sizes)
+            state = storage_of(plan, item).state
+            held = policy.stored(item, specs.outs[item.index][0], plan.mesh.sizes, state)
             found["parameters"] += held["parameters"]
             found["optimizer"] += held["optimizer"]
     for buffer in tape.placeholders:

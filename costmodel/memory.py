@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from autopar.costmodel.items import Item
 from autopar.errors import ConstraintError
+from autopar.plan import DEVICE
 from autopar.spec import Shape, Spec, local_shape
 
 #: Kinds of memory, in the order in which reports print them.
@@ -85,8 +86,10 @@ class Policy:
         """Temporaries of an update, in pieces of the largest parameter."""
         return OPTIMIZERS[self.optimizer].scratch
 
-    def stored(self, item: Item, spec: Spec, sizes: Sequence[int]) -> dict[str, float]:
-        """Bytes of one parameter by kind, on one rank."""
+    def stored(self, item: Item, spec: Spec, sizes: Sequence[int], state: str = DEVICE) -> dict[str, float]:
+        """Bytes of one parameter by kind, on one rank's device. state: as of `Storage`."""
+        if state != DEVICE:
+            return {**self.stored(item, spec, sizes), "gradients": 0.0, "optimizer": 0.0}
         meta = item.outs[0]
         assert meta is not None
         shape = local_shape(meta.shape, spec, sizes)
@@ -103,6 +106,11 @@ class Policy:
             "gradients": float(count * meta.itemsize) if trained else 0.0,
             "optimizer": state,
         }
+
+    def hosted(self, item: Item, spec: Spec, sizes: Sequence[int]) -> dict[str, float]:
+        """Bytes by kind that the host holds of a parameter whose state lies there: nothing of one that is frozen."""
+        held = self.stored(item, spec, sizes)
+        return held if held["gradients"] else dict.fromkeys(held, 0.0)
 
     def update_bytes(self, item: Item, spec: Spec, sizes: Sequence[int]) -> float:
         """Memory traffic of the optimizer's update: parameter and state read and written, gradient read."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.devices import Device, Link, machine
+from autopar.costmodel.host_state import update_seconds
 from autopar.costmodel.items import Item, Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs, storage_of
 from autopar.costmodel.liveness import peak
@@ -20,14 +21,17 @@ from autopar.costmodel.lower import bring_seconds
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.graph import Program
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 from autopar.rule import WHOLE
 from autopar.spec import R
 
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds of a step and bytes per rank. `memory` by kind, at the moment of the peak; `peak_bytes` is their sum."""
+    """Seconds of a step and bytes per rank. `memory` by kind, at the moment of the peak; `peak_bytes` is their sum.
+
+    `host`: bytes on the host by kind, if the plan keeps anything there.
+    """
 
     compute_s: float
     comm_s: float
@@ -35,6 +39,7 @@ class Price:
     memory: Mapping[str, float]
     peak_bytes: float
     collectives: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:
@@ -51,6 +56,7 @@ class Price:
             "memory": {k: round(v) for k, v in self.memory.items()},
             "peak_bytes": round(self.peak_bytes),
             "collectives": dict(self.collectives),
+            **({"host": {k: round(v) for k, v in self.host.items()}} if self.host else {}),
         }
 
 
@@ -97,13 +103,15 @@ class _Pricer:
                 compute += self.compute.seconds(item, self._row(item))
         comm, counts = self._comm()
         device = self.compute.machine.device
-        update = sum(
-            device.update_seconds(self.policy.update_bytes(i, self.specs.outs[i.index][0], sizes))
-            for i in self.items.items
-            if i.kind == "param"
-        )
+        update, host = 0.0, Counter[str]()
+        for item in self.items.items:
+            if item.kind == "param":
+                spec, state = self.specs.outs[item.index][0], storage_of(self.plan, item).state
+                update += update_seconds(device, self.policy, item, spec, sizes, state)
+                if state != DEVICE:
+                    host.update(self.policy.hosted(item, spec, sizes))  # type: ignore[arg-type]
         memory = peak(self.items, self.plan, self.specs, self.policy, device.slack, device.gloo, device.weights_from)
-        return Price(compute, comm, update, memory, sum(memory.values()), dict(sorted(counts.items())))
+        return Price(compute, comm, update, memory, sum(memory.values()), dict(sorted(counts.items())), dict(host))
 
     def _row(self, item: Item) -> tuple[Any, ...]:
         return tuple(c if n > 1 else WHOLE for c, n in zip(self.plan.choice(item.name), self.plan.mesh.sizes))

@@ -17,7 +17,7 @@ from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
 from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS, op_name
 from autopar.linear import THIN
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 from autopar.reshard import Step, steps
 from autopar.spec import R, Spec, local_shape
 
@@ -202,7 +202,8 @@ class _Recorder:
         if item.kind == "param":
             if storage_of(self.plan, item).gather == "twice":
                 self.again.add(item.index)
-            if item.source is not None and item.source.trainable:
+            on_device = storage_of(self.plan, item).state == DEVICE  # what the host updates, needs nothing here
+            if item.source is not None and item.source.trainable and on_device:
                 self.tape.largest = max(self.tape.largest, size)
         buffer.kind = buffer.held
         self.tape.placeholders.append(buffer)
@@ -268,7 +269,10 @@ class _Recorder:
         else:
             out = self._bring(tensor, spec, BACKWARD, grad=True)
         out.base.kind = "gradients"
-        self.tape.grads.append(out)
+        if storage_of(self.plan, param).state == DEVICE:
+            self.tape.grads.append(out)
+        else:
+            self.tape.backward.append(Event((out,), ()))  # copied down, and let go of
 
     # ---- communication -----------------------------------------------------------------------------------------
 

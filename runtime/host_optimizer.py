@@ -27,8 +27,8 @@ from autopar.runtime.local_step import ELEMENTWISE
 from autopar.runtime.step import local_of
 
 _ASTRAY = (
-    "optimizer= has made an optimizer of other tensors than the parameters that it was given: of those whose state lies on "
-    "the host it is given the copies there; make it of its argument alone, or plan with offload=False"
+    "optimizer= has made an optimizer of other tensors than the parameters that it was given: of those whose state "
+    "lies on the host it is given the copies there; make it of its argument alone, or plan with offload=False"
 )
 
 
@@ -219,11 +219,15 @@ class HostOptimizer:
         return torch.linalg.vector_norm(torch.stack(rows), norm_type)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on the host: masters, gradients, and state of the optimizers."""
+    def held(self) -> list[torch.Tensor]:
+        """All tensors that lie on the host: masters, memory of gradients, and state of the optimizers."""
         state = [v for o in self.optimizers for s in o.state.values() for v in s.values()]
-        held = [*self.masters.values(), *self._grads.values(), *(v for v in state if isinstance(v, torch.Tensor))]
-        return sum(t.nbytes for t in held)
+        return [*self.masters.values(), *self._grads.values(), *(v for v in state if isinstance(v, torch.Tensor))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host."""
+        return sum(t.nbytes for t in self.held)
 
 
 def _version(param: nn.Parameter) -> tuple[int, int]:

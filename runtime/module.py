@@ -98,8 +98,8 @@ class ParallelModule(Trainable):
     def memory_per_rank(self) -> list[dict[str, int]]:
         """Bytes held on every rank, by kind; a collective call.
 
-        `parameters`, `gradients` and `buffers` as they lie now; `activations` saved for backward by the last step; `host`
-        where a plan keeps optimizer state there: copies, gradients and state; `peak` of the process since its start (device memory on CUDA, resident memory on CPU).
+        `parameters`, `gradients`, `buffers` as they lie now; `activations` saved for backward by the last step; `peak`
+        of the process (device memory on CUDA, resident on CPU); `host`: what a plan keeps there for the optimizer.
         """
         state, last = self._state, self._state.last
         grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]

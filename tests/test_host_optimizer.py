@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 import autopar
 from autopar.capture import capture
 from autopar.costmodel import planner
 from autopar.errors import PlanError, RuntimeUseError
 from autopar.mesh import Mesh
-from autopar.plan import HOST, Plan, R, S, Storage
-from autopar.runtime.host_optimizer import host_empty
+from autopar.plan import HOST, Plan
 from tests.live_bytes import LiveBytes
 from tests.widen import widen_to_float64
 from tests.zoo import ZOO
@@ -44,8 +45,8 @@ def halved(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def hosted(plan: Plan, part: str) -> Plan:
-    """The plan with all, or every second, parameter's state on the host."""
-    names = [n for n in plan.storage][:: 1 if part == "all" else 2]
+    """The plan with the state of all parameters, of every second, or of none on the host."""
+    names = {"all": list(plan.storage), "some": list(plan.storage)[::2], "none": []}[part]
     return replace(plan, storage={n: replace(s, state=HOST) if n in names else s for n, s in plan.storage.items()})
 
 
@@ -227,6 +228,82 @@ def test_compiled_graphs_hand_over_too():
         found.append(pm.full_state_dict())
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+class OnDevice(LiveBytes):
+    """Live bytes of the device alone, on a machine where the host's memory is the same.
+
+    What lies on the host when a step begins is known; of that, and of nothing else, ops make more of it. An op that
+    reads both could not run on a GPU, unless it copies or the host's is one number.
+    """
+
+    def __init__(self, device: Any, host: Any) -> None:
+        super().__init__(device)
+        self.host: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in host)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        there = [t.untyped_storage() in self.host for t in given]
+        if given and all(there):
+            out = func(*args, **(kwargs or {}))
+            self.host.update(t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+        large = any(t.numel() > 1 for t, host in zip(given, there) if host)
+        assert not large or func is torch.ops.aten.copy_.default, f"{func} reads device and host"
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def peaks(text: str) -> tuple[int, int]:
+    """The peak of a step on the device, the lowest of three (a thread may let go late), and what the host holds."""
+    plan, (_, batch) = Plan.from_json(text), ZOO["llama"](seed=0)
+    pm = autopar.compile(
+        ZOO["llama"](seed=0)[0], plan.mesh, example=batch, plan=plan, optimizer=OPTIMIZERS["adamw"], device="cpu",
+        check=False,
+    )  # fmt: skip
+    found = []
+    for _ in range(5):
+        pm.train_step(**batch)
+        host = pm._state.trainer.host
+        mine = [o for o in pm.optimizers if o not in host.optimizers]
+        state = [v for o in mine for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        with OnDevice([*pm.parameters(), *pm.buffers(), *batch.values(), *state], host.held) as live:
+            pm.train_step(**batch)
+        found.append(live.peak)
+    return min(found), host.nbytes
+
+
+def predicted(mesh: str, strategies: str, part: str) -> Plan:
+    model, batch = ZOO["llama"](seed=0)
+    program = capture(model, (), batch)
+    constraints = dict(text.split(":") for text in strategies.split())
+    plan = planner.plan(program, Mesh.parse(mesh), constraints=constraints, output_specs="free")
+    plan = hosted(plan, part)
+    cost = planner.price(program, plan)
+    return replace(plan, predicted={**plan.predicted, **cost.as_dict()})
+
+
+@pytest.mark.parametrize("part", ["all", "some"])
+def test_the_device_holds_what_is_predicted(part):
+    plan = predicted("dp=1", "", part)
+    device, host = peaks(plan.to_json())
+    assert plan.predicted["peak_bytes"] == pytest.approx(device, rel=0.02)
+    assert sum(plan.predicted["host"].values()) == host
+    alone = predicted("dp=1", "", "none").predicted
+    assert "host" not in alone
+    assert plan.predicted["peak_bytes"] < alone["peak_bytes"] - 0.9 * plan.predicted["host"]["optimizer"]
+
+
+@pytest.mark.parametrize("strategy", ["dp:ddp", "dp:zero3", "tp:tp"])
+def test_every_rank_holds_what_is_predicted(two, strategy):
+    plan = predicted(f"{strategy[:2]}=2", strategy, "all")
+    for device, host in two.run(peaks, plan.to_json()):
+        assert plan.predicted["peak_bytes"] == pytest.approx(device, rel=0.05)
+        assert sum(plan.predicted["host"].values()) == host
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
