@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", choices=list(targets.DTYPES), default="fp32", help="of the weights (default: fp32)")
     plan.add_argument("--memory", metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
     plan.add_argument("--no-recompute", action="store_true", help="keep all that the backward reads")
+    plan.add_argument("--no-offload", action="store_true", help="keep all optimizer state on the devices")
     plan.add_argument(
         "--optimizer", choices=options.OPTIMIZER_CLASSES, default=options.ADAMW, metavar="NAME",
         help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw)",
@@ -177,6 +178,7 @@ def _plan(args: argparse.Namespace) -> int:
             schedule=args.schedule,
             optimizer_class=args.optimizer,
             recompute=not args.no_recompute,
+            offload=not args.no_offload,
         )
     if args.output is not None:
         plan.save(args.output)

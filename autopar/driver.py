@@ -65,6 +65,7 @@ def compile(
     nonfinite: str = "skip",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    offload: bool = True,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -99,13 +100,12 @@ def compile(
         backend: "eager" or "inductor".
         check: compare arguments and seeds between ranks before each step; with "paci", when its pipeline is emptied.
         timeout: seconds a rank waits for the others, planning included.
-        micro_batches: on a mesh with an axis called "pp", into how many pieces a batch is divided for the pipeline;
-            default: what the planner finds quickest.
+        micro_batches: with an axis called "pp", into how many pieces a batch is divided; default: the quickest.
         schedule: of the pipeline: a name ("1f1b", "zb-h1", ...; `autopar.pipeline.schedules.SCHEDULES`) or the path of
             a CSV file with a table of your own; default: the quickest. "paci", which never empties the pipeline, needs
             `optimizer`, and `pm.train_step(batch)` in place of the loop.
-        optimizer: `lambda params: AdamW(params, ...)`: the module makes and steps it itself, in `pm.train_step`.
-            It may make several, in a list, each of some of the parameters.
+        optimizer: `lambda params: AdamW(params, ...)`: the module makes and steps it itself, in `pm.train_step`. It may
+            make several, in a list. It is called once more for copies of the parameters that are stepped on the host.
         lr_scheduler: `lambda optimizer: CosineAnnealingLR(optimizer, ...)`: stepped behind every update.
         clip: largest norm of gradients in `train_step`; with "paci" each stage clips by its own.
         weights: with "paci", "current": forward and backward read the weights of now, as published; "stashed": a
@@ -115,8 +115,8 @@ def compile(
         optimizer_class: the name of what steps the parameters, in `train_step` or in your own loop, for the memory that
             it takes and moves: "sgd", "sgd_momentum", "lion", "muon", ... (`autopar.costmodel.memory.OPTIMIZERS`);
             default: the given plan's, else "adamw". A function in `optimizer` is not asked.
-        recompute: let the backward compute again what the forward then need not keep, if memory is short and that is
-            the quickest that fits.
+        recompute, offload: if memory is short and that is the quickest that fits, let the backward compute again what
+            the forward then need not keep; with `optimizer`, let gradients and optimizer state lie on the host.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -138,6 +138,7 @@ def compile(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+                offload=offload and optimizer is not None,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -156,6 +157,7 @@ def compile(
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+            offload=offload and optimizer is not None,
         )  # fmt: skip
         if given is not None:
             asked = replace(asked, optimizer_class=given.optimizer)
@@ -204,12 +206,12 @@ def plan_model(
     weights: str = "current",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    offload: bool = True,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
-    Args: as `compile` (of `constraints`, too, later patterns win over earlier ones that match the same name). With a
-        number as `mesh` the plan is the best of all shapes of so many devices, the others are in `solver["meshes"]`;
-        with `micro_batches` or `schedule` it is the best pipeline of so many.
+    Args: as `compile`. With a number as `mesh` the plan is the best of all shapes of so many devices, the others are in
+        `solver["meshes"]`; with `micro_batches` or `schedule` it is the best pipeline of so many.
         training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -228,6 +230,7 @@ def plan_model(
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
+        offload=offload,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -416,6 +419,7 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
         "constraints": dict(asked.constraints),
         "optimizer": asked.optimizer_class,
         "recompute": asked.recompute,
+        "offload": asked.offload,
         "output_specs": "free" if free else "replicated",
     }
 
@@ -472,9 +476,8 @@ def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, S
             f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
         )
     check_plan(program, plan)
-    whole: Spec = (R,) * len(plan.mesh.sizes)
     for name, spec in (pieces or {}).items():
-        given = plan.inputs.get(name, whole)
+        given = plan.inputs.get(name, (R,) * len(plan.mesh.sizes))
         if any(g != p for g, p, axis in zip(given, spec, plan.mesh.names) if axis in asked.data_axes):
             raise PlanError(
                 f"local batches bring input {name} as {format_spec(spec, 1, plan.mesh.names)}, the plan takes it as "

@@ -58,6 +58,7 @@ class Asked:
     weights: str = "current"
     optimizer_class: str = ADAMW
     recompute: bool = True
+    offload: bool = False
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -68,7 +69,8 @@ class Asked:
             f"shared {', '.join(self.shared) or 'nothing'}, "
             f"{'with' if self.loss else 'without'} loss=, "
             f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
-            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}"
+            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}, "
+            f"offload {self.offload}"
         )
 
     @property
@@ -195,6 +197,7 @@ def ask(
     searched: bool = False,
     optimizer_class: str | None = None,
     recompute: bool = True,
+    offload: bool = False,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
@@ -235,7 +238,7 @@ def ask(
         )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, optimizer_class or ADAMW, recompute,
+        weights, optimizer_class or ADAMW, recompute, offload,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -55,7 +55,8 @@ class Proposal:
 
         def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
             # What a stage keeps, it keeps for all that are in flight: a limit for one micro-batch would not tell what.
-            plan = planner.plan(program, mesh, **{**options, "memory_limit": limit, "recompute": False})
+            own = {"memory_limit": limit, "recompute": False, "offload": False}
+            plan = planner.plan(program, mesh, **{**options, **own})
             return plan, pieces(program, plan, micro, starts)
 
         known = None

@@ -371,6 +371,7 @@ def solve_again(opened: Opened, *, constraints: Mapping[str, str], limit: float 
         output_specs="free" if opened.free_outputs else "replicated",
         optimizer=plan.optimizer,
         recompute=plan.solver.get("recompute", True),
+        offload=plan.solver.get("offload", False),
         **kept,
     )
 

@@ -26,11 +26,13 @@ class Optimizer:
         state: elements of state of a parameter's piece, given the shape of the piece; in the parameter's dtype.
         scratch: temporaries of an update, in pieces of the largest parameter (one parameter is updated at a time).
         numbers: of four bytes, of each parameter, whatever its size: how many steps it has made.
+        pieces: whether an element's update depends on that element alone, so that pieces can be stepped apart.
     """
 
     state: Callable[[Shape], float]
     scratch: float
     numbers: int = 1
+    pieces: bool = True
 
 
 def _pieces(count: float) -> Callable[[Shape], float]:
@@ -57,8 +59,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "rmsprop": Optimizer(_pieces(1), 1),
     "adagrad": Optimizer(_pieces(1), 1),
     "lion": Optimizer(_pieces(1), 1, 0),
-    "muon": Optimizer(_pieces(1), 4, 0),
-    "adafactor": Optimizer(_factored, 2),
+    "muon": Optimizer(_pieces(1), 4, 0, pieces=False),
+    "adafactor": Optimizer(_factored, 2, pieces=False),
 }
 
 
