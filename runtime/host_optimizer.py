@@ -25,6 +25,7 @@ from autopar.errors import RuntimeUseError
 from autopar.runtime.groups import Grid
 from autopar.runtime.local_step import ELEMENTWISE
 from autopar.runtime.step import local_of
+from autopar.runtime.storage import rewrap
 
 _ASTRAY = (
     "optimizer= has made an optimizer of other tensors than the parameters that it was given: of those whose state "
@@ -135,6 +136,13 @@ class HostOptimizer:
                 there.copy_(grad, non_blocking=True)
             grad.record_stream(self._down)
         master.grad = there
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Those that have come, by name; laid out as their parameters."""
+        self.wait()
+        found = {name: m.grad for name, m in self.masters.items() if m.grad is not None}
+        like = self.params
+        return {n: rewrap(p)(g) if isinstance(p := like[n], DTensor) else g for n, g in found.items()}
 
     def forget(self) -> None:
         """Drop gradients; their memory is kept for the next ones."""

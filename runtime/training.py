@@ -106,6 +106,14 @@ class Trainable(nn.Module):
         params, buffers = state.tensors()
         return trainer.window(params, buffers, step.pieces(inputs))
 
+    def gradients(self) -> dict[str, torch.Tensor | None]:
+        """Gradients as they are now, by name, those that lie on the host too: what a hook of an optimizer sees."""
+        found = {name: p.grad for name, p in self.named_parameters()}
+        trainer = self._state.trainer
+        if trainer is not None and trainer.host is not None:
+            found.update(trainer.host.gradients())
+        return found
+
     def drain(self) -> Drained | None:
         """Empty the pipeline: every micro-batch to its end, every stage at the same update. A collective call.
 

@@ -212,6 +212,30 @@ def test_evaluation_between_steps():
         assert pm.train_step(**batch) == pytest.approx(with_grad.item(), abs=1e-12) != first
 
 
+def sees_all_gradients(text: str) -> None:
+    """An optimizer's hook finds every gradient of the plain model, wherever it lies."""
+    with widen_to_float64():
+        model, batch = example("llama")
+        model(**batch).loss.backward()
+        pm = compiled("llama", hosted(Plan.from_json(text), "some"), "adamw")
+        found: dict[str, torch.Tensor] = {}
+
+        def look(*_: Any) -> None:
+            found.update(
+                {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in pm.gradients().items()}
+            )
+
+        pm.optimizers[0].register_step_pre_hook(look)
+        pm.train_step(**batch)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-9, atol=1e-12)
+        assert len(found) == len(list(model.named_parameters()))
+
+
+def test_hooks_see_all_gradients(two):
+    two.run(sees_all_gradients, planned("llama", "dp=2", "dp:zero3"))
+
+
 def test_compiled_graphs_hand_over_too():
     """Inductor's backward returns all gradients; those on the host are taken behind it."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -327,6 +351,14 @@ def test_a_plain_loop_is_refused():
         assert pm(x, target=x) > 0
     with pytest.raises(RuntimeUseError, match="the module has no optimizer"):
         pm.train_step(x, target=x)
+
+
+def test_pipelines_are_refused():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(4, 4)
+    options: dict[str, Any] = {"example": {"input": x, "target": x}, "loss": nn.functional.mse_loss, "device": "cpu"}
+    plan = hosted(autopar.plan(model, "pp=1", **options, micro_batches=2), "all")
+    with pytest.raises(PlanError, match='on the host, which pipelines cannot do yet; take "host" out of its storage'):
+        autopar.compile(model, "pp=1", **options, plan=plan, optimizer=OPTIMIZERS["sgd"])
 
 
 def test_an_optimizer_of_other_tensors_is_refused():
