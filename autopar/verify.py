@@ -335,7 +335,7 @@ def _train(
     return _Result(losses, grads, {n: t.detach().clone() for n, t in state().items() if isinstance(t, torch.Tensor)})
 
 
-def _train_itself(module: Any, step: Callable[[], torch.Tensor]) -> _Result:
+def _train_itself(module: Any, step: Callable[[], Any]) -> _Result:
     """The same of a module that steps its optimizers itself, for the plan has some of their state on the host."""
     grads: dict[str, torch.Tensor | None] = {}
 

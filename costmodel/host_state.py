@@ -76,10 +76,10 @@ class Aside:
 
     def update(self, now: float, own: float, overlap: bool = True) -> float:
         """Seconds from `now`, the end of the backward, to the last update; `own`: of the device's."""
-        if self.device.host is None or not overlap:
+        if self.device.host is None or not overlap or not self.work:
             return own + sum(seconds.total for _, seconds in self.work)
         step, up = (sum(getattr(s, part) for _, s in self.work) for part in ("step", "up"))
-        behind = max(self.arrived(), now) + step + up if self.work else now
+        behind = max(self.arrived(), now) + step + up
         return max(now + own, behind) - now
 
     @property

@@ -97,16 +97,16 @@ class Policy:
         shape = local_shape(meta.shape, spec, sizes)
         count = math.prod(shape)
         trained = self.training and item.source is not None and item.source.trainable
-        state = 0.0
+        moments = 0.0
         if trained and self.optimizer_bytes is not None:
-            state = count * self.optimizer_bytes
+            moments = count * self.optimizer_bytes
         elif trained:
             kept = OPTIMIZERS[self.optimizer]
-            state = kept.state(shape) * meta.itemsize + 4 * kept.numbers
+            moments = kept.state(shape) * meta.itemsize + 4 * kept.numbers
         return {
             "parameters": float(count * meta.itemsize),
             "gradients": float(count * meta.itemsize) if trained else 0.0,
-            "optimizer": state,
+            "optimizer": moments,
         }
 
     def hosted(self, item: Item, spec: Spec, sizes: Sequence[int]) -> dict[str, float]:

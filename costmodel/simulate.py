@@ -131,9 +131,9 @@ def run(
     hidden = max(sum(clock.carried) - (now - clock.busy), 0.0)
     lost = device.beside * min(hidden, clock.busy)
     aside = Aside(device)
-    for item, task in tasks.hosted:
+    for item, made in tasks.hosted:
         seconds = host_seconds(device, policy, item, specs.outs[item.index][0], sizes)
-        aside.work.append((_there(task), seconds))
+        aside.work.append((_there(made), seconds))
     update = aside.update(now + lost, own, overlap)
     if spans and update:
         clock.spans.append(Span("update", COMPUTE, now, now + update))

@@ -114,6 +114,11 @@ class HostOptimizer:
                         f"({', '.join(sorted(c.__name__ for c in ELEMENTWISE))}) can do that; use one of them, or plan "
                         "with offload=False"
                     )
+        if not optimizers:
+            raise RuntimeUseError(
+                f"optimizer= has made nothing of {len(ours)} parameters whose state lies on the host; return a "
+                "torch.optim.Optimizer of them"
+            )
         self.optimizers = optimizers
         return optimizers
 
@@ -121,7 +126,9 @@ class HostOptimizer:
 
     def take(self, name: str, grad: torch.Tensor) -> None:
         """Copy a gradient down; the caller may let go of it at once."""
-        own = self._own[name]
+        own = self._own.get(name)
+        if own is None:  # frozen when the optimizers were made: nobody steps it
+            return
         there, master = self._grads[own], self.masters[own]
         if master.grad is not None:
             raise RuntimeUseError(

@@ -182,6 +182,8 @@ class Trainable(nn.Module):
         """
         state = self._state
         params = [p for p in {id(p): p for p in self.parameters()}.values() if p.grad is not None]
+        if state.trainer is not None and state.trainer.host is not None:
+            return state.trainer.host.clip(params, max_norm, norm_type)
         if state.lane is None:
             return whole_norm(nn.utils.clip_grad_norm_(params, max_norm, norm_type))
         first = {id(p) for n, p in state.tensors()[0].items() if state.places.get(n, (0,))[0] == state.lane.rank}
@@ -269,9 +271,7 @@ class Trainable(nn.Module):
             self._state.take = None
         loss = loss_of(out)
         loss.backward()
-        if trainer.recipe.clip is not None and host is not None:
-            host.clip(list(self.parameters()), trainer.recipe.clip)
-        elif trainer.recipe.clip is not None:
+        if trainer.recipe.clip is not None:
             self.clip_grad_norm_(trainer.recipe.clip)
         trainer.apply()
         trainer.advance()

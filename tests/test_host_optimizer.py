@@ -369,6 +369,14 @@ def test_an_optimizer_of_other_tensors_is_refused():
         modules[0].train_step(x, target=x)
 
 
+@pytest.mark.parametrize(("made", "words"), [([], "has made nothing of 1 parameters"), ([3], "has made \\[3\\]")])
+def test_what_is_no_optimizer_of_the_host_is_refused(made, words):
+    pm, x = net(optimizer=lambda params: torch.optim.SGD(params) if len(list(params)) > 1 else made), torch.randn(4, 4)
+    pm.bias.requires_grad_(False)
+    with pytest.raises(RuntimeUseError, match=words):
+        pm.train_step(x, target=x)
+
+
 def test_a_plan_says_no_other_state():
     with pytest.raises(PlanError, match="'moon' is not one of"):
         net("moon")
