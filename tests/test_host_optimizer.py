@@ -25,7 +25,7 @@ from tests.live_bytes import LiveBytes
 from tests.widen import widen_to_float64
 from tests.zoo import ZOO
 
-STEPS = 4
+STEPS = 3
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
     "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9),
@@ -118,19 +118,28 @@ def trains(name: str, text: str, part: str, optimizer: str, clip: float | None) 
         return differences(pm, losses, plain(name, optimizer, clip, True))
 
 
-@pytest.mark.parametrize("part", ["all", "some"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "groups"])
-@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(
+    ("part", "optimizer", "clip"),
+    [
+        ("all", "adamw", None),
+        ("all", "sgd", 0.1),
+        ("some", "adamw", 0.1),
+        ("some", "sgd", None),
+        ("some", "groups", 0.1),
+    ],
+)
 def test_one_process(part, optimizer, clip):
     assert trains("llama", planned("llama", "dp=1"), part, optimizer, clip) < 1e-12
 
 
-@pytest.mark.parametrize("strategy", ["dp:ddp", "dp:zero3", "tp:tp"])
-def test_two_processes(two, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "part", "optimizer"),
+    [("dp:ddp", "all", "adamw"), ("dp:zero3", "all", "adamw"), ("dp:zero3", "some", "sgd"), ("tp:tp", "some", "adamw")],
+)
+def test_two_processes(two, strategy, part, optimizer):
     plan = planned("llama", f"{strategy[:2]}=2", strategy)
-    for part, optimizer, clip in (("all", "adamw", 0.1), ("some", "sgd", 0.1)):
-        for error in two.run(trains, "llama", plan, part, optimizer, clip):
-            assert error < 1e-11, (part, optimizer, clip)
+    for error in two.run(trains, "llama", plan, part, optimizer, 0.1):
+        assert error < 1e-11
 
 
 def test_two_axes_and_tied_embeddings(four):
@@ -290,7 +299,7 @@ def peaks(text: str) -> tuple[int, int]:
         check=False,
     )  # fmt: skip
     found = []
-    for _ in range(5):
+    for _ in range(3):
         pm.train_step(**batch)
         host = pm._state.trainer.host
         mine = [o for o in pm.optimizers if o not in host.optimizers]
