@@ -14,7 +14,7 @@ from rich.text import Text
 from autopar import questions, report, report_pipeline, words
 from autopar.cli_tools import emit, emit_json, positive
 from autopar.errors import PlanError
-from autopar.plan import Plan, Storage
+from autopar.plan import DEVICE, Plan, Storage
 from autopar.questions import Bill, Explanation, Opened, Rival
 
 
@@ -279,7 +279,8 @@ def explanation_data(opened: Opened, found: Explanation) -> dict[str, Any]:
 def value_data(value: Any) -> Any:
     """A decision as a plan file writes it."""
     if isinstance(value, Storage):
-        return [[str(p) for p in value.spec], value.gather, value.reduce]
+        state = [value.state] if value.state != DEVICE else []
+        return [[str(p) for p in value.spec], value.gather, value.reduce, *state]
     return [str(p) for p in value] if isinstance(value, tuple) and not hasattr(value, "factor") else str(value)
 
 

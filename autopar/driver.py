@@ -103,13 +103,12 @@ def compile(
         backend: "eager" or "inductor".
         check: compare arguments and seeds between ranks before each step; with "paci", when its pipeline is emptied.
         timeout: seconds a rank waits for the others, planning included.
-        micro_batches: on a mesh with an axis called "pp", into how many pieces a batch is divided for the pipeline;
-            default: what the planner finds quickest.
+        micro_batches: with an axis called "pp", into how many pieces a batch is divided; default: the quickest.
         schedule: of the pipeline: a name ("1f1b", "zb-h1", ...; `autopar.pipeline.schedules.SCHEDULES`) or the path of
             a CSV file with a table of your own; default: the quickest. "paci", which never empties the pipeline, needs
             `optimizer`, and `pm.train_step(batch)` in place of the loop.
-        optimizer: `lambda params: AdamW(params, ...)`: the module makes and steps it itself, in `pm.train_step`.
-            It may make several, in a list, each of some of the parameters.
+        optimizer: `lambda params: AdamW(params, ...)`: the module makes and steps it itself, in `pm.train_step`. It may
+            make several, in a list. It is called once more for copies of the parameters that are stepped on the host.
         lr_scheduler: `lambda optimizer: CosineAnnealingLR(optimizer, ...)`: stepped behind every update.
         clip: largest norm of gradients in `train_step`; with "paci" each stage clips by its own.
         weights: with "paci", "current": forward and backward read the weights of now, as published; "stashed": a
@@ -117,7 +116,8 @@ def compile(
             find, as the last update lets expect (one more copy of parameters; brings the loss nearest to 1f1b's).
         nonfinite: with "paci", what a stage does with gradients that are not finite: "skip" its update, or "raise".
         recompute, offload: let the backward compute again, or fetch from the host's memory, what the forward then need
-            not keep, if memory is short and that is the quickest that fits.
+            not keep, if memory is short and that is the quickest that fits. With `optimizer`, `offload` also lets
+            gradients and optimizer state lie on the host.
         optimizer_class: what steps the parameters, in `train_step` or in your own loop, for the memory that it takes
             and moves: a name ("sgd", "lion", ...), the class or a function of parameters that makes it, which is called
             and stepped on small tensors and measured, or bytes ("mine: 12*n"); see `autopar.costmodel.optimizers`.
@@ -144,7 +144,8 @@ def compile(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class or recipe_text(optimizer),
-                recompute=recompute, offload=offload, compression=compression,
+                recompute=recompute, offload=offload, host_state=offload and optimizer is not None,
+                compression=compression,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -163,7 +164,7 @@ def compile(
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
-            offload=offload,
+            offload=offload, host_state=offload and optimizer is not None,
             compression=given.compression if given is not None else compression,
         )  # fmt: skip
         if given is not None:
@@ -214,13 +215,14 @@ def plan_model(
     optimizer_class: Stepped | None = None,
     recompute: bool = True,
     offload: bool = True,
+    host_state: bool | None = None,
     compression: str | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
-    Args: as `compile` (of `constraints`, too, later patterns win over earlier ones that match the same name). With a
-        number as `mesh` the plan is the best of all shapes of so many devices, the others are in `solver["meshes"]`;
-        with `micro_batches` or `schedule` it is the best pipeline of so many.
+    Args: as `compile`. With a number as `mesh` the plan is the best of all shapes of so many devices, the others are in
+        `solver["meshes"]`; with `micro_batches` or `schedule` it is the best pipeline of so many.
+        host_state: whether gradients and optimizer state may lie on the host; default: as `offload`.
         training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -239,8 +241,7 @@ def plan_model(
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
-        offload=offload,
-        compression=compression,
+        offload=offload, host_state=offload if host_state is None else host_state, compression=compression,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
@@ -430,6 +431,7 @@ def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
         "optimizer": asked.optimizer_class,
         "recompute": asked.recompute,
         "offload": asked.offload,
+        "host_state": asked.host_state,
         "compression": asked.compression,
         "output_specs": "free" if free else "replicated",
     }

@@ -10,8 +10,9 @@ from autopar import linear, passes
 from autopar.capture import compiled
 from autopar.costmodel import rules
 from autopar.costmodel.devices import Device
+from autopar.errors import PlanError
 from autopar.graph import Program
-from autopar.plan import Plan
+from autopar.plan import HOST, Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.powersgd import left_of
 from autopar.runtime.step import Lowered
@@ -42,10 +43,17 @@ def lower(
     if not program.training:
         return Lowered(program, plan, forward, None, compiler=compiler)
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target, plan.copies)
-    backward = passes.boxed(backward) if eager else backward
+    hosted = {s.name for s in program.sinks if s.kind == "grad" and plan.stored(s.name).state == HOST}
+    if eager:
+        names = [s.name for s in program.sinks if s.kind == "grad"]
+        backward = passes.boxed(backward, taken={i: name for i, name in enumerate(names) if name in hosted})
     homes = {s.name: spec for s, spec in zip(local.program.sinks, local.sink_specs) if s.kind == "grad" and s.node}
     left = left_of(plan, homes)
-    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler, left=left)
+    if both := sorted(hosted & left.keys()):
+        raise PlanError(
+            f"the plan has the gradient of {both[0]} on the host and compresses it by {plan.compression}; leave one out"
+        )
+    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler, left=left, hosted=frozenset(hosted))
 
 
 def quicker(device: str | Device) -> tuple[float | None, float | None]:

@@ -64,6 +64,7 @@ class Asked:
     optimizer_class: str = ADAMW
     recompute: bool = True
     offload: bool = True
+    host_state: bool = False
     compression: str | None = None
 
     def text(self) -> str:
@@ -76,7 +77,7 @@ class Asked:
             f"{'with' if self.loss else 'without'} loss=, "
             f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
             f"optimizer_class {self.optimizer_class}, recompute {self.recompute}, offload {self.offload}, "
-            f"compression {self.compression}"
+            f"host_state {self.host_state}, compression {self.compression}"
         )
 
     @property
@@ -204,6 +205,7 @@ def ask(
     optimizer_class: Stepped | None = None,
     recompute: bool = True,
     offload: bool = True,
+    host_state: bool = False,
     compression: str | None = None,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
@@ -240,14 +242,16 @@ def ask(
             f'{what} on mesh {mesh}: with a pipeline (axis {AXIS}) every rank takes the whole batch and gets whole '
             'outputs; use batch="global" and outputs="auto" or "full"'
         )
-    if Compression.parse(compression) is not None and (AXIS in mesh.names or micro_batches or schedule):
+    found = Compression.parse(compression)
+    powersgd = found is not None and found.rank > 0  # which reduces behind the backward
+    if found is not None and (AXIS in mesh.names or micro_batches or schedule):
         raise ConstraintError(
             f"compression={compression!r} on mesh {mesh}: gradients of pipelines (axis {AXIS}) are not compressed yet; "
             "leave compression= out, or take a mesh without stages"
         )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, stepped, recompute, offload, compression,
+        weights, stepped, recompute, offload, host_state and not powersgd, compression,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

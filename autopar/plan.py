@@ -28,10 +28,14 @@ SCHEMA = 1
 GATHER = ("once", "twice")
 #: How its gradient is brought to the stored placement. "reduce_scatter", or "all_reduce" then slice (ZeRO-1).
 REDUCE = ("reduce_scatter", "all_reduce")
+#: Where its gradient and its optimizer state lie. HOST: in the host's memory, with a copy of the parameter that the
+#: optimizer steps there (Ren et al., ZeRO-Offload, 2021).
+DEVICE, HOST = "device", "host"
+STATE = (DEVICE, HOST)
 
 
 #: Predicted figures that are numbers by kind; the others are single numbers.
-_TABLES = ("memory", "collectives")
+_TABLES = ("memory", "collectives", "host")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Storage:
     spec: Spec
     gather: str = "once"
     reduce: str = "reduce_scatter"
+    state: str = DEVICE
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,11 @@ class Plan:
         """Storage of a parameter or buffer; replicated if the plan does not say."""
         return self.storage.get(name) or Storage((R,) * len(self.mesh.sizes))
 
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradients and optimizer state lie on the host."""
+        return tuple(name for name, storage in self.storage.items() if storage.state == HOST)
+
     # ---- JSON ------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -138,7 +148,10 @@ class Plan:
             "mesh": str(self.mesh),
             "fingerprint": self.fingerprint,
             **({"pipeline": asdict(self.pipeline)} if self.pipeline is not None else {}),
-            "storage": {k: [spec(v.spec), v.gather, v.reduce] for k, v in self.storage.items()},
+            "storage": {
+                k: [spec(v.spec), v.gather, v.reduce, *([v.state] if v.state != DEVICE else [])]
+                for k, v in self.storage.items()
+            },
             "inputs": {k: spec(v) for k, v in self.inputs.items()},
             "outputs": {k: spec(v) for k, v in self.outputs.items()},
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
@@ -195,11 +208,14 @@ class Plan:
                 pipeline = _pipeline(section("pipeline"), mesh)
                 along = mesh.axis(pipeline.axis)
             storage = {}
-            for k, (s, gather, reduce) in section("storage").items():
+            for k, (s, gather, reduce, *rest) in section("storage").items():
                 key = f"storage of {k}"
+                (state,) = rest or (DEVICE,)
+                if state not in STATE:
+                    raise PlanError(f"{state!r} is not one of {STATE}")
                 if gather not in GATHER or reduce not in REDUCE:
                     raise PlanError(f"{gather!r}, {reduce!r} are not one of {GATHER} and {REDUCE}")
-                storage[k] = Storage(spec(s), gather, reduce)
+                storage[k] = Storage(spec(s), gather, reduce, state)
             choices = {}
             for k, v in section("choices").items():
                 key = f"choice of {k}"
@@ -313,5 +329,6 @@ def _block(value: Any) -> str:
 
 
 __all__: Sequence[str] = [
-    "GATHER", "REDUCE", "SCHEMA", "Pipeline", "Placement", "Plan", "S", "Storage", "fold", "storage_shards",
+    "DEVICE", "GATHER", "HOST", "REDUCE", "SCHEMA", "STATE", "Pipeline", "Placement", "Plan", "S", "Storage", "fold",
+    "storage_shards",
 ]  # fmt: skip

@@ -29,7 +29,7 @@ SHARES = (1.0, 0.5)
 PiecesOf = Callable[[Program, Plan, int, Sequence[str]], Pieces]
 
 #: Options of a plan that keeps all that the backward reads.
-KEPT = {"recompute": False, "offload": False}
+KEPT = {"recompute": False, "offload": False, "host_state": False}
 
 
 @dataclass(frozen=True)

@@ -372,6 +372,7 @@ def solve_again(opened: Opened, *, constraints: Mapping[str, str], limit: float 
         output_specs="free" if opened.free_outputs else "replicated",
         optimizer=plan.optimizer,
         **{name: plan.solver.get(name, True) for name in ("recompute", "offload")},
+        host_state=plan.solver.get("host_state", False),
         compression=plan.compression,
         **kept,
     )

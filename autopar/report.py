@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autopar.graph import pattern
-from autopar.plan import Plan, Storage
+from autopar.plan import HOST, Plan, Storage
 from autopar.recompute import OFFLOADED, RECOMPUTE
 from autopar.rule import Choice
 from autopar.spec import Spec, format_spec
@@ -89,13 +89,13 @@ def storage_words(storage: Storage, names: Sequence[str]) -> str:
     for name, place in zip(names, storage.spec):
         if place.kind == "S":
             cuts.setdefault(place.dim, []).append(name)
-    if not cuts:
-        return "whole"
-    words = [f"dim {dim} over {' and '.join(axes)}" for dim, axes in sorted(cuts.items())]
-    if storage.gather == "twice":
+    words = [f"dim {dim} over {' and '.join(axes)}" for dim, axes in sorted(cuts.items())] or ["whole"]
+    if cuts and storage.gather == "twice":
         words.append("gathered again for backward")
-    if storage.reduce == "all_reduce":
+    if cuts and storage.reduce == "all_reduce":
         words.append("gradient all-reduced")
+    if storage.state == HOST:
+        words.append("optimizer state on the host")
     return ", ".join(words)
 
 
@@ -317,7 +317,7 @@ _PARTS = {"compute_s": "compute", "comm_s": "communication", "update_s": "optimi
 
 
 def predicted_text(predicted: Mapping[str, Any]) -> str:
-    """Predicted seconds, bytes and collectives of one rank, in three lines."""
+    """Predicted seconds, bytes and collectives of one rank, a line each."""
     lines = []
     if "step_s" in predicted:
         waited = predicted.get("exposed_s")
@@ -338,6 +338,10 @@ def predicted_text(predicted: Mapping[str, Any]) -> str:
         kinds = ", ".join(f"{kind} {bytes_(value)}" for kind, value in memory.items() if value)
         total = predicted.get("peak_bytes", sum(memory.values()))
         lines.append(f"predicted memory per rank: {bytes_(total)} ({kinds})")
+    host = predicted.get("host", {})
+    if host:
+        kinds = ", ".join(f"{kind} {bytes_(value)}" for kind, value in host.items() if value)
+        lines.append(f"on the host, for the optimizer: {bytes_(sum(host.values()))} ({kinds})")
     collectives = predicted.get("collectives", {})
     if collectives:
         lines.append("collectives per step: " + ", ".join(f"{n} {kind}" for kind, n in collectives.items()))

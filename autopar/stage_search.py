@@ -284,6 +284,11 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
             f"{program.fingerprint[:12]}); plan again"
         )
     planner.check_plan(program, inner(plan))
+    if plan.on_host:
+        raise PlanError(
+            f"the plan keeps the optimizer state of {plan.on_host[0]} on the host, which pipelines cannot do yet; "
+            'take "host" out of its storage, or plan again'
+        )
     known = SCHEDULES.get(plan.pipeline.schedule)
     if plan.saved and known is not None and known.asynchronous and asked.weights != "stashed":
         raise PlanError(

@@ -307,14 +307,15 @@ def _run_compiled(
     if args and kwargs:
         raise VerifyError("the example mixes positional and named arguments; give all by name")
     with Widen():
+        itself = plan is not None and bool(plan.on_host)
         module = driver.compile(
-            model, mesh, example=example, loss=loss, plan=plan, device="cpu", micro_batches=micro_batches
-        )
+            model, mesh, example=example, loss=loss, plan=plan, device="cpu", micro_batches=micro_batches,
+            optimizer=_adamw if itself else None,
+        )  # fmt: skip
 
-    def step() -> torch.Tensor:
-        return _loss(module(*args, **kwargs))
-
-    return _train(module, step, _whole, module.full_state_dict)
+    if itself:
+        return _train_itself(module, lambda: module.train_step(*args, **kwargs))
+    return _train(module, lambda: _loss(module(*args, **kwargs)), _whole, module.full_state_dict)
 
 
 def _train(
@@ -323,7 +324,7 @@ def _train(
     whole: Callable[[torch.Tensor], torch.Tensor],
     state: Callable[[], Mapping[str, torch.Tensor]],
 ) -> _Result:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = _adamw(model.parameters())
     losses: list[torch.Tensor] = []
     grads: dict[str, torch.Tensor | None] = {}
     for number in range(STEPS):
@@ -335,6 +336,24 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
     return _Result(losses, grads, {n: t.detach().clone() for n, t in state().items() if isinstance(t, torch.Tensor)})
+
+
+def _train_itself(module: Any, step: Callable[[], Any]) -> _Result:
+    """The same of a module that steps its optimizers itself, for the plan has some of their state on the host."""
+    grads: dict[str, torch.Tensor | None] = {}
+
+    def look(*_: Any) -> None:
+        found = {} if grads else module.gradients()
+        grads.update({n: None if g is None else _whole(g) for n, g in found.items()})
+
+    for optimizer in module.optimizers:
+        optimizer.register_step_pre_hook(look)
+    losses = [_whole(step()) for _ in range(STEPS)]
+    return _Result(losses, grads, {n: t for n, t in module.full_state_dict().items() if isinstance(t, torch.Tensor)})
+
+
+def _adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01)
 
 
 def _whole(tensor: Any) -> torch.Tensor:

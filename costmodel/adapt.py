@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.costmodel.fold import fold
 from autopar.costmodel.items import Item, Items, items_of
@@ -83,7 +83,7 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
             stored = given or next((stars[pattern(n)] for n in names if pattern(n) in stars), Storage(whole))
             spec = _fit(item.outs[0].shape, stored.spec, mesh.sizes)
             count(item.name, stored.spec, spec, R)
-            storage[item.name] = Storage(spec, stored.gather, stored.reduce)
+            storage[item.name] = replace(stored, spec=spec)
             outs.append((spec,))
         elif item.kind == "input":
             assert item.outs[0] is not None

@@ -8,9 +8,10 @@ best is then planned once more with its copies in the program, where they are op
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from autopar.costmodel.devices import Device, Link
 from autopar.costmodel.fold import Fold
@@ -36,6 +37,7 @@ class Budget:
         again: the best plan for the program that keeps as little as that of a plan, or None.
         deadline: of `time.perf_counter`. recompute, offload: whether anything may be computed again, and wait on the
             host.
+        binding: whether the limit keeps out what may be quicker. bases: placements that have been looked at then.
     """
 
     program: Program
@@ -51,6 +53,15 @@ class Budget:
     progress: Callable[[str, float], None]
     recompute: bool
     offload: bool
+    binding: bool = False
+    bases: list[Found] = field(default_factory=list)
+
+    @functools.cached_property
+    def free(self) -> Found:
+        """The quickest if memory were no matter."""
+        found = self.search(None).run(self.orders)
+        assert found is not None  # without a limit there is always a plan
+        return found
 
     def run(self, hopeful: bool) -> Found | None:
         """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
@@ -58,29 +69,29 @@ class Budget:
             return self.search(None).run(self.orders)
         search = self.search(self.limit)
         found = search.run(self.orders) if hopeful else None
-        if not self._keeps_less() or not hopeful or (found is not None and not search.binding):
+        self.binding = found is None or search.binding
+        if not self._keeps_less() or not hopeful or not self.binding:
             return found  # the last: of a limit that is no matter
-        free = self.search(None).run(self.orders)
-        assert free is not None  # without a limit there is always a plan
-        if found is not None and not _quicker(free, found):
+        if found is not None and not quicker(self.free, found):
+            self.binding = False
             return found
-        bases = [free]
+        self.bases = bases = [self.free]
         for rung in RUNGS if self._divisible() else ():
             if self._late():
                 break
-            bases += self._plans(self.limit + rung * max(0.0, free.peak - self.limit))
+            bases += self._plans(self.limit + rung * max(0.0, self.free.peak - self.limit))
         if found is None:
             bases.append(self.least())
-        for base in _different(bases):
-            if found is not None and (self._late() or not _quicker(base, found)):
+        for base in different(bases):
+            if found is not None and (self._late() or not quicker(base, found)):
                 continue  # what does less is not quicker than what does more
             self.progress("keeping less", 0.95)
             kept = self._keeping(base)
-            if kept is not None and (found is None or _quicker(kept, found)):
+            if kept is not None and (found is None or quicker(kept, found)):
                 found = kept
         if found is not None and found.plan.saved and self._divisible() and not self._late():
             better = self._again(found.plan)
-            if better is not None and better.peak <= self.limit and _quicker(better, found):
+            if better is not None and better.peak <= self.limit and quicker(better, found):
                 found = better
         return found
 
@@ -138,7 +149,7 @@ class Budget:
         return time.perf_counter() > self.deadline
 
 
-def _different(found: Sequence[Found]) -> list[Found]:
+def different(found: Sequence[Found]) -> list[Found]:
     """One of each plan, the quickest first."""
     kept: list[Found] = []
     plans: list[Plan] = []
@@ -149,8 +160,9 @@ def _different(found: Sequence[Found]) -> list[Found]:
     return kept
 
 
-def _quicker(one: Found, other: Found) -> bool:
+def quicker(one: Found, other: Found) -> bool:
+    """Whether it is worth looking at: by more than LEAST_GAIN."""
     return one.timeline.step_s < other.timeline.step_s * (1 - LEAST_GAIN)
 
 
-__all__ = ["Budget"]
+__all__ = ["RUNGS", "Budget", "different", "quicker"]

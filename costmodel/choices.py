@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from autopar.costmodel.fold import Fold
 from autopar.costmodel.legal import op_fits, op_specs, storage_places, valid
 from autopar.mesh import Mesh
-from autopar.plan import Storage
+from autopar.plan import DEVICE, Storage
 from autopar.rule import WHOLE, Choice
 from autopar.spec import Placement, R, S, Spec
 
@@ -33,6 +33,7 @@ class Pins:
 
     choices[cls, axis]: the choices allowed there. storage[cls, axis]: the placements of a parameter, best first: the
     first that fits is taken. gather[cls], reduce[cls]: fixed for a parameter. why[cls, axis]: who asked for it.
+    state[cls]: where the optimizer state of a parameter lies, if not on the device.
     """
 
     choices: dict[tuple[int, int], frozenset[Choice]] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Pins:
     gather: dict[int, str] = field(default_factory=dict)
     reduce: dict[int, str] = field(default_factory=dict)
     why: dict[tuple[int, int], str] = field(default_factory=dict)
+    state: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Space:
                 state.rows[cls] = (WHOLE,) * len(self.mesh.sizes)
             elif item.kind == "param":
                 gather, reduce = self.pins.gather.get(cls, "once"), self.pins.reduce.get(cls, "reduce_scatter")
-                state.storage[cls] = Storage(whole, gather, reduce)
+                state.storage[cls] = Storage(whole, gather, reduce, self.pins.state.get(cls, DEVICE))
             elif item.kind == "output":
                 state.outputs[cls] = whole
         return state
@@ -154,7 +156,7 @@ class Space:
             assert isinstance(option.value, Choice)
             state.rows[cls] = _put(state.rows[cls], axis, option.value)
         elif item.kind == "param":
-            state.storage[cls] = Storage(option.outs[0], option.gather, state.storage[cls].reduce)
+            state.storage[cls] = replace(state.storage[cls], spec=option.outs[0], gather=option.gather)
         elif item.kind == "output" and option.value is not None:
             state.outputs[cls] = option.ins[0]
 

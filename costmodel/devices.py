@@ -26,6 +26,19 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Host:
+    """The host as one of its devices has it.
+
+    Attributes:
+        link: to it, each way and in both at once.
+        bandwidth: bytes/s of its memory, read and written together: this device's share, if all are busy.
+    """
+
+    link: Link
+    bandwidth: float
+
+
+@dataclass(frozen=True)
 class Crowd:
     """What becomes of one rank's speed when `ranks` of them share this machine: factors on seconds, 1 when alone.
 
@@ -85,7 +98,7 @@ class Device:
     measured: Measured | None = None
     inside: Mapping[str, Link] = field(default_factory=dict)  # links of axes, if they are known (`part`)
     beside: float = 0.0  # seconds that computation loses for each in which communication runs beside it
-    host: Link | None = None  # to the host's memory, each way; None: there is none apart from the device's
+    host: Host | None = None  # None: the device is the host, whose memory and processors it shares
 
     @property
     def weights_from(self) -> float | None:
@@ -151,8 +164,28 @@ class Device:
 #: network (nccl/src/include/tuning.h, hwLat and baseLat); ours lie between hop and call.
 #: Matmul: 0.65 of the dense peak is what large bf16 GEMMs reach on H100 (Llama 3 report, arXiv 2407.21783, table 4: 38
 #: to 43 % of whole steps, GEMMs alone well above). Memory: 0.8 of the peak, as BabelStream's triad at kernel size.
-#: Launch: 4 us from the host to a running kernel. A copy to or from pinned memory: assumed 10 us before it runs.
-_LINK, _FAST_S, _SLOW_S, _HOST_S = 0.8, 5e-6, 12e-6, 10e-6
+#: Launch: 4 us from the host to a running kernel.
+_LINK, _FAST_S, _SLOW_S = 0.8, 5e-6, 12e-6
+
+
+#: Hosts. Links: what copies of pinned memory reach each way of a PCIe x16 slot (`bandwidthTest` of the CUDA samples and
+#: `nvbandwidth` show 24 to 26 GB/s of generation 4's 31.5, and 52 to 57 of generation 5's 63), 10 us a copy. Memory: of
+#: all channels of the node's two sockets, an eighth for each GPU, of which a stream reaches 0.8.
+_COPY_S, _STREAM = 10e-6, 0.8
+
+
+def _host(link: float, sockets: float) -> Host:
+    return Host(Link(link, _COPY_S), sockets / 8 * _STREAM)
+
+
+#: DGX A100: two EPYC 7742, each 8 channels of DDR4-3200 (AMD data sheet: 204.8 GB/s).
+_A100 = _host(25e9, 2 * 204.8e9)
+#: DGX H100 and H200: two Xeon 8480C, each 8 channels of DDR5-4800 (Intel: 307.2 GB/s).
+_H100 = _host(55e9, 2 * 307.2e9)
+#: DGX B200: two Xeon 8570, each 8 channels of DDR5-5600 (Intel: 358.4 GB/s).
+_B200 = _host(55e9, 2 * 358.4e9)
+#: AMD's reference nodes for MI300X: two EPYC 9004, each 12 channels of DDR5-4800 (AMD data sheet: 460.8 GB/s).
+_MI300X = _host(55e9, 2 * 460.8e9)
 
 
 def _gpu(
@@ -164,17 +197,16 @@ def _gpu(
     gb: float,
     fast: float,
     slow: float,
+    host: Host,
     node: int = 8,
-    host: float = 63e9,
 ) -> Device:
     flops = {"bfloat16": half, "float16": half, "float32": single, "float64": double}
     links = Link(fast * _LINK, _FAST_S), Link(slow * _LINK, _SLOW_S)
     # PyTorch's caching allocator rounds to 512 bytes, and to 2 MiB blocks: a few percent of a training step.
-    return Device(name, flops, bandwidth, gb * 1e9, *links, node, slack=0.02, host=Link(host * _LINK, _HOST_S))
+    return Device(name, flops, bandwidth, gb * 1e9, *links, node, slack=0.02, host=host)
 
 
-#: PCI Express 4.0 x16: 16 GT/s, 16 lanes, 128b/130b coding (PCI-SIG base specification 4.0): 31.5 GB/s each way; 5.0
-#: has twice that. To the host every GPU of these systems has such a link of its own.
+#: PCI Express 4.0 x16: 16 GT/s, 16 lanes, 128b/130b coding (PCI-SIG base specification 4.0): 31.5 GB/s each way.
 _PCIE4 = 31.5e9
 
 #: float32 is the plain (not TF32) rate: torch's default. Links are one way: half of what data sheets add up.
@@ -183,28 +215,28 @@ DEVICES: dict[str, Device] = {
     for d in (
         # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOPS bf16, 19.5 fp32 and fp64 tensor, 2039 GB/s, NVLink 600 GB/s
         # both ways; DGX A100 guide: one 200 Gb/s HDR port per GPU.
-        _gpu("a100", 312e12, 19.5e12, 19.5e12, 2.039e12, 80, 300e9, 25e9, host=_PCIE4),
+        _gpu("a100", 312e12, 19.5e12, 19.5e12, 2.039e12, 80, 300e9, 25e9, _A100),
         # NVIDIA H100 SXM data sheet (2023): 989 bf16, 67 fp32 and fp64 tensor, 3.35 TB/s, NVLink 900 GB/s; DGX H100
         # guide: one 400 Gb/s NDR port per GPU.
-        _gpu("h100", 989e12, 67e12, 67e12, 3.35e12, 80, 450e9, 50e9),
+        _gpu("h100", 989e12, 67e12, 67e12, 3.35e12, 80, 450e9, 50e9, _H100),
         # NVIDIA H200 data sheet (2024): H100's rates, 141 GB at 4.8 TB/s.
-        _gpu("h200", 989e12, 67e12, 67e12, 4.8e12, 141, 450e9, 50e9),
+        _gpu("h200", 989e12, 67e12, 67e12, 4.8e12, 141, 450e9, 50e9, _H100),
         # NVIDIA H800 SXM: the H100 with NVLink cut to 400 GB/s and fp64 to 1 TFLOPS; one 400 Gb/s port per GPU
         # (DeepSeek-AI, "Insights into DeepSeek-V3", arXiv 2505.09343, section 2: "reduced FP64 computational
         # performance and NVLink bandwidth", 900 to 400 GB/s, eight 400G CX7 per node).
-        _gpu("h800", 989e12, 67e12, 1e12, 3.35e12, 80, 200e9, 50e9),
+        _gpu("h800", 989e12, 67e12, 1e12, 3.35e12, 80, 200e9, 50e9, _H100),
         # NVIDIA HGX B200 data sheet (2024), an eighth of the board: 2.25 PFLOPS bf16 dense, 75 fp32, 37 fp64; DGX B200
         # data sheet: 180 GB at 8 TB/s, NVLink 1.8 TB/s, 400 Gb/s per GPU.
-        _gpu("b200", 2250e12, 75e12, 37e12, 8.0e12, 180, 900e9, 50e9),
+        _gpu("b200", 2250e12, 75e12, 37e12, 8.0e12, 180, 900e9, 50e9, _B200),
         # AMD Instinct MI300X data sheet (2023): 1307 bf16, 163.4 fp32 and fp64 matrix, 192 GB at 5.3 TB/s, Infinity
         # Fabric 896 GB/s both ways over seven links; AMD's eight-GPU reference nodes: 400 Gb/s per GPU.
-        _gpu("mi300x", 1307e12, 163.4e12, 163.4e12, 5.3e12, 192, 448e9, 50e9),
+        _gpu("mi300x", 1307e12, 163.4e12, 163.4e12, 5.3e12, 192, 448e9, 50e9, _MI300X),
         # NVIDIA Ada architecture whitepaper (2022): 165 bf16 with fp32 accumulation, 82.6 fp32, 1.3 fp64, 1008 GB/s;
         # PCIe 4.0 x16, no NVLink; 100 Gb/s Ethernet assumed between nodes.
-        _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, _PCIE4, 12.5e9, host=_PCIE4),
+        _gpu("rtx4090", 165e12, 82.6e12, 1.3e12, 1.008e12, 24, _PCIE4, 12.5e9, _A100),
         # NVIDIA L4 data sheet (2023): 121 bf16 dense, 30.3 fp32, 300 GB/s; fp64 a 64th of fp32 (Ada whitepaper);
         # PCIe 4.0 x16; 100 Gb/s Ethernet assumed between nodes.
-        _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, _PCIE4, 12.5e9, host=_PCIE4),
+        _gpu("l4", 121e12, 30.3e12, 0.47e12, 0.3e12, 24, _PCIE4, 12.5e9, _A100),
         # One process of a small machine over gloo: assumed orders of magnitude, there is no data sheet for "a CPU";
         # `autopar calibrate` measures this machine.
         Device(

@@ -159,6 +159,7 @@ class Bench:
         for c, held in state.storage.items():
             if held.gather == "twice" and all(p.kind == "R" for p in held.spec):
                 bare.gather[c] = held.gather  # an edited plan may say so; the planner offers it to shards only
+            bare.state[c] = held.state
         where = machine(device, plan.mesh, links)
         space = Space(folded, plan.mesh, offered, dict(plan.inputs), bare, free_outputs)
         prices = Prices(
@@ -291,7 +292,7 @@ class Bench:
 
     def _value(self, cls: int, option: Option) -> Choice | Storage | Spec:
         if cls in self.state.storage:
-            return Storage(option.outs[0], option.gather, self.state.storage[cls].reduce)
+            return replace(self.state.storage[cls], spec=option.outs[0], gather=option.gather)
         if cls in self.state.outputs:
             return option.ins[0]
         assert isinstance(option.value, Choice)
@@ -430,7 +431,7 @@ def _state(members: list[list[int]], items: Items, plan: Plan) -> State:
         elif item.kind == "param":
             held = storage_of(plan, item)
             spec = tuple(p if n > 1 else R for p, n in zip(held.spec, sizes))
-            state.storage[cls] = Storage(spec, held.gather, held.reduce)
+            state.storage[cls] = replace(held, spec=spec)
         elif item.kind == "output":
             state.outputs[cls] = tuple(plan.outputs.get(item.name, whole))
     return state

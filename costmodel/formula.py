@@ -335,7 +335,7 @@ class _Maker:
             split = _split(held.spec, self.sizes)
             whole = math.prod(self.sizes[a] for a in split)
             count = len(prices.space.fold.members[cls])
-            found.append(prices.update_seconds(cls, held.spec) * count * whole * self.over(split))
+            found.append(prices.update_seconds(cls, held.spec, held.state) * count * whole * self.over(split))
         return sympy.Add(*found)
 
     def communication(self) -> dict[str, Expr]:
@@ -388,7 +388,7 @@ class _Maker:
             found = []
             for cls, held in self.bench.state.storage.items():
                 item, split = prices.space.fold.first(cls), _split(held.spec, self.sizes)
-                size = prices.policy.stored(item, held.spec, self.sizes)[kind]
+                size = prices.policy.stored(item, held.spec, self.sizes, held.state)[kind]
                 whole = math.prod(self.sizes[a] for a in split)
                 found.append(size * len(prices.space.fold.members[cls]) * whole * self.over(split))
             out[kind] = sympy.Add(*found)

@@ -13,7 +13,7 @@ from autopar.costmodel.optimizers import OPTIMIZERS, optimizer_of
 from autopar.errors import ConstraintError, PlanError, RuleError
 from autopar.graph import Program, pattern
 from autopar.offload import HOSTED
-from autopar.plan import GATHER, REDUCE, Plan, Storage, storage_shards
+from autopar.plan import DEVICE, GATHER, REDUCE, STATE, Plan, Storage, storage_shards
 from autopar.rule import WHOLE, BoundRule, Choice, following
 from autopar.spec import Placement, R, Shape, Spec, format_placements, is_valid, layout
 
@@ -257,3 +257,7 @@ def _check_names(items: Items, plan: Plan) -> None:
             raise PlanError(f"buffer {name} must be stored whole on every axis")
         if stored.gather not in GATHER or stored.reduce not in REDUCE:
             raise PlanError(f"{name}: {stored.gather!r}, {stored.reduce!r} are not one of {GATHER} and {REDUCE}")
+        if stored.state not in STATE:
+            raise PlanError(f"{name}: {stored.state!r} is not one of {STATE}")
+        if name in names["buffer"] and stored.state != DEVICE:
+            raise PlanError(f"buffer {name} has no optimizer state that could lie on the {stored.state}")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from autopar.costmodel.compress import tail_bytes, works
 from autopar.costmodel.items import Items
-from autopar.costmodel.legal import Specs
+from autopar.costmodel.legal import Specs, storage_of
 from autopar.costmodel.memory import KINDS, Policy
 from autopar.costmodel.order import ahead
 from autopar.costmodel.tape import Buffer, Event, Tape, Travel, record
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 from autopar.spec import local_shape
 
 #: As in `passes/bucket.py` and `passes/overlap.py` (tests compare them).
@@ -36,7 +36,8 @@ def peak(
     found = dict.fromkeys(KINDS, 0.0)
     for item in items.items:
         if item.kind == "param":
-            held = policy.stored(item, specs.outs[item.index][0], plan.mesh.sizes)
+            state = storage_of(plan, item).state
+            held = policy.stored(item, specs.outs[item.index][0], plan.mesh.sizes, state)
             found["parameters"] += held["parameters"]
             found["optimizer"] += held["optimizer"]
     for buffer in tape.placeholders:
@@ -56,7 +57,8 @@ def _trained(items: Items, plan: Plan, specs: Specs) -> list[tuple[int, int]]:
     """Elements of this rank's piece of every trained parameter, and bytes of one."""
     out = []
     for item in items.items:
-        if item.kind == "param" and item.source is not None and item.source.trainable:
+        trained = item.kind == "param" and item.source is not None and item.source.trainable
+        if trained and storage_of(plan, item).state == DEVICE:  # what the host updates, needs nothing here
             meta = item.outs[0]
             assert meta is not None
             shape = local_shape(meta.shape, specs.outs[item.index][0], plan.mesh.sizes)

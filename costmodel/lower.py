@@ -15,6 +15,7 @@ from autopar.costmodel.choices import Option, Pins, Space, State
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.compress import gradient_links, gradient_seconds
 from autopar.costmodel.edges import GRAD, Edge, Kept, kept_of
+from autopar.costmodel.host_state import update_seconds
 from autopar.costmodel.items import Meta
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
@@ -53,10 +54,10 @@ class Prices:
         """Seconds of one member of an op class."""
         return self.compute.seconds(self.space.fold.first(cls), row)
 
-    def update_seconds(self, cls: int, spec: Spec) -> float:
-        """Seconds of the optimizer's update of one parameter."""
+    def update_seconds(self, cls: int, spec: Spec, state: str) -> float:
+        """Seconds of the optimizer's update of one parameter, whose state lies where `state` says."""
         item = self.space.fold.first(cls)
-        return self.compute.machine.device.update_seconds(self.policy.update_bytes(item, spec, self.sizes))
+        return update_seconds(self.compute.machine.device, self.policy, item, spec, self.sizes, state)
 
 
 def bring_seconds(comm: Comm, meta: Meta, src: Spec, dst: Spec, reduce: str = "") -> float:
@@ -171,8 +172,9 @@ def _group(prices: Prices, state: State, cls: int, axis: int, options: list[Opti
             # Prefer plain splits to strided ones, and nothing to something.
             ties[i] = tie * count * ((2 if option.value.outer > 1 else 0) + (option.value != WHOLE))  # type: ignore[union-attr]
         elif item.kind == "param":
-            cost[i] = prices.update_seconds(cls, option.outs[0]) * count
-            held = prices.policy.stored(item, option.outs[0], prices.sizes)
+            where = state.storage[cls].state
+            cost[i] = prices.update_seconds(cls, option.outs[0], where) * count
+            held = prices.policy.stored(item, option.outs[0], prices.sizes, where)
             memory[i] = (held["parameters"] + held["optimizer"]) * count
             grown[i] = held["gradients"] * count
             place = option.outs[0][axis]

@@ -112,7 +112,7 @@ class Compute:
         seconds = self._inner(item, rule, row)
         if item.node.target in HOSTED and device.host is not None:
             size = sum(_bytes(m, s, sizes) for m, s in zip(item.outs, op_specs(rule, row)[1]) if m is not None)
-            return device.host.latency + size / device.host.bandwidth
+            return device.host.link.latency + size / device.host.link.bandwidth
         if item.node.target in VIEWS:
             return seconds + (device.measured.view if device.measured else 0.0)
         ins, outs = op_specs(rule, row)

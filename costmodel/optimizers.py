@@ -244,4 +244,9 @@ def optimizer_of(text: str) -> Optimizer:
     )
 
 
-__all__ = ["AMOUNTS", "OPTIMIZERS", "QUANTITIES", "Law", "Optimizer", "Term", "optimizer_of", "quantity"]
+#: Names of those that update every element by itself, so that pieces can be stepped apart.
+ELEMENT_WISE = frozenset({*OPTIMIZERS, "adadelta", "asgd", "rprop"} - {"muon", "adafactor"})
+
+__all__ = [
+    "AMOUNTS", "ELEMENT_WISE", "OPTIMIZERS", "QUANTITIES", "Law", "Optimizer", "Term", "optimizer_of", "quantity",
+]  # fmt: skip

@@ -18,6 +18,7 @@ from autopar.costmodel.constraints import Wishes, pin
 from autopar.costmodel.devices import Device, Link, Machine, machine
 from autopar.costmodel.edges import edges_of
 from autopar.costmodel.fold import fold
+from autopar.costmodel.host_search import HostSearch
 from autopar.costmodel.ilp import Solution
 from autopar.costmodel.items import Item, items_of
 from autopar.costmodel.layouts import candidates
@@ -34,7 +35,7 @@ from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.offload import COPIES
-from autopar.plan import Plan, Storage
+from autopar.plan import DEVICE, HOST, Plan, Storage
 from autopar.plan import fold as fold_choices
 from autopar.rule import Choice
 from autopar.spec import R, S, Spec
@@ -66,6 +67,7 @@ def plan(
     choices: Mapping[str, Sequence[Choice]] | None = None,
     recompute: bool = True,
     offload: bool = True,
+    host_state: bool = False,
     compression: str | None = None,
     time_limit: float = 30.0,
     progress: Progress | None = None,
@@ -88,6 +90,8 @@ def plan(
         recompute: whether the backward may compute again what the forward need not keep then, where that takes less
             time than cutting more; False: nothing is computed twice.
         offload: whether what the backward reads may wait on the host, likewise, on a device that has one.
+        host_state: whether gradients and optimizer state may lie on the host, where that takes less time than what else
+            makes it fit: the module must step the optimizer itself then (`train_step`).
         compression: of gradients that are reduced, as text (`autopar.compression`).
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
@@ -114,6 +118,7 @@ def plan(
             {address: tuple(row) for address, row in (choices or {}).items()},
             recompute,
             offload,
+            host_state,
             time_limit,
             progress or (lambda what, done: None),
             compression,
@@ -165,9 +170,11 @@ class _Planner:
     choices: dict[str, tuple[Choice, ...]]
     recompute: bool
     offload: bool
+    host_state: bool
     time_limit: float
     progress: Progress
     compression: str | None
+    hosts: bool = False  # the optimizer state of all parameters lies on the host
     saved: Mapping[str, str] = field(default_factory=dict)
     copies: int = COPIES
     seconds: dict[str, float] = field(
@@ -218,8 +225,10 @@ class _Planner:
         """Pin the parameters that lie somewhere already, and the ops that are decided."""
         for cls in range(len(self.fold.members)):
             held = self._kept(self.fold.first(cls))
+            if self.hosts and self.fold.first(cls).kind == "param":
+                pins.state[cls] = HOST
             if isinstance(held, Storage):
-                pins.gather[cls], pins.reduce[cls] = held.gather, held.reduce
+                pins.gather[cls], pins.reduce[cls], pins.state[cls] = held.gather, held.reduce, held.state
                 for axis, place in enumerate(held.spec):
                     pins.storage[cls, axis] = (place,)
                     pins.why[cls, axis] = "where the parameter lies since the first call"
@@ -239,8 +248,12 @@ class _Planner:
         orders = [axes] if len(axes) < 2 else [fixed + free, fixed[::-1] + free[::-1]]
         budget = self._budget(orders)
         best = budget.run(self._hopeful())
+        aside: HostSearch | None = None
+        if self.host_state and self.program.training and not self.storage:  # else it is decided where parameters lie
+            aside = HostSearch(budget, lambda: self._hosting().search(self.memory_limit))
+            best = aside.run(best) if self._hopeful(hosts=True) else best
         if best is None:
-            best = budget.smallest()
+            best = budget.smallest() if aside is None else aside.smallest()
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
@@ -262,13 +275,27 @@ class _Planner:
         other.deadline = self.deadline
         return other.search(self.memory_limit).run(orders)
 
-    def _hopeful(self) -> bool:
-        """Whether the limit holds parameters, gradients and optimizer state if all are cut into equal pieces."""
+    def _hosting(self) -> _Planner:
+        """The same planner with the state of all parameters on the host."""
+        other = replace(self, hosts=True, progress=lambda what, done: None, seconds=dict(self.seconds))
+        other.prepare()
+        other.deadline = self.deadline
+        return other
+
+    def _hopeful(self, hosts: bool = False) -> bool:
+        """Whether the limit holds parameters, gradients and optimizer state if all are cut into equal pieces.
+
+        hosts: but for what could lie on the host.
+        """
         if self.memory_limit is None:
             return True
         whole: Spec = (R,) * len(self.mesh.sizes)
-        policy = self.prices.policy
-        held = (policy.stored(i, whole, self.mesh.sizes) for i in self.items.items if i.kind == "param")
+        policy, state = self.prices.policy, HOST if hosts else DEVICE
+        params = (i for i in self.items.items if i.kind == "param")
+        held = (
+            policy.stored(i, whole, self.mesh.sizes, self.space.pins.state.get(self.fold.of[i.index], state))
+            for i in params
+        )
         return sum(sum(kinds.values()) for kinds in held) / self.mesh.num_devices <= self.memory_limit
 
     def search(self, limit: float | None) -> Search:
@@ -333,6 +360,8 @@ class _Planner:
         if self.constraints:
             solver["constraints"] = dict(self.constraints)
         solver.update({name: False for name in ("recompute", "offload") if not getattr(self, name)})
+        if self.host_state:
+            solver["host_state"] = True
         assert best.price is not None
         predicted = {**figures(best.price, best.timeline), "device": self.where.device.name}
         if self.memory_limit is not None:

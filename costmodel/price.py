@@ -15,6 +15,7 @@ from autopar.compression import Compression
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.compress import works
 from autopar.costmodel.devices import Device, Link, machine
+from autopar.costmodel.host_state import update_seconds
 from autopar.costmodel.items import Items, items_of
 from autopar.costmodel.legal import Specs, plan_specs, row_of, storage_of
 from autopar.costmodel.liveness import peak
@@ -22,13 +23,16 @@ from autopar.costmodel.lower import bring_seconds
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.graph import Program
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 from autopar.spec import R
 
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds of a step and bytes per rank. `memory` by kind, at the moment of the peak; `peak_bytes` is their sum."""
+    """Seconds of a step and bytes per rank. `memory` by kind, at the moment of the peak; `peak_bytes` is their sum.
+
+    `host`: bytes on the host by kind, if the plan keeps anything there.
+    """
 
     compute_s: float
     comm_s: float
@@ -36,6 +40,7 @@ class Price:
     memory: Mapping[str, float]
     peak_bytes: float
     collectives: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:
@@ -52,6 +57,7 @@ class Price:
             "memory": {k: round(v) for k, v in self.memory.items()},
             "peak_bytes": round(self.peak_bytes),
             "collectives": dict(self.collectives),
+            **({"host": {k: round(v) for k, v in self.host.items()}} if self.host else {}),
         }
 
 
@@ -103,13 +109,15 @@ class _Pricer:
             comm += work.sent(self.compute.machine)
             counts["all_reduce"] += 2 * len(work.axes)
         device = self.compute.machine.device
-        update = sum(
-            device.update_seconds(self.policy.update_bytes(i, self.specs.outs[i.index][0], sizes))
-            for i in self.items.items
-            if i.kind == "param"
-        )
+        update, host = 0.0, Counter[str]()
+        for item in self.items.items:
+            if item.kind == "param":
+                spec, state = self.specs.outs[item.index][0], storage_of(self.plan, item).state
+                update += update_seconds(device, self.policy, item, spec, sizes, state)
+                if state != DEVICE:
+                    host.update(self.policy.hosted(item, spec, sizes))  # type: ignore[arg-type]
         memory = peak(self.items, self.plan, self.specs, self.policy, device.slack, device.gloo, device.weights_from)
-        return Price(compute, comm, update, memory, sum(memory.values()), dict(sorted(counts.items())))
+        return Price(compute, comm, update, memory, sum(memory.values()), dict(sorted(counts.items())), dict(host))
 
     def _comm(self) -> tuple[float, Counter[str]]:
         """Every distinct (tensor, wanted spec) once; twice for a parameter gathered twice and read in both phases."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from autopar.costmodel.curve import Curve
-from autopar.costmodel.devices import Crowd, Device, Link, Measured
+from autopar.costmodel.devices import Crowd, Device, Host, Link, Measured
 from autopar.errors import ProfileError
 
 SCHEMA = 6
@@ -105,6 +105,8 @@ def to_json(device: Device, made_on: Mapping[str, Any] | None = None) -> str:
     """A Device as text; `made_on` is what `machine_id` said where it was measured."""
     data = {"autopar_device": SCHEMA, "machine": dict(made_on or {}), **asdict(device)}
     del data["inside"], data["beside"]  # what `part` and `shared_by` find for one mesh
+    if device.host is None:
+        del data["host"]
     return json.dumps(data, indent=1) + "\n"
 
 
@@ -140,6 +142,7 @@ def from_json(text: str, where: str = "device") -> tuple[Device, dict[str, Any]]
         slack=read(data, "slack", _not_negative),
         gloo=read(data, "gloo", _flag),
         measured=read(data, "measured", _measured),
+        host=read(data, "host", _host) if "host" in data else None,
     )
     if "float32" not in device.flops:
         raise ProfileError(f"{where} is damaged at flops: no 'float32'; run `autopar calibrate` again")
@@ -208,6 +211,10 @@ def _table(convert: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
 
 def _link(value: Any) -> Link:
     return Link(_above_zero(value["bandwidth"]), _not_negative(value["latency"]))
+
+
+def _host(value: Any) -> Host:
+    return Host(_link(value["link"]), _above_zero(value["bandwidth"]))
 
 
 def _curve(value: Any) -> Curve:

@@ -290,7 +290,7 @@ class Remat:
         host = self.compute.machine.device.host
         assert host is not None
         mine = [m[0] for v, m in self.members.items() if v.tensor.item == cls and v.spec == self.home(m[0].tensor)]
-        return sum(host.latency + self.size(v) / host.bandwidth for v in mine if self.lives[v].last >= 0)
+        return sum(host.link.latency + self.size(v) / host.link.bandwidth for v in mine if self.lives[v].last >= 0)
 
     def halves(self) -> tuple[float, float]:
         """Seconds of computation of forward and backward."""

@@ -11,7 +11,7 @@ Independent of the integer program and its assumptions on overlap: the local pro
   of each so many are on their way as the plan says, then the oldest is waited for;
 * a collective starts when it is issued and its link is free, and is waited for at its first use; what only the
   output reads is pending, within a window of bytes, until the end of its phase;
-* the optimizer's update comes after the backward;
+* the optimizer's update comes after the backward; what the host does for it, as `costmodel/host_state.py`;
 * where computation and communication take the same cores, computation loses a part of every second in which the other
   runs beside it (`Device.beside`), which counts as waiting.
 
@@ -32,13 +32,14 @@ from autopar.compression import BF16
 from autopar.costmodel.comm import Comm
 from autopar.costmodel.compress import append_powersgd, narrow
 from autopar.costmodel.devices import Device, Link, machine
+from autopar.costmodel.host_state import Aside, host_seconds
 from autopar.costmodel.items import Items, items_of
-from autopar.costmodel.legal import Specs, plan_specs
+from autopar.costmodel.legal import Specs, plan_specs, storage_of
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.tasks import AHEAD, AHEAD_BYTES, BUCKET_BYTES, DOWN, PENDING_BYTES, TWO, UP, Task, Tasks, bucket
 from autopar.graph import BACKWARD, FORWARD, Program
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 
 COMPUTE = "compute"
 
@@ -59,9 +60,10 @@ class Timeline:
     Attributes:
         compute_s: the stream of computation is busy (slices included). comm_s: sum over all collectives.
         exposed_s: the stream of computation waits for collectives, or is slowed down by them. update_s: the optimizer's
-            update.
+            update, from the end of the backward on.
         copies_s: of `compute_s`, what packs and unpacks buckets.
         streams: busy seconds of every stream of communication, by the names of its axes.
+        host_s: busy seconds of the copies to and from the host.
         spans: what ran when, if asked for; as if nothing slowed down.
     """
 
@@ -73,6 +75,7 @@ class Timeline:
     copies_s: float = 0.0
     streams: Mapping[str, float] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
+    host_s: float = 0.0
 
 
 def simulate(
@@ -126,15 +129,20 @@ def run(
         _Phase(tasks, clock, phase, overlap).run()
     for task in tasks.all:  # moves that nobody has read
         clock.need(task)
-    device = compute.machine.device
-    update = sum(
-        device.update_seconds(policy.update_bytes(i, specs.outs[i.index][0], plan.mesh.sizes))
+    device, sizes = compute.machine.device, plan.mesh.sizes
+    own = sum(
+        device.update_seconds(policy.update_bytes(i, specs.outs[i.index][0], sizes))
         for i in items.items
-        if i.kind == "param"
+        if i.kind == "param" and storage_of(plan, i).state == DEVICE
     )
     now = max(clock.now, *clock.free) if clock.free else clock.now
     hidden = max(sum(clock.carried) - (now - clock.busy), 0.0)
     lost = device.beside * min(hidden, clock.busy)
+    aside = Aside(device)
+    for item, made in tasks.hosted:
+        seconds = host_seconds(device, policy, item, specs.outs[item.index][0], sizes)
+        aside.work.append((_there(made), seconds))
+    update = aside.update(now + lost, own, overlap)
     if spans and update:
         clock.spans.append(Span("update", COMPUTE, now, now + update))
     return Timeline(
@@ -145,6 +153,7 @@ def run(
         update_s=update,
         copies_s=clock.copies,
         streams=dict(zip(tasks.streams, clock.carried)),
+        host_s=aside.carried,
         spans=tuple(clock.spans),
     )
 
@@ -202,7 +211,7 @@ class _Clock:
 
     def _compute(self, task: Task) -> None:
         self._work(task.name, task.seconds)
-        task.done = True
+        task.done, task.at = True, self.now
 
     def _work(self, name: str, seconds: float) -> None:
         if self.keep and seconds:
@@ -236,7 +245,7 @@ class _Clock:
     def _wait(self, task: Task) -> None:
         self.now = max(self.now, task.end)
         self._copy(f"unpack {task.name}", task.unpack)
-        task.done = True
+        task.done, task.at = True, self.now
         if task.kind in AHEAD:
             self.flying.pop(id(task), None)
         elif task.kind == UP:
@@ -374,6 +383,17 @@ class _Phase:
         """The last step at which a unit that reads another one has to wait, as `passes/overlap.py` has it."""
         use = self.start + bisect.bisect_left(self.at, unit.first_use)
         return before.issued + max(1, (use - before.issued) // 2)
+
+
+def _there(task: Task | None) -> float:
+    """When a gradient can be copied: moves are made as soon as what they read is there, or has been waited for."""
+    latest, stack = 0.0, [] if task is None else [task]
+    while stack:
+        top = stack.pop()
+        top = top.into or top
+        latest = max(latest, 0.0 if top.lazy else top.at)
+        stack += top.srcs if top.lazy else ()
+    return latest
 
 
 def _through(task: Task, roots: dict[int, list[Task]]) -> list[Task]:

@@ -105,7 +105,7 @@ def compute_seconds(prices: Prices, state: State) -> dict[int, float]:
 def update_seconds(prices: Prices, state: State) -> dict[int, float]:
     """Seconds of the optimizer's update of all members of every parameter class."""
     members = prices.space.fold.members
-    return {cls: prices.update_seconds(cls, s.spec) * len(members[cls]) for cls, s in state.storage.items()}
+    return {cls: prices.update_seconds(cls, s.spec, s.state) * len(members[cls]) for cls, s in state.storage.items()}
 
 
 def in_specs(prices: Prices, state: State, cls: int) -> tuple[Spec, ...]:

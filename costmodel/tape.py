@@ -19,7 +19,7 @@ from autopar.costmodel.legal import Specs, storage_of
 from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS, op_name
 from autopar.linear import THIN
 from autopar.offload import COPIES, FETCH, OFFLOAD
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 from autopar.reshard import Step, steps
 from autopar.spec import R, Spec, local_shape
 
@@ -280,7 +280,10 @@ class _Recorder:
         else:
             out = self._bring(tensor, spec, BACKWARD, grad=True)
         out.base.kind = "gradients"
-        self.tape.grads.append(out)
+        if storage_of(self.plan, param).state == DEVICE:
+            self.tape.grads.append(out)
+        else:
+            self.tape.backward.append(Event((out,), ()))  # copied down, and let go of
 
     # ---- communication -----------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from autopar.costmodel.legal import Specs, row_of, storage_of
 from autopar.costmodel.ops import Compute
 from autopar.graph import BACKWARD, MOVES
 from autopar.offload import FETCH, HOSTED
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 from autopar.reshard import Step, steps
 from autopar.spec import R, Spec
 
@@ -57,6 +57,7 @@ class Task:
     issued: int = -1  # number of ops that had run when it was issued
     end: float = 0.0
     done: bool = False
+    at: float = 0.0  # when computation was there where it is done
 
 
 class Tasks:
@@ -77,6 +78,7 @@ class Tasks:
         self.at: dict[tuple[Tensor, Spec, str, str], Task | None] = {}  # what has been brought
         self._kinds: dict[int, tuple[bool, bool]] = {}  # by signature: a move, a product
         self.ends: list[Task] = []  # what the output reads
+        self.hosted: list[tuple[Item, Task | None]] = []  # parameters of the host; their gradients
         self._ways: dict[tuple[Meta, Spec, Spec, str], list[tuple[Step, float]]] = {}
         self.twice = {i.index for i in items.items if i.kind == "param" and storage_of(plan, i).gather == "twice"}
         for item in items.items:
@@ -85,7 +87,10 @@ class Tasks:
             elif item.kind == "grad":
                 held = storage_of(plan, items.items[items.param[item.name]])
                 left = any(p.kind == "P" for p in specs.ins[item.index][0])  # the rest is not the graph's
-                self._end(self._bring(item, 0, "" if left else held.reduce))
+                made = self._bring(item, 0, "" if left else held.reduce)
+                self._end(made)
+                if held.state != DEVICE:
+                    self.hosted.append((items.items[items.param[item.name]], made))
             elif item.ins:
                 self._end(self._bring(item, 0, ""))
 

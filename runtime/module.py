@@ -98,21 +98,21 @@ class ParallelModule(Trainable):
     def memory_per_rank(self) -> list[dict[str, int]]:
         """Bytes held on every rank, by kind; a collective call.
 
-        `parameters`, `gradients` and `buffers` as they lie now; `activations` saved for backward by the last step;
-        `peak` of the process since its start (device memory on CUDA, resident memory on CPU).
+        `parameters`, `gradients`, `buffers` as they lie now; `activations` saved for backward by the last step; `peak`
+        of the process (device memory on CUDA, resident on CPU); `host`: what a plan keeps there for the optimizer.
         """
         state, last = self._state, self._state.last
-        tensors = [local_of(p) for p in self.parameters()]
         grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]
         if state.grid.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(state.grid.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         row = {
-            "parameters": sum(t.nbytes for t in tensors),
+            "parameters": sum(local_of(p).nbytes for p in self.parameters()),
             "gradients": sum(t.nbytes for t in grads),
             "buffers": sum(t.nbytes for t in self.buffers()),
             "activations": last.saved_bytes if last else 0,
+            **({"host": state.host_bytes} if state.plan is not None and state.plan.on_host else {}),
             "peak": peak,
         }
         return [dict(zip(row, values)) for values in state.control.rows(list(row.values()))]
@@ -184,7 +184,7 @@ class ParallelModule(Trainable):
         state.last = step
         params, buffers = state.tensors()
         try:
-            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate))
+            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate, state.take))
         except Exception:
             if gate is not None:
                 gate()  # the others may wait to hear how the ranks differ, which is then what is to be told

@@ -27,6 +27,7 @@ from autopar.runtime.executor import Executor
 from autopar.runtime.handshake import answered
 from autopar.runtime.lane import Lane
 from autopar.runtime.stage import Batch, LoweredStage, StageWork
+from autopar.runtime.step import Take
 from autopar.runtime.storage import rewrap
 from autopar.spec import R, shard
 
@@ -99,8 +100,12 @@ class PipelineStep:
         inputs: Sequence[torch.Tensor],
         seed: int,
         gate: Callable[[], object] | None = None,
+        take: Take | None = None,
     ) -> list[Any]:
-        """The user's outputs, flat, in the order of the output sinks; None for those that are not wanted."""
+        """The user's outputs, flat, in the order of the output sinks; None for those that are not wanted.
+
+        take: as of a `Step`; nothing of a pipeline lies on the host.
+        """
         if gate is not None:
             gate()
         batch = self.batch(params, buffers, inputs, seed)

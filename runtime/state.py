@@ -17,7 +17,7 @@ from autopar.runtime.handshake import Argument, Control
 from autopar.runtime.lane import Lane
 from autopar.runtime.pipeline import Pipelined, PipelineStep
 from autopar.runtime.powersgd import PowerSgd
-from autopar.runtime.step import Lowered, Step
+from autopar.runtime.step import Lowered, Step, Take
 from autopar.runtime.storage import Init
 from autopar.runtime.training import Recipe, Trainer, asynchronous
 
@@ -74,12 +74,19 @@ class State:
     lane: Lane | None = None  # with a pipeline
     trainer: Trainer | None = None
     powersgd: PowerSgd = field(default_factory=PowerSgd)  # what compressed gradients have left out
+    take: Take | None = None  # while `train_step` runs: where gradients that lie on the host go
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as of `Pipelined`
 
     @property
     def local(self) -> Grid:
         """The grid on which this rank's parameters lie: that of its stage, with a pipeline."""
         return self.grid if self.lane is None else self.lane.inner
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that `train_step` keeps on the host."""
+        host = self.trainer.host if self.trainer is not None else None
+        return host.nbytes if host is not None else 0
 
     def elsewhere(self) -> frozenset[str]:
         """Names of the parameters and buffers that other stages have, and this rank has not."""
@@ -147,6 +154,7 @@ class State:
             steps=steps,
             trainer=None,
             powersgd=powersgd,
+            take=None,
             forms=list(self.forms),
             compared=set(self.compared),
             missing=set(self.missing),

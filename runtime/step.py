@@ -41,6 +41,8 @@ BACKENDS = ("eager", "inductor")
 Compiler = Callable[[fx.GraphModule, Sequence[torch.Tensor]], Callable[[list[Any]], Sequence[Any]]]
 #: dtype, shape and strides of an argument.
 _Form = tuple[torch.dtype, torch.Size, tuple[int, ...]]
+#: What gradients that lie on the host are handed to: (name of the parameter, this rank's piece).
+Take = Callable[[str, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Lowered:
     `saved_inputs` are positions among the sources. `news` is what to tell a user who waited for it, `{changes}`
     standing for the arguments that made it necessary; or nothing. `left`: gradients that are still sums over some axes
     when the backward is done, for PowerSGD.
+    standing for the arguments that made it necessary; or nothing. `hosted`: parameters whose gradients the backward
+    hands over as they are made (`boxed(taken=)`; a compiled one returns them).
     """
 
     program: Program
@@ -62,6 +66,7 @@ class Lowered:
     compiler: Compiler | None = None
     news: str = ""
     left: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hosted: frozenset[str] = frozenset()
 
 
 class Step:
@@ -83,7 +88,8 @@ class Step:
             self.forward = Compiled(lowered.forward, lowered.compiler, gated=True)
             if lowered.backward is not None:
                 self.backward = Compiled(lowered.backward, lowered.compiler)
-        self.saved_inputs = lowered.saved_inputs
+        self.saved_inputs, self.hosted = lowered.saved_inputs, lowered.hosted
+        self.hands_over = bool(lowered.hosted) and lowered.compiler is None
         self.sources = [s for s in program.sources if s.kind != "tangent"]
         self.tangents = program.of_kind("tangent")
         self.values = [s for s in program.sinks if s.kind != "grad"]
@@ -106,12 +112,14 @@ class Step:
         inputs: Sequence[torch.Tensor],
         seed: int,
         gate: Callable[[], object] | None = None,
+        take: Take | None = None,
     ) -> list[Any]:
         """The user's outputs, flat, in the order of the output sinks. New buffer values are written in place.
 
-        `gate` is called before the first collective; what it raises ends the step.
+        `gate` is called before the first collective; what it raises ends the step. `take` gets the gradients that lie
+        on the host, which autograd never sees.
         """
-        feed = _Feed(params, buffers, list(inputs), seed, gate or _open)
+        feed = _Feed(params, buffers, list(inputs), seed, gate or _open, take)
         if self.backward is not None:
             trainable = [s.name for s in self.sources if s.kind == "param" and params[s.name].requires_grad]
             tensors = _Run.apply(self, feed, trainable, *(params[n] for n in trainable))
@@ -188,12 +196,17 @@ class Step:
         return tuple(out)
 
     def run_backward(
-        self, saved: list[torch.Tensor], held: Sequence[torch.Tensor], grads: Mapping[str, torch.Tensor | None]
+        self,
+        saved: list[Any],
+        held: Sequence[torch.Tensor],
+        grads: Mapping[str, torch.Tensor | None],
+        take: Take | None = None,
     ) -> dict[str, Any]:
         """Local gradient by parameter name, from the gradients of the outputs by name (None: zero).
 
-        Empties `saved`; of that, `held` belongs to others too.
+        Empties `saved`; of that, `held` belongs to others too. What lies on the host goes to `take`.
         """
+        assert not self.hosted or take is not None  # the module sees to that
         tangents = []
         for source in self.tangents:
             given, want = grads.get(source.name), self.program.node(source.node).meta["val"]
@@ -204,8 +217,15 @@ class Step:
             tangents.append(given.to(want.dtype).contiguous())
         taken = Taken([*held, *tangents])
         saved += tangents
+        if self.hands_over:
+            saved.insert(0, take)
         results = self._run(self.backward, saved)
-        local = {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
+        local = {}
+        for name, grad in zip(self.grads, results):
+            if grad is not None and take is not None and name in self.hosted:
+                take(name, grad)
+            elif grad is not None:
+                local[name] = taken.own(grad)
         if self.left:
             with answered(self.grid):
                 self.powersgd.reduce(local, self.left, rank_of(self.plan), self.grid)
@@ -230,11 +250,12 @@ class _Feed:
     inputs: list[torch.Tensor]
     seed: int
     gate: Callable[[], object]
+    take: Take | None = None
 
     def with_copies(self, names: Sequence[str]) -> _Feed:
         """The same with copies of these buffers."""
         copies = {name: self.buffers[name].clone() for name in names}
-        return _Feed(self.params, {**self.buffers, **copies}, self.inputs, self.seed, self.gate)
+        return replace(self, buffers={**self.buffers, **copies})
 
 
 @dataclass(frozen=True)
@@ -304,7 +325,7 @@ class _Run(torch.autograd.Function):
         done = step.run_forward(before)
         step.replace_buffers(feed, done.values)
         outputs = step.outputs(done.values)
-        ctx.step, ctx.names = step, names
+        ctx.step, ctx.names, ctx.take = step, names, feed.take
         for name, param in zip(names, params):
             if name not in step.wraps and isinstance(param, DTensor):
                 step.wraps[name] = rewrap(param)
@@ -341,7 +362,7 @@ class _Run(torch.autograd.Function):
         others = iter(held)
         saved = [next(others) if t is None else t for t in box]
         del box
-        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)))
+        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)), ctx.take)
         out: list[Any] = []
         for name in ctx.names:
             # Not kept in `local`: autograd takes over what nobody else holds, and copies the rest.

@@ -27,6 +27,7 @@ from autopar.pipeline.laws import expected_drift, expected_gain
 from autopar.pipeline.schedules import schedule
 from autopar.pipeline.stream import Stream
 from autopar.runtime.handshake import Control, Journal
+from autopar.runtime.host_optimizer import HostOptimizer
 from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.storage import rewrap
 
@@ -69,6 +70,7 @@ class Trainer:
         step, stream: with an asynchronous schedule, what runs, and how far it has come. seed: of the first window.
         journal: where calls are written down that the ranks are to compare.
         skipped: updates left out. loss: of the last window, where this rank knows it.
+        host: what is stepped on the host; its optimizers are among `optimizers`, behind the others.
     """
 
     recipe: Recipe
@@ -82,27 +84,42 @@ class Trainer:
     skipped: int = 0
     loss: torch.Tensor | None = None
     wraps: dict[str, Callable[[torch.Tensor], DTensor]] = field(default_factory=dict)
+    host: HostOptimizer | None = None
 
     @classmethod
     def of(
-        cls, recipe: Recipe, params: Mapping[str, nn.Parameter], seed: int, journal: Journal | None = None
+        cls,
+        recipe: Recipe,
+        params: Mapping[str, nn.Parameter],
+        seed: int,
+        journal: Journal | None = None,
+        host: HostOptimizer | None = None,
     ) -> Trainer:
-        """At work on these parameters, of this rank. `seed`: the same on every rank."""
-        own = list({id(p): p for p in params.values() if p.requires_grad}.values())
+        """At work on these parameters, of this rank. `seed`: the same on every rank.
+
+        host: what is stepped on the host, of which `recipe` makes optimizers of their own.
+        """
+        trained = {id(p): p for p in params.values() if p.requires_grad}.values()
+        own = [p for p in trained if host is None or not host.holds(p)]
         made = recipe.optimizer(own) if own else []  # torch has no optimizer of nothing
         optimizers = list(made) if isinstance(made, Iterable) else [made]
         if (own and not optimizers) or not all(isinstance(o, Optimizer) for o in optimizers):
             raise RuntimeUseError(
                 f"optimizer= has made {made!r}; return a torch.optim.Optimizer, or a list of those that this rank needs"
             )
+        if host is not None:
+            optimizers += host.make(recipe.optimizer, optimizers)
         schedulers = [recipe.lr_scheduler(o) for o in optimizers] if recipe.lr_scheduler is not None else []
-        return cls(recipe, params, optimizers, schedulers, seed, journal)
+        return cls(recipe, params, optimizers, schedulers, seed, journal, host=host)
 
     def apply(self) -> None:
         """Step with the gradients that there are, and forget them."""
         with torch.enable_grad():  # as in a plain loop: some optimizers look
             for optimizer in self.optimizers:
-                optimizer.step()
+                if self.host is None or optimizer not in self.host.optimizers:
+                    optimizer.step()
+        if self.host is not None:  # behind the others, which a GPU then does meanwhile
+            self.host.step()
         self.forget()
 
     def forget(self) -> None:
@@ -111,6 +128,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         for param in self.params.values():
             param.grad = None
+        if self.host is not None:
+            self.host.forget()
 
     def advance(self) -> None:
         """One update has been made, or left out."""
@@ -127,7 +146,8 @@ class Trainer:
         """
         journal = None if self.journal is None else Journal(self.journal.control)
         try:
-            twin = Trainer.of(self.recipe, params, self.seed, journal)
+            host = None if self.host is None else self.host.twin(params)
+            twin = Trainer.of(self.recipe, params, self.seed, journal, host)
             own, its = (*self.optimizers, *self.schedulers), (*twin.optimizers, *twin.schedulers)
             for one, other in zip(own, its, strict=True):
                 other.load_state_dict(copy.deepcopy(one.state_dict()))

@@ -22,6 +22,7 @@ from autopar.pipeline.plans import OWN
 from autopar.pipeline.schedules import schedule
 from autopar.plan import Plan
 from autopar.runtime.handshake import Call, Journal
+from autopar.runtime.host_optimizer import HostOptimizer
 from autopar.runtime.pipeline import PipelineStep
 from autopar.runtime.trainer import NONFINITE, WEIGHTS, Recipe, Trainer
 
@@ -105,6 +106,14 @@ class Trainable(nn.Module):
         params, buffers = state.tensors()
         return trainer.window(params, buffers, step.pieces(inputs))
 
+    def gradients(self) -> dict[str, torch.Tensor | None]:
+        """Gradients as they are now, by name, those that lie on the host too: what a hook of an optimizer sees."""
+        found = {name: p.grad for name, p in self.named_parameters()}
+        trainer = self._state.trainer
+        if trainer is not None and trainer.host is not None:
+            found.update(trainer.host.gradients())
+        return found
+
     def drain(self) -> Drained | None:
         """Empty the pipeline: every micro-batch to its end, every stage at the same update. A collective call.
 
@@ -173,6 +182,8 @@ class Trainable(nn.Module):
         """
         state = self._state
         params = [p for p in {id(p): p for p in self.parameters()}.values() if p.grad is not None]
+        if state.trainer is not None and state.trainer.host is not None:
+            return state.trainer.host.clip(params, max_norm, norm_type)
         if state.lane is None:
             return whole_norm(nn.utils.clip_grad_norm_(params, max_norm, norm_type))
         first = {id(p) for n, p in state.tensors()[0].items() if state.places.get(n, (0,))[0] == state.lane.rank}
@@ -190,13 +201,23 @@ class Trainable(nn.Module):
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _only_evaluates(self) -> bool:
-        """Whether a call is without gradients though they are enabled: the schedule has them for `train_step` only.
+        """Whether a call is without gradients though they are enabled: the plan has them for `train_step` only.
 
         Raises:
             RuntimeUseError: the module is in training mode, so that gradients are what is wanted.
         """
-        if not torch.is_grad_enabled() or not asynchronous(self._state.plan):
+        plan = self._state.plan
+        hosted = plan is not None and bool(plan.on_host) and self._state.take is None
+        if not torch.is_grad_enabled() or not (hosted or asynchronous(plan)):
             return False
+        if self.training and hosted:
+            assert plan is not None
+            raise RuntimeUseError(
+                f"the plan keeps gradients and optimizer state of {plan.on_host[0]} and {len(plan.on_host) - 1} more "
+                "parameters on the host, where only the module itself can step them: pass optimizer=lambda params: "
+                "torch.optim.AdamW(params) to autopar.compile and call pm.train_step(batch) in place of the module, or "
+                "plan with offload=False; to evaluate, call pm.eval() first, or use torch.no_grad()"
+            )
         if self.training:
             raise RuntimeUseError(
                 "the pipeline's schedule steps the optimizer on its way: call pm.train_step(batch) in place of the "
@@ -230,14 +251,24 @@ class Trainable(nn.Module):
             seed = state.control.share("choosing a seed", lambda: int(torch.randint(0, 2**60, ())))
             journal = Journal(state.control) if state.options.check and state.grid.size > 1 else None
             with state.control.together("making the optimizer"):
-                trainer = Trainer.of(state.options.recipe, state.tensors()[0], seed, journal)
+                names, params = state.plan.on_host, state.tensors()[0]
+                host = HostOptimizer(params, names, state.grid) if names else None
+                trainer = Trainer.of(state.options.recipe, params, seed, journal, host)
             state.trainer = trainer
         return state.trainer
 
     def _plain_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         trainer = self._trainer()
         self.zero_grad(set_to_none=True)
-        out = self(*args, **kwargs)
+        host = trainer.host
+        if host is not None:
+            host.forget()
+            host.follow()
+            self._state.take = host.take
+        try:
+            out = self(*args, **kwargs)
+        finally:
+            self._state.take = None
         loss = loss_of(out)
         loss.backward()
         if trainer.recipe.clip is not None:

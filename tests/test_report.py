@@ -113,6 +113,8 @@ def test_choice_words(op, choice, words):
         (Storage((S(0), R)), "dim 0 over dp"),
         (Storage((S(1), S(1)), "twice"), "dim 1 over dp and tp, gathered again for backward"),
         (Storage((R, S(0)), "once", "all_reduce"), "dim 0 over tp, gradient all-reduced"),
+        (Storage((R, S(0)), state="host"), "dim 0 over tp, optimizer state on the host"),
+        (Storage((R, R), state="host"), "whole, optimizer state on the host"),
     ],
 )
 def test_storage_words(storage, words):

@@ -1,0 +1,192 @@
+"""The last rung of the ladder under a limit of bytes (`costmodel.budget`): optimizer state and gradients on the host.
+
+Where the limit keeps out what is quicker, parameters whose state lies on the host make room for a placement that does
+less, or does less twice. Of each placement that has been looked at, and of the best one if all state were there, the
+fewest go that make it fit: from the last layers on, whose gradients the backward has first, and small parameters last.
+Some of them may go together with what the backward computes again. The simulated step decides
+between that and all that was found without.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.costmodel.budget import RUNGS, Budget, different, quicker
+from autopar.costmodel.comm import Comm
+from autopar.costmodel.devices import machine
+from autopar.costmodel.legal import plan_specs, storage_of
+from autopar.costmodel.ops import Compute
+from autopar.costmodel.optimizers import ELEMENT_WISE, optimizer_of
+from autopar.costmodel.price import price
+from autopar.costmodel.remat_search import Rematerialiser
+from autopar.costmodel.simulate import run
+from autopar.costmodel.sweep import Found, Search
+from autopar.errors import SolverError
+from autopar.plan import DEVICE, HOST, Plan
+
+
+@dataclass
+class HostSearch:
+    """Looks for quicker plans within the limit of `budget`, which has been searched already.
+
+    Attributes:
+        everything: makes a search in which the state of every parameter is on the host.
+    """
+
+    budget: Budget
+    everything: Callable[[], Search]
+
+    def run(self, found: Found | None) -> Found | None:
+        """The quickest that fits: `found`, which needs no host, or one that does."""
+        budget, limit = self.budget, self.budget.limit
+        if limit is None or not budget.binding:
+            return found
+        tried: list[tuple[Found, Found | None]] = []  # a placement, and with the fewest on the host that make it fit
+        for number, base in enumerate(self._bases(found)):
+            # The quickest is tried however late it is.
+            if found is not None and ((number and self._late()) or not quicker(base, found)):
+                continue  # what goes to the host takes time besides
+            budget.progress("keeping less on the device", 0.97)
+            alone = self.fewest(base, limit)
+            tried.append((base, alone))
+            if alone is not None and (found is None or quicker(alone, found)):
+                found = alone
+        if not budget.recompute:
+            return found
+        # Those that come off best alone are tried together with recomputation.
+        tried.sort(key=lambda pair: (pair[0] if pair[1] is None else pair[1]).timeline.step_s)
+        for base, alone in tried[:2]:
+            for some in self._together(base, alone):
+                if found is not None and (self._late() or not quicker(some, found)):
+                    continue
+                kept = self._keeping(some, limit)
+                if kept is not None and (found is None or quicker(kept, found)):
+                    found = kept
+        return found
+
+    def smallest(self) -> Found:
+        """About the least memory that any plan needs, with what can go to the host and what can be computed again."""
+        budget = self.budget
+        best = budget.smallest()
+        bases = [budget.least()]
+        if self._apart:
+            bases.append(self._bare(self._search.least(budget.orders)))
+        for base in bases:
+            there = self.measured(base, self.order(base.plan))
+            found = [there]
+            if budget.recompute:
+                try:
+                    less = self._rematerialiser(there).smallest()
+                    found.append(replace(there, plan=less.plan, timeline=less.timeline, price=less.price))
+                except SolverError:  # what goes to the host alone is an answer, too
+                    pass
+            best = min([best, *found], key=lambda f: f.peak)
+        return best
+
+    def fewest(self, base: Found, limit: float) -> Found | None:
+        """The placement with the fewest parameters in `order` on the host that make it fit; None if all do not."""
+        order = self.order(base.plan)
+        if not order:
+            return None
+        low, high = 0, len(order)  # does not fit, and does
+        best = self.measured(base, order)
+        if best.peak > limit:
+            return None
+        while high - low > 1:
+            mid = (low + high) // 2
+            found = self.measured(base, order[:mid])
+            if found.peak <= limit:
+                high, best = mid, found
+            else:
+                low = mid
+        return best
+
+    def order(self, plan: Plan) -> list[str]:
+        """Parameters in the order in which they go to the host: late ones first, whose copies are hidden by the most.
+
+        Last those that the link takes longer to begin with than to carry.
+        """
+        policy, sizes, host = self.budget.policy, plan.mesh.sizes, self.budget.device.host
+        small = 0.0 if host is None else host.link.latency * host.link.bandwidth
+        found = []
+        for item in self.budget.fold.items.items:
+            if item.kind != "param":
+                continue
+            spec = storage_of(plan, item).spec
+            cut = any(p.kind != "R" and n > 1 for p, n in zip(spec, sizes))
+            held = policy.hosted(item, spec, sizes)
+            if held["gradients"] and not (cut and not self._apart):
+                found.append((held["gradients"] < small, -item.index, item.name))
+        return [name for *_, name in sorted(found)]
+
+    def measured(self, base: Found, names: Sequence[str]) -> Found:
+        """The placement with these parameters on the host, priced and simulated."""
+        budget, items, there = self.budget, self.budget.fold.items, frozenset(names)
+        storage = {n: replace(s, state=HOST if n in there else DEVICE) for n, s in base.plan.storage.items()}
+        plan = replace(base.plan, storage=storage)
+        cost = price(
+            items, plan, budget.device, optimizer_bytes=budget.policy.optimizer_bytes, links=budget.links
+        )  # fmt: skip
+        where = machine(budget.device, plan.mesh, budget.links)
+        timeline = run(items, plan, plan_specs(items, plan), Compute(items, where), Comm(where), budget.policy)
+        return replace(base, plan=plan, price=cost, timeline=timeline)
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    @property
+    def _apart(self) -> bool:
+        """Whether pieces of a parameter can be stepped by themselves."""
+        return optimizer_of(self.budget.policy.optimizer).name.lower() in ELEMENT_WISE
+
+    @functools.cached_property
+    def _search(self) -> Search:
+        return self.everything()
+
+    def _bases(self, found: Found | None) -> list[Found]:
+        """Placements, with nothing on the host, the quickest first."""
+        budget = self.budget
+        bases = [budget.free, *budget.bases]
+        if self._apart and not self._late():
+            best = self._search.run(budget.orders)
+            bases += [] if best is None else [self._bare(best)]
+        if found is None:
+            bases.append(budget.least())
+        return different(bases)
+
+    def _bare(self, found: Found) -> Found:
+        return self.measured(found, ())
+
+    def _together(self, base: Found, alone: Found | None) -> Iterator[Found]:
+        """The placement with less on the host than makes it fit; with all, if all do not."""
+        order = self.order(base.plan)
+        if alone is None:
+            yield self.measured(base, order)
+            return
+        needed = len(alone.plan.on_host)
+        for count in sorted({round(part * needed) for part in RUNGS} - {0, needed}):
+            yield self.measured(base, order[:count])
+
+    def _keeping(self, base: Found, limit: float) -> Found | None:
+        """A plan that keeps less besides; None if none was found."""
+        try:
+            found = self._rematerialiser(base).within(limit)
+        except SolverError:
+            return None
+        if found is None:
+            return None
+        return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
+
+    def _rematerialiser(self, base: Found) -> Rematerialiser:
+        b = self.budget
+        return Rematerialiser(
+            b.program, base.plan, b.device, b.links, b.policy, b.fold.items, b.fold, b.deadline
+        )  # fmt: skip
+
+    def _late(self) -> bool:
+        return time.perf_counter() > self.budget.deadline
+
+
+__all__ = ["HostSearch"]
