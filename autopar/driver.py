@@ -19,6 +19,7 @@ from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
+from autopar.given import check_given, decisions, precision_of
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
@@ -26,6 +27,8 @@ from autopar.mesh_search import search_meshes
 from autopar.options import Asked, Example, arguments, ask, batch_rows
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
+from autopar.precision import AS_IS, AUTO, SCALED, Precision
+from autopar.precision_search import quickest
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
 from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
@@ -34,7 +37,7 @@ from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
 from autopar.runtime.training import Recipe
-from autopar.spec import R, Spec, format_spec
+from autopar.spec import Spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
 
@@ -65,6 +68,8 @@ def compile(
     nonfinite: str = "skip",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -117,6 +122,11 @@ def compile(
             default: the given plan's, else "adamw". A function in `optimizer` is not asked.
         recompute: let the backward compute again what the forward then need not keep, if memory is short and that is
             the quickest that fits.
+        precision: "bf16" or "fp16": parameters stay as they are, and what is quicker for it computes in that precision
+            (`autopar.casting` has the rules; fp16 scales the loss: `pm.scaler`). "auto": bf16 where its simulated step
+            is the shorter one. Default: the given plan's, else "fp32", all as the model is.
+        reduce_dtype: in which partial sums of parameters' gradients are added up between ranks: "fp32", the default, or
+            that of `precision`, for half the bytes.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -138,6 +148,7 @@ def compile(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+                precision=precision, reduce_dtype=reduce_dtype,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -156,9 +167,11 @@ def compile(
         asked = ask(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
+            precision=precision, reduce_dtype=reduce_dtype,
         )  # fmt: skip
         if given is not None:
-            asked = replace(asked, optimizer_class=given.optimizer)
+            computes = precision_of(given, precision, reduce_dtype)
+            asked = replace(asked, optimizer_class=given.optimizer, precision=computes)
         recipe = None
         if optimizer is not None:
             recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite)
@@ -173,11 +186,14 @@ def compile(
     )
     control.same("the options of compile", asked.text(), "pass the same options on every rank")
     control.same(
-        "the plan", given and _decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
+        "the plan", given and decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
     )
+    if asked.precision.compute == AUTO:
+        given = _in_precision(control, asked, model, call)
+        asked = replace(asked, precision=given.computes)
     # passes/fuse.py and inplace.py stay off: gradients that are views of one bucket cannot be deep-copied.
     build = _Builder(control, asked, given, eager=backend == "eager")
-    options = Options(check, backend, asked.data_axes, init, asked.shared, recipe)
+    options = Options(check, backend, asked.data_axes, init, asked.shared, recipe, asked.precision.compute in SCALED)
     module = ParallelModule(model, empty, grid, control, build, options)
     if call is not None:
         module.prepare(*call[0], **call[1])
@@ -204,6 +220,8 @@ def plan_model(
     weights: str = "current",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -228,10 +246,23 @@ def plan_model(
     asked = ask(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
+        precision=precision, reduce_dtype=reduce_dtype,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
+
+    def planned(precision: Precision) -> Plan:
+        return _planned(replace(asked, precision=precision), model, call, training, count, progress)
+
+    found = planned(asked.precision) if asked.precision.compute != AUTO else quickest(asked.precision, planned)
+    return replace(found, target=dict(target or {}))
+
+
+def _planned(
+    asked: Asked, model: nn.Module, call: Any, training: bool, count: int | None, progress: search.Progress | None
+) -> Plan:
+    """The plan of one call, whatever mesh is asked for."""
     began = time.perf_counter()
     programs = Programs()
     captured, pieces = asked.capture(model, *call, training, programs)
@@ -251,7 +282,7 @@ def plan_model(
     else:
         tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
         found = search.best_plan(tried)
-    return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
+    return replace(found, solver={"capture_s": seconds, **found.solver})
 
 
 def micro_program(
@@ -260,13 +291,14 @@ def micro_program(
     kwargs: dict[str, Any],
     loss: Callable[[Any, Any], torch.Tensor] | None,
     micro: int,
+    precision: Precision = AS_IS,
 ) -> Program:
     """The program of one of `micro` micro-batches of a call, as a pipeline's plan is for.
 
     Raises:
         CaptureError: as `autopar.capture`.
     """
-    asked = ask(Mesh(("rank",), (1,)), "cpu", None, None, "auto", "global", loss, ())
+    asked = replace(ask(Mesh(("rank",), (1,)), "cpu", None, None, "auto", "global", loss, ()), precision=precision)
     captured, _ = asked.capture(model, args, kwargs, True, Programs())
     return asked.micro(model, args, kwargs, captured.program, micro, Programs())
 
@@ -373,7 +405,7 @@ class _Builder:
     def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
             with self.control.together("checking the plan"):
-                _check_given(self.given, program, self.asked, pieces)
+                check_given(self.given, program, self.asked, pieces)
             return self.given
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
         text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
@@ -409,7 +441,7 @@ def _plan(
 
 def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program) and not asked.pipelined)
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and program.has_loss and not asked.pipelined)
     return {
         "device": asked.device,
         "memory_limit": asked.memory_limit,
@@ -452,46 +484,15 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
     return Plan.from_json(text, "the plan of rank 0")
 
 
-def check_plan(program: Program, plan: Plan) -> None:
-    """Raise unless `plan`, perhaps edited, was made for `program` and is legal for it.
+def _in_precision(control: Control, asked: Asked, model: nn.Module, call: Any) -> Plan:
+    """The plan in the quicker precision, found by rank 0. A collective call."""
+    with control.together("reading the options"):
+        if call is None:
+            raise PlanError("precision='auto' compares plans, which needs example=: the arguments of one call")
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
 
-    Raises:
-        PlanError: says what does not fit.
-    """
-    if plan.fingerprint != program.fingerprint:
-        raise PlanError(
-            f"the plan is for another model (fingerprint {plan.fingerprint[:12]}, this one has "
-            f"{program.fingerprint[:12]}): other layers, sizes or dtypes, or another mode; plan again for this model"
-        )
-    planner.check_plan(program, plan)
+    def planned(precision: Precision) -> Plan:
+        return _planned(replace(asked, precision=precision), model, call, training, None, None)
 
-
-def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, Spec] | None) -> None:
-    if plan.mesh != asked.mesh:
-        raise PlanError(
-            f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
-        )
-    check_plan(program, plan)
-    whole: Spec = (R,) * len(plan.mesh.sizes)
-    for name, spec in (pieces or {}).items():
-        given = plan.inputs.get(name, whole)
-        if any(g != p for g, p, axis in zip(given, spec, plan.mesh.names) if axis in asked.data_axes):
-            raise PlanError(
-                f"local batches bring input {name} as {format_spec(spec, 1, plan.mesh.names)}, the plan takes it as "
-                f'{format_spec(given, 1, plan.mesh.names)}; make the plan with batch="local", or pass global batches'
-            )
-
-
-def _decisions(plan: Plan) -> str:
-    """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
-    return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
-
-
-def _has_loss(program: Program) -> bool:
-    """Whether a scalar floating-point output, a loss, is among the outputs."""
-    for sink in program.sinks:
-        if sink.kind == "output" and sink.node is not None:
-            value = program.node(sink.node).meta["val"]
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                return True
-    return False
+    text = control.share("choosing the precision", lambda: quickest(asked.precision, planned).to_json())
+    return Plan.from_json(text, "the plan of rank 0")

@@ -25,6 +25,7 @@ from autopar.mesh import Mesh
 from autopar.pipeline.plans import AXIS, OWN
 from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.tables import micro_of, read
+from autopar.precision import AS_IS, FULL, SCALED, Precision
 from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
@@ -58,6 +59,7 @@ class Asked:
     weights: str = "current"
     optimizer_class: str = ADAMW
     recompute: bool = True
+    precision: Precision = AS_IS
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -68,7 +70,8 @@ class Asked:
             f"shared {', '.join(self.shared) or 'nothing'}, "
             f"{'with' if self.loss else 'without'} loss=, "
             f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
-            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}"
+            f"optimizer_class {self.optimizer_class}, recompute {self.recompute}, "
+            f"precision {self.precision}"
         )
 
     @property
@@ -165,7 +168,9 @@ class Asked:
     ) -> Captured:
         notes: list[str] = []
         with watched_generators(notes):
-            found = programs.capture(model, args, kwargs, loss=self.loss, training=training)
+            found = programs.capture(
+                model, args, kwargs, loss=self.loss, training=training, precision=self.precision
+            )
         found.program.notes.extend(notes)
         check_dtypes(found.program, model)
         return found
@@ -195,6 +200,8 @@ def ask(
     searched: bool = False,
     optimizer_class: str | None = None,
     recompute: bool = True,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
@@ -222,11 +229,18 @@ def ask(
             f"optimizer_class={optimizer_class!r} is not the name of one that is known; choose one of "
             f"{', '.join(OPTIMIZER_CLASSES)}: one that keeps as many tensors of a parameter's size as yours does"
         )
+    computes = Precision(precision or FULL, reduce_dtype or FULL)
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
     name, table = _schedule(mesh, micro_batches, schedule, searched)
     if name in SCHEDULES and SCHEDULES[name].asynchronous:
         _check_asynchronous(name, micro_batches, trains)
+        if computes.compute in SCALED:
+            raise ConstraintError(
+                f"precision={computes.compute!r} with schedule {name!r}: a stage steps with gradients before others "
+                "know whether theirs overflowed, so the loss cannot be scaled; use precision='bf16', which needs no "
+                "scaling, or a synchronous schedule"
+            )
     if AXIS in mesh.names and (axes or outputs == "sharded"):
         what = 'batch="local"' if axes else 'outputs="sharded"'
         raise ConstraintError(
@@ -235,7 +249,7 @@ def ask(
         )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, optimizer_class or ADAMW, recompute,
+        weights, optimizer_class or ADAMW, recompute, computes,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

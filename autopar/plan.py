@@ -15,6 +15,7 @@ from typing import Any
 from autopar.errors import AutoparError, PlanError
 from autopar.graph import pattern
 from autopar.mesh import Mesh
+from autopar.precision import Precision
 from autopar.recompute import SAVED, original
 from autopar.rule import Choice
 from autopar.spec import Placement, R, S, Spec, format_spec, parse_spec
@@ -79,6 +80,7 @@ class Plan:
         optimizer: the class of optimizer it was priced for (`autopar.costmodel.memory.OPTIMIZERS`).
         saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
             "recompute" (`autopar.recompute`). What is not named is kept.
+        precision: what the program computes in (`autopar.precision.Precision.record`); empty: as the model is.
     """
 
     mesh: Mesh
@@ -94,6 +96,12 @@ class Plan:
     pipeline: Pipeline | None = None
     optimizer: str = "adamw"
     saved: Mapping[str, str] = field(default_factory=dict)
+    precision: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def computes(self) -> Precision:
+        """`precision`, as an object."""
+        return Precision.of(self.precision)
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere.
@@ -135,6 +143,7 @@ class Plan:
             "outputs": {k: spec(v) for k, v in self.outputs.items()},
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
             **({"saved": dict(self.saved)} if self.saved else {}),
+            **({"precision": dict(self.precision)} if self.precision else {}),
             "optimizer": self.optimizer,
             "predicted": dict(self.predicted),
             "solver": dict(self.solver),
@@ -210,6 +219,7 @@ class Plan:
                 key = f"saved of {k}"
                 if v not in SAVED:
                     raise PlanError(f"{v!r} is not one of {', '.join(SAVED)}")
+            precision = Precision.of(section("precision")).record() if "precision" in data else {}
             key, optimizer = "optimizer", data.get("optimizer", "adamw")
             if not isinstance(optimizer, str):
                 raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
@@ -227,6 +237,7 @@ class Plan:
                 pipeline=pipeline,
                 optimizer=optimizer,
                 saved=saved,
+                precision=precision,
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

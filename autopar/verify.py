@@ -210,9 +210,12 @@ def _check(plan: Plan, target: targets.Target) -> None:
     """Raise unless the plan is for this model, and legal."""
     whole = targets.build(target)
     if plan.pipeline is None:
-        driver.check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
+        program = capture(whole.model, whole.args, whole.kwargs, loss=whole.loss, precision=plan.computes)
+        driver.check_plan(program, plan)
         return
-    micro = driver.micro_program(whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro)
+    micro = driver.micro_program(
+        whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro, plan.computes
+    )
     driver.check_plan(micro, inner(plan))
 
 

@@ -293,6 +293,7 @@ class _Planner:
             outputs=outputs,
             optimizer=self.optimizer,
             saved=self.saved,
+            precision=self.program.precision,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -331,6 +332,7 @@ class _Planner:
             outputs=p.outputs,
             optimizer=p.optimizer,
             saved=p.saved,
+            precision=p.precision,
             predicted=predicted,
             solver=solver,
             notes=tuple(

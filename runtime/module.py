@@ -184,7 +184,7 @@ class ParallelModule(Trainable):
         state.last = step
         params, buffers = state.tensors()
         try:
-            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate))
+            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate, state.scaler))
         except Exception:
             if gate is not None:
                 gate()  # the others may wait to hear how the ranks differ, which is then what is to be told

@@ -16,6 +16,7 @@ from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import Argument, Control
 from autopar.runtime.lane import Lane
 from autopar.runtime.pipeline import Pipelined, PipelineStep
+from autopar.runtime.scaler import LossScaler
 from autopar.runtime.step import Lowered, Step
 from autopar.runtime.storage import Init
 from autopar.runtime.training import Recipe, Trainer, asynchronous
@@ -35,6 +36,7 @@ class Options:
         init: values for parameters without any.
         shared: names of arguments that are no piece of a local batch.
         recipe: how the module trains itself (`train_step`).
+        scaled: whether gradients need a scaled loss.
     """
 
     check: bool = True
@@ -43,6 +45,7 @@ class Options:
     init: Init | None = None
     shared: tuple[str, ...] = ()
     recipe: Recipe | None = None
+    scaled: bool = False
 
 
 #: Name, the dict that holds the tensor, and its key there.
@@ -72,7 +75,12 @@ class State:
     holders: tuple[list[_Place], list[_Place]] | None = None  # of parameters and buffers; see `tensors`
     lane: Lane | None = None  # with a pipeline
     trainer: Trainer | None = None
+    scaler: LossScaler | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as of `Pipelined`
+
+    def __post_init__(self) -> None:
+        if self.options.scaled and self.scaler is None:
+            self.scaler = LossScaler()
 
     @property
     def local(self) -> Grid:
@@ -139,6 +147,7 @@ class State:
             model=copy.deepcopy(self.model, memo),
             steps=steps,
             trainer=None,
+            scaler=copy.copy(self.scaler),
             forms=list(self.forms),
             compared=set(self.compared),
             missing=set(self.missing),

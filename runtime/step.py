@@ -32,6 +32,7 @@ from autopar.graph import Program, Sink
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
+from autopar.runtime.scaler import LossScaler
 from autopar.runtime.storage import as_dtensor, rewrap, whole
 from autopar.spec import R, Spec, shard
 
@@ -97,12 +98,13 @@ class Step:
         inputs: Sequence[torch.Tensor],
         seed: int,
         gate: Callable[[], object] | None = None,
+        scaler: LossScaler | None = None,
     ) -> list[Any]:
         """The user's outputs, flat, in the order of the output sinks. New buffer values are written in place.
 
         `gate` is called before the first collective; what it raises ends the step.
         """
-        feed = _Feed(params, buffers, list(inputs), seed, gate or _open)
+        feed = _Feed(params, buffers, list(inputs), seed, gate or _open, scaler)
         if self.backward is not None:
             trainable = [s.name for s in self.sources if s.kind == "param" and params[s.name].requires_grad]
             tensors = _Run.apply(self, feed, trainable, *(params[n] for n in trainable))
@@ -179,24 +181,29 @@ class Step:
         return tuple(out)
 
     def run_backward(
-        self, saved: list[torch.Tensor], held: Sequence[torch.Tensor], grads: Mapping[str, torch.Tensor | None]
+        self, saved: list[torch.Tensor], held: Sequence[torch.Tensor], grads: Mapping[str, torch.Tensor | None],
+        scaler: LossScaler | None = None,
     ) -> dict[str, Any]:
         """Local gradient by parameter name, from the gradients of the outputs by name (None: zero).
 
         Empties `saved`; of that, `held` belongs to others too.
         """
-        tangents = []
+        tangents, factor = [], 1.0 if scaler is None else scaler.factor
         for source in self.tangents:
             given, want = grads.get(source.name), self.program.node(source.node).meta["val"]
             if given is None:
                 given = torch.zeros(tuple(want.shape), dtype=want.dtype, device=self.grid.device)
             elif isinstance(given, DTensor):
                 given = whole(given, self.grid)
-            tangents.append(given.to(want.dtype).contiguous())
+            given = given.to(want.dtype).contiguous()
+            tangents.append(given if factor == 1.0 else given * factor)
         taken = Taken([*held, *tangents])
         saved += tangents
         results = self._run(self.backward, saved)
-        return {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
+        found = {name: taken.own(grad) for name, grad in zip(self.grads, results) if grad is not None}
+        if scaler is not None:
+            scaler.settle(found, factor, self.grid)
+        return found
 
     def _run(self, graph: Any, box: list[Any]) -> Any:
         """The graph says itself where it casts: autocast is off. A rank that is gone is told from a bad value."""
@@ -217,11 +224,12 @@ class _Feed:
     inputs: list[torch.Tensor]
     seed: int
     gate: Callable[[], object]
+    scaler: LossScaler | None = None
 
     def with_copies(self, names: Sequence[str]) -> _Feed:
         """The same with copies of these buffers."""
         copies = {name: self.buffers[name].clone() for name in names}
-        return _Feed(self.params, {**self.buffers, **copies}, self.inputs, self.seed, self.gate)
+        return _Feed(self.params, {**self.buffers, **copies}, self.inputs, self.seed, self.gate, self.scaler)
 
 
 @dataclass(frozen=True)
@@ -291,7 +299,7 @@ class _Run(torch.autograd.Function):
         done = step.run_forward(before)
         step.replace_buffers(feed, done.values)
         outputs = step.outputs(done.values)
-        ctx.step, ctx.names = step, names
+        ctx.step, ctx.names, ctx.scaler = step, names, feed.scaler
         for name, param in zip(names, params):
             if name not in step.wraps and isinstance(param, DTensor):
                 step.wraps[name] = rewrap(param)
@@ -328,7 +336,7 @@ class _Run(torch.autograd.Function):
         others = iter(held)
         saved = [next(others) if t is None else t for t in box]
         del box
-        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)))
+        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)), ctx.scaler)
         out: list[Any] = []
         for name in ctx.names:
             # Not kept in `local`: autograd takes over what nobody else holds, and copies the rest.

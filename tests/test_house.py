@@ -29,15 +29,15 @@ BASE = {
     f"autopar.{m}"
     for m in (
         "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "recompute",
-        "pipeline",
+        "pipeline", "precision",
     )
 }  # fmt: skip
 #: Capture and its parts.
 CAPTURE = {
     f"autopar.{m}"
     for m in (
-        "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "depth", "explain",
-        "modes", "param_views", "programs", "repeat", "shared_memory", "symbolic",
+        "capture", "assemble", "call", "canonical", "casting", "checks", "decompose", "decompose_random", "depth",
+        "explain", "modes", "param_views", "programs", "repeat", "shared_memory", "symbolic",
     )
 }  # fmt: skip
 #: The rest of the front door, and what each may use besides the plain data.
@@ -49,9 +49,11 @@ FRONT = {
         f"autopar.{m}"
         for m in (
             "checks", "lowering", "options", "programs", "costmodel", "runtime", "mesh_search", "stages",
-            "stage_search",
+            "stage_search", "given", "precision_search",
         )
     },
+    "autopar.given": {"autopar.costmodel", "autopar.options"},
+    "autopar.precision_search": set(),
     "autopar.lowering": {f"autopar.{m}" for m in ("capture", "costmodel", "passes", "runtime")},
     "autopar.mesh_search": {f"autopar.{m}" for m in ("costmodel", "options", "stages", "stage_search")},
     "autopar.stages": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
