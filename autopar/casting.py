@@ -39,7 +39,7 @@ from autopar.precision import ADDED, Precision
 
 aten = torch.ops.aten
 _KEY = "AutocastCPU"
-_HALF = frozenset({torch.bfloat16, torch.float16})
+_HALF, _SINGLE = frozenset({torch.bfloat16, torch.float16}), frozenset({torch.float32})
 
 #: Ops of CUDA's autocast that compute in fp32 and that the CPU's leaves as they are (aten/src/ATen/autocast_mode.h,
 #: AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE), and means and variances, which CUDA's leaves to its kernels: here a
@@ -203,22 +203,19 @@ def _without_detours(program: Program) -> None:
     """
     graph = program.gm.graph
 
-    def casts(node: fx.Node, before: torch.dtype | None, behind: torch.dtype | None) -> bool:
-        if node.target is not aten._to_copy.default or set(node.kwargs) != {"dtype"}:
+    def casts(node: fx.Node, before: frozenset[torch.dtype], behind: frozenset[torch.dtype]) -> bool:
+        if node.target is not aten._to_copy.default:
             return False
-        given, made = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
-        return (given in _HALF if before is None else given is before) and (
-            made in _HALF if behind is None else made is behind
-        )
+        (source,) = node.all_input_nodes
+        return source.meta["val"].dtype in before and node.meta["val"].dtype in behind
 
-    for node in list(graph.nodes):
-        if not casts(node, torch.float32, None):
-            continue
+    ends = {sink.node for sink in program.sinks}
+    for node in [n for n in graph.nodes if casts(n, _SINGLE, _HALF)]:  # none of them leads back to fp32
         back = list(node.users)
-        if back and all(casts(u, None, torch.float32) and u.meta["phase"] == node.meta["phase"] for u in back):
+        if any(u.name in ends or u.meta.get("phase") != node.meta["phase"] for u in back):
+            continue
+        if back and all(casts(u, _HALF, _SINGLE) for u in back):
             (source,) = node.all_input_nodes
-            if any(sink.node == u.name for sink in program.sinks for u in back):
-                continue
             for user in back:
                 user.replace_all_uses_with(source)
                 graph.erase_node(user)

@@ -20,6 +20,7 @@ from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
 from autopar.errors import BatchError, MeshError, PlanError
 from autopar.given import check_given, decisions, precision_of
+from autopar.given import check_plan as check_plan
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh

@@ -162,10 +162,15 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         kept=adapted.kept,
         total=adapted.total,
         changed=adapted.changed,
-        reference=f"a mesh of one ({why})" if why else "the plain model",
+        reference=(f"a mesh of one ({why})" if why else "the plain model") + _precision(plan),
         rows=compare(result, reference),
         seconds=time.perf_counter() - began,
     )
+
+
+def _precision(plan: Plan) -> str:
+    """What is not as planned, in words: float64 has no use for what computes in low precision."""
+    return f", both with the plan's precision ({plan.precision['compute']}) off" if plan.precision else ""
 
 
 # ---- the small model -----------------------------------------------------------------------------------------------
