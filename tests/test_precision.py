@@ -1,0 +1,541 @@
+"""Mixed precision: the program, its plans, and its runs, against torch.autocast and against one process."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import autopar
+from autopar import casting
+from autopar.capture import capture
+from autopar.costmodel.price import price
+from autopar.costmodel.shuffle import random_plan
+from autopar.driver import check_plan
+from autopar.errors import ConstraintError, PlanError
+from autopar.graph import Program, is_op, op_name, pattern
+from autopar.mesh import Mesh
+from autopar.passes import collectives
+from autopar.plan import Plan
+from autopar.precision import ADDED, Precision
+from autopar.rule import WHOLE
+from examples.train_llama import windows
+from tests import parity
+from tests.pipeline_runs import example
+from tests.trained import captured_once, full
+from tests.zoo_common import llama_like
+
+BF16, FP16 = torch.bfloat16, torch.float16
+#: A unit in the last place, from 1 on.
+ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}
+DTYPES = {"bf16": BF16, "fp16": FP16}
+
+
+def loss_of(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, those that are not zero up to rounding (of a key's bias, say)."""
+    found = {n: full(p.grad).detach() for n, p in model.named_parameters() if p.grad is not None}
+    most = max(float(g.norm()) for g in found.values())
+    return {n: g for n, g in found.items() if float(g.norm()) > 1e-4 * most}
+
+
+def off(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative error of every gradient of `want`."""
+    return {n: float((got[n] - g).norm() / g.norm()) for n, g in want.items()}
+
+
+def program_of(name: str, precision: Precision, **options: Any) -> tuple[nn.Module, dict[str, Any], Program]:
+    model, batch = example(name, double=False, **options)
+    return model, batch, capture(model, (), batch, precision=precision)
+
+
+def ops(program: Program, *names: str) -> list[torch.fx.Node]:
+    return [n for n in program.gm.graph.nodes if is_op(n) and op_name(n) in names]
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "resnet", "mlp_dropout"])
+def test_equals_the_plain_model_under_autocast(name, compute):
+    """As near to fp32 as autocast is, loss and gradients; embeddings and what is added to them are of low precision
+    here, so that it may be three times as far off. Gradients are fp32."""
+    model, batch = example(name, double=False)
+    plain, cast = copy.deepcopy(model), copy.deepcopy(model)
+    pm = autopar.compile(model, 1, example=batch, precision=compute, device="cpu")
+    out = pm(**batch)
+    loss_of(out).backward()
+    exact = loss_of(plain(**batch))
+    exact.backward()
+    with torch.autocast("cpu", dtype=DTYPES[compute]):
+        torchs = loss_of(cast(**batch))
+    (torchs * 2.0**10).backward()
+    loss = float(loss_of(out))
+    assert loss_of(out).dtype is torch.float32
+    assert loss != float(exact), "nothing was rounded"
+    assert abs(loss - float(exact)) < 2 * ROUNDING[compute] * float(exact)
+    assert abs(loss - float(torchs)) < 2 * ROUNDING[compute] * float(exact)
+    assert all(p.grad.dtype is p.dtype is torch.float32 for p in pm.parameters())
+    want = gradients(plain)
+    ours, theirs = off(gradients(pm), want), off({n: g / 2.0**10 for n, g in gradients(cast).items()}, want)
+    for n, error in ours.items():
+        assert error < 3 * max(theirs[n], 4 * ROUNDING[compute]), (n, error, theirs[n])
+
+
+def test_what_computes_in_what():
+    """Products and attention low, islands in fp32, found by rule; a router's softmax and top-k too."""
+    _, _, program = program_of("llama", Precision("bf16"))
+    low = ops(program, "aten.mm", "aten.bmm", "aten.embedding", "aten.silu")
+    low += [n for n in program.gm.graph.nodes if is_op(n) and "attention" in op_name(n)]
+    assert len(low) > 40
+    for node in low:
+        val = node.meta["val"]
+        assert (val[0] if isinstance(val, tuple) else val).dtype is BF16, node.meta["address"]
+    wide = ops(program, "aten.rsqrt", "aten._log_softmax", "aten.nll_loss_forward", "aten.pow.Tensor_Scalar",
+               "aten.embedding_dense_backward")  # fmt: skip
+    wide += [n for n in ops(program, "aten.sum.dim_IntList") if "norm" in n.meta["module"]]
+    assert len(wide) > 20
+    for node in wide:
+        val = node.meta["val"]
+        assert (val[0] if isinstance(val, (tuple, list)) else val).dtype is torch.float32, node.meta["address"]
+    _, _, experts = program_of("mixtral", Precision("bf16"))
+    softmaxes, topks = ops(experts, "aten._softmax"), ops(experts, "aten.topk")
+    assert softmaxes and topks
+    assert all(n.meta["val"].dtype is torch.float32 for n in softmaxes)
+    assert all(n.meta["val"][0].dtype is torch.float32 for n in topks)
+
+
+class Handmade(nn.Module):
+    """A norm written out, without any cast, a router, and a loss beside the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.scale = nn.Linear(16, 16), nn.Linear(16, 4), nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        h = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + 1e-6) * self.scale
+        weights, chosen = torch.topk(torch.softmax(self.gate(h), -1), 2)
+        return (h.unsqueeze(-2) * weights.unsqueeze(-1)).sum(-2) + chosen.sum(-1, keepdim=True)
+
+
+def test_islands_that_a_model_writes_itself():
+    torch.manual_seed(0)
+    x = torch.randn(8, 16)
+    program = capture(Handmade(), (x,), precision=Precision("bf16"))
+    for name in ("aten.rsqrt", "aten._softmax", "aten.topk"):
+        (node,) = ops(program, name)
+        val = node.meta["val"]
+        assert (val[0] if isinstance(val, (tuple, list)) else val).dtype is torch.float32
+    assert {n.meta["val"].dtype for n in ops(program, "aten.mm", "aten.addmm")} == {BF16}
+    (out,) = [s for s in program.sinks if s.kind == "output"]
+    assert program.node(out.node).meta["val"].dtype is torch.float32, "a loss outside must not be of low precision"
+
+
+def test_casts_are_made_once_and_looks_are_the_backwards_own():
+    _, _, program = program_of("llama", Precision("bf16"))
+    params = {s.node for s in program.of_kind("param")}
+    seen: set[Any] = set()
+    for node in ops(program, "aten._to_copy"):
+        key = (node.args[0], node.meta["val"].dtype, node.meta["phase"])
+        assert key not in seen, node.meta["address"]
+        seen.add(key)
+        if node.args[0].name in params:
+            phases = {u.meta["phase"] for u in node.users}
+            assert phases == {node.meta["phase"]}, "the backward keeps what the forward has cast"
+    assert any(k[0].name in params and k[2] == "bwd" for k in seen)
+    for node in ops(program, "aten._to_copy"):  # fp32 -> low -> fp32, and nobody reads what is between
+        (source,) = node.all_input_nodes
+        if source.target is node.target and len(source.users) == 1 and source.meta["phase"] == node.meta["phase"]:
+            assert source.all_input_nodes[0].meta["val"].dtype is not node.meta["val"].dtype
+
+
+def test_autocast_is_as_it_was():
+    x = torch.randn(4, 4, dtype=BF16)
+    program_of("mlp_dropout", Precision("bf16"))
+    with torch.autocast("cpu", dtype=BF16):
+        assert torch.softmax(x, -1).dtype is BF16
+        assert nn.functional.embedding(torch.zeros(1, dtype=torch.long), x.float()).dtype is torch.float32
+
+
+def test_every_island_is_an_op_or_of_another_torch():
+    missing = [name for name in (*casting.ISLANDS, *casting.PROMOTED) if casting._found(name) is None]
+    assert len(missing) <= 1, missing
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_other_batch_sizes_come_of_one_trace(size):
+    model, batch = example("gpt2", double=False)
+    pm = autopar.compile(model, 1, example=batch, precision="bf16", device="cpu")
+    with pytest.warns(UserWarning, match="every batch size"):
+        pm(**{k: v[:size] for k, v in batch.items()})
+    plain = float(loss_of(model(**{k: v[:size] for k, v in batch.items()})))
+    assert abs(float(loss_of(pm(**{k: v[:size] for k, v in batch.items()}))) - plain) < 2 * ROUNDING["bf16"] * plain
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+def big(name: str = "llama") -> tuple[nn.Module, dict[str, Any]]:
+    """So wide that bytes, and not the number of messages, decide; without weights."""
+    with torch.device("meta"):
+        config = LlamaConfig(
+            vocab_size=1024, hidden_size=2048, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=16
+        )
+        model = LlamaForCausalLM(config)
+    ids = torch.zeros(16, 512, dtype=torch.long)
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def sent(program: Program, plan: Plan, kind: Any) -> dict[torch.dtype, int]:
+    """Collectives of a kind by dtype, of matrices."""
+    found: dict[torch.dtype, int] = {}
+    for node in parity.lower(program, plan).gm.graph.nodes:
+        if node.op == "call_function" and node.target is kind and node.meta["val"].dim() == 2:
+            found[node.meta["val"].dtype] = found.get(node.meta["val"].dtype, 0) + 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, tuple[Program, Plan]]:
+    model, batch = big()
+    found = {}
+    for key, options in {
+        "fp32": {}, "wide": {"precision": "bf16"}, "low": {"precision": "bf16", "reduce_dtype": "bf16"},
+    }.items():  # fmt: skip
+        plan = autopar.plan(model, "dp=4", example=batch, device="h100", constraints={"dp": "zero3"}, **options)
+        found[key] = (capture(model, (), batch, precision=plan.computes), plan)
+    return found
+
+
+def test_zero3_gathers_in_low_precision_and_prices_follow(plans):
+    (program, plan), (_, fp32) = plans["wide"], plans["fp32"]
+    assert plan.precision == {"compute": "bf16", "reduce": "fp32"} and not fp32.precision
+    assert all(s.spec[0].kind == "S" for s in plan.storage.values())
+    assert set(sent(program, plan, collectives.all_gather)) == {BF16}
+    assert set(sent(program, plan, collectives.reduce_scatter)) == {torch.float32}
+    mine, before = plan.predicted, fp32.predicted
+    assert mine["memory"]["parameters"] == before["memory"]["parameters"], "the masters are fp32"
+    assert mine["memory"]["optimizer"] == before["memory"]["optimizer"]
+    assert mine["memory"]["activations"] < 0.7 * before["memory"]["activations"]
+    assert mine["compute_s"] < 0.2 * before["compute_s"], "an h100 is 15 times as fast in bf16"
+    assert mine["comm_s"] < 0.8 * before["comm_s"]
+
+
+def test_gradients_are_added_up_in_either(plans):
+    (program, plan), (_, wide) = plans["low"], plans["wide"]
+    assert plan.precision == {"compute": "bf16", "reduce": "bf16"}
+    found = sent(program, plan, collectives.reduce_scatter)
+    assert found.pop(torch.float32) == 1, "the embedding's is made in fp32"
+    assert set(found) == {BF16}
+    assert plan.predicted["comm_s"] < 0.9 * wide.predicted["comm_s"]
+    marks = {n.meta[ADDED] for n in program.gm.graph.nodes if ADDED in n.meta}
+    assert marks == {"bf16"}
+    with pytest.raises(PlanError, match="another model"):
+        price_checked(plans["wide"][0], plan)
+
+
+def price_checked(program: Program, plan: Plan) -> Any:
+    check_plan(program, plan)
+    return price(program, plan)
+
+
+def test_an_edited_plan_may_not_add_up_before_the_cast(plans):
+    program, plan = plans["wide"]
+    (cast, *_) = [n.meta["address"] for n in program.gm.graph.nodes if n.meta.get(ADDED)]
+    choices = {a: row for a, row in plan.choices.items() if a != pattern(cast)}
+    whole = (WHOLE,)
+    edited = Plan(**{**vars(plan), "choices": {**choices, cast: whole}})
+    with pytest.raises(PlanError, match=r"low precision is added up before its cast.*reduce_dtype="):
+        price(program, edited)
+
+
+@pytest.mark.parametrize("reduce", ["fp32", "bf16"])
+def test_random_plans_are_legal_and_equal(reduce):
+    """On every rank in one process, as far as bf16 is equal to itself when it is added up in another order."""
+    model, batch, program = program_of("llama", Precision("bf16", reduce))
+    values = parity.feeds(program, model, (), batch)
+    want = parity.run_global(program, values)
+    for seed in range(2):
+        plan = random_plan(program, Mesh(("a", "b"), (2, 2)), seed)
+        assert Plan.from_json(plan.to_json()).precision == program.precision
+        got = parity.run_local(parity.lower(program, plan), values)
+        error, where = parity.max_error(got, want)
+        assert error < 40 * ROUNDING["bf16"], where
+
+
+def test_files_of_plans():
+    model, batch = example("mlp_dropout", double=False)
+    plain = autopar.plan(model, "dp=2", example=batch)
+    assert '"precision"' not in plain.to_json(), "as files have been"
+    plan = autopar.plan(model, "dp=2", example=batch, precision="bf16")
+    again = Plan.from_json(plan.to_json())
+    assert again.computes == Precision("bf16") and again.fingerprint != plain.fingerprint
+    assert plan.fingerprint != autopar.plan(model, "dp=2", example=batch, precision="fp16").fingerprint
+    with pytest.raises(PlanError, match="damaged at precision: precision='fp8' does not exist"):
+        Plan.from_json(plan.to_json().replace('"compute": "bf16"', '"compute": "fp8"'))
+    with pytest.raises(PlanError, match="precision=fp32 is asked for, and the plan was made for bf16"):
+        autopar.compile(model, 1, example=batch, plan=autopar.plan(model, 1, example=batch, precision="bf16"),
+                        precision="fp32")  # fmt: skip
+    given = autopar.compile(model, 1, example=batch, plan=autopar.plan(model, 1, example=batch, precision="bf16"))
+    assert given.plan.computes.compute == "bf16"
+
+
+def test_auto_takes_the_quicker_and_tells_both():
+    model, batch = big()
+    plan = autopar.plan(model, "dp=4", example=batch, device="h100", precision="auto")
+    seconds = plan.solver["precisions"]
+    assert plan.computes.compute == "bf16" and seconds["bf16"] < seconds["fp32"]
+    assert plan.predicted["step_s"] == seconds["bf16"]
+    assert any("bf16" in note and "fp32" in note for note in plan.notes)
+    small, batch = example("mlp_dropout", double=False)
+    plan = autopar.plan(small, "dp=2", example=batch, device="cpu", precision="auto")
+    assert not plan.precision, "casts cost more than they bring where nothing is large"
+    pm = autopar.compile(small, 1, example=batch, precision="auto", device="cpu")
+    assert pm.plan.solver["precisions"].keys() == {"bf16", "fp32"}
+
+
+def test_options_that_do_not_go_together():
+    model, batch = example("mlp_dropout", double=False)
+    with pytest.raises(ConstraintError, match="precision='int8' does not exist; choose one of fp32, bf16, fp16, auto"):
+        autopar.plan(model, 1, example=batch, precision="int8")
+    with pytest.raises(ConstraintError, match=r"reduce_dtype='fp16' with precision='bf16'.*fp32 or bf16"):
+        autopar.plan(model, 1, example=batch, precision="bf16", reduce_dtype="fp16")
+    with pytest.raises(ConstraintError, match=r"precision='fp16' with schedule 'paci'.*bf16"):
+        autopar.plan(model, "pp=2", example=batch, precision="fp16", schedule="paci", micro_batches=2)
+    with pytest.raises(PlanError, match="precision='auto' compares plans, which needs example="):
+        autopar.compile(model, 1, precision="auto")
+
+
+# ---- on processes --------------------------------------------------------------------------------------------------
+
+CASES = {
+    "ddp": ("dp=2", {"dp": "ddp"}, {}),
+    "zero3": ("dp=2", {"dp": "zero3"}, {}),
+    "zero3, added up in bf16": ("dp=2", {"dp": "zero3"}, {"reduce_dtype": "bf16"}),
+    "tp": ("tp=2", {"tp": "tp"}, {}),
+    "stages": ("pp=2", {}, {"micro_batches": 2, "schedule": "1f1b"}),
+    "stages, added up in bf16": ("pp=2", {}, {"micro_batches": 2, "schedule": "zb-h1", "reduce_dtype": "bf16"}),
+}
+
+
+def _step(model: nn.Module, batch: dict[str, Any], mesh: Any, precision: str, options: dict[str, Any]) -> Any:
+    pm = autopar.compile(copy.deepcopy(model), mesh, example=batch, precision=precision, device="cpu", **options)
+    loss = loss_of(pm(**batch))
+    loss.backward()
+    return pm, float(loss), {n: full(p.grad).detach() for n, p in pm.named_parameters() if p.grad is not None}
+
+
+def _sharded(name: str, precision: str) -> list[str]:
+    """Every case against fp32 in one process, which one process of low precision is as near to. A line per failure."""
+    with captured_once():
+        return _all_cases(name, precision)
+
+
+def _all_cases(name: str, precision: str) -> list[str]:
+    model, batch = example(name, double=False)
+    plain = copy.deepcopy(model)
+    exact = loss_of(plain(**batch))
+    exact.backward()
+    want = gradients(plain)
+    failures = []
+    for case, (mesh, constraints, options) in CASES.items():
+        if options.get("reduce_dtype"):
+            options = {**options, "reduce_dtype": precision}
+        pm, loss, got = _step(model, batch, mesh, precision, {"constraints": constraints, **options})
+        assert pm.plan.precision["compute"] == precision
+        if abs(loss - float(exact)) > 2 * ROUNDING[precision] * float(exact):
+            failures.append(f"{case}: loss {loss}, not {float(exact)}")
+        far = {n: e for n, e in off(got, {n: g for n, g in want.items() if n in got}).items()
+               if e > 12 * ROUNDING[precision]}  # fmt: skip
+        if far or not got:
+            failures.append(f"{case}: {far}")
+        if pm.scaler is not None and pm.scaler.good != 1:
+            failures.append(f"{case}: {pm.scaler}")
+    return failures
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("gpt2", "bf16"),
+        pytest.param("gpt2", "fp16", marks=pytest.mark.slow),
+        pytest.param("llama", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_equals_one_process(two, name, precision):
+    found = two.run(_sharded, name, precision)
+    assert not any(found), found
+
+
+def _four(name: str) -> list[str]:
+    model, batch = example(name, double=False)
+    plain = copy.deepcopy(model)
+    loss_of(plain(**batch)).backward()
+    _, _, got = _step(model, batch, "dp=2,tp=2", "bf16", {"constraints": {"dp": "zero3", "tp": "tp_sp"}})
+    return [f"{n}: {e}" for n, e in off(got, gradients(plain)).items() if e > 12 * ROUNDING["bf16"]]
+
+
+@pytest.mark.slow
+def test_zero3_with_tensor_parallel(four):
+    found = four.run(_four, "llama")
+    assert not any(found), found
+
+
+# ---- scaled losses -------------------------------------------------------------------------------------------------
+
+
+def test_without_scaling_small_gradients_are_lost():
+    """So the scale does something: the gradients of a loss times 1e-6 are below fp16's smallest numbers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 1))
+    x = torch.randn(32, 16)
+    (model(x).mean() * 1e-6).backward()
+    want = gradients(model)
+    for enabled in (True, False):
+        pm = autopar.compile(copy.deepcopy(model), 1, example=(x,), precision="fp16", device="cpu")
+        pm.scaler.enabled = enabled
+        (pm(x).mean() * 1e-6).backward()
+        error = off({n: full(p.grad) for n, p in pm.named_parameters()}, want)["0.weight"]
+        assert error < 8 * ROUNDING["fp16"] if enabled else error > 0.1, (enabled, error)
+
+
+def _overflows(mesh: str, options: dict[str, Any]) -> list[Any]:
+    """A scale that only the last backwards can bear: what becomes of parameters, scale and gradients, step by step."""
+    model, batch = example("llama", double=False)
+    optimizer = lambda params: torch.optim.AdamW(params, lr=1e-2)  # noqa: E731
+    pm = autopar.compile(
+        model, mesh, example=batch, precision="fp16", device="cpu", optimizer=optimizer, clip=1.0, **options
+    )
+    pm.scaler.scale, pm.scaler.growth_interval = 2.0**40, 3
+    log = []
+    for _ in range(40):
+        before = {n: full(p).detach().clone() for n, p in pm.named_parameters()}
+        scale = pm.scaler.scale
+        loss = float(pm.train_step(**batch))
+        same = all(torch.equal(before[n], full(p)) for n, p in pm.named_parameters())
+        log.append((scale, pm.scaler.overflowed, same, math.isfinite(loss)))
+        if pm.scaler.good == 0 and not pm.scaler.overflowed:
+            break
+    return log
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "pp=2"])
+def test_an_overflow_is_skipped_everywhere_and_the_scale_recovers(two, mesh):
+    options = {"micro_batches": 2, "schedule": "1f1b"} if mesh == "pp=2" else {"constraints": {"dp": "zero3"}}
+    logs = two.run(_overflows, mesh, options)
+    assert logs[0] == logs[1], "ranks that disagree train different models"
+    log = logs[0]
+    skipped = [row for row in log if row[1]]
+    assert len(skipped) > 5 and len(log) == len(skipped) + 3, log
+    for (scale, overflowed, same, finite), (following, *_) in pairwise(log):
+        assert finite and overflowed == same, "parameters move if, and only if, nothing has overflowed"
+        assert following == (scale / 2 if overflowed else scale)
+
+
+def _one_rank_overflows() -> list[Any]:
+    """Rank 1's piece of the batch alone is not finite; a plain loop."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    rank = torch.distributed.get_rank()
+    x = torch.randn(4, 8) + rank
+    pm = autopar.compile(model, "dp=2", example=(x,), batch="local", precision="fp16", device="cpu", outputs="full",
+                         constraints={"dp": "zero2", "*": "replicate"})  # fmt: skip
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
+    pm.scaler.scale = 2.0**8
+    found = []
+    for bad in (False, True, False):
+        before = [full(p).detach().clone() for p in pm.parameters()]
+        batch = x.clone()
+        if bad and rank == 1:
+            batch[0, 0] = 1e30
+        pm(batch).mean().backward()
+        none = all(p.grad is None for p in pm.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = any(not torch.equal(b, full(p)) for b, p in zip(before, pm.parameters()))
+        found.append((pm.scaler.overflowed, none, moved, pm.scaler.scale))
+    return found
+
+
+def test_a_plain_loop_needs_nothing(two):
+    found = two.run(_one_rank_overflows)
+    assert found[0] == found[1]
+    assert found[0] == [(False, False, True, 2.0**8), (True, True, False, 2.0**7), (False, False, True, 2.0**7)]
+
+
+def _torchs_own() -> list[Any]:
+    """`torch.amp.GradScaler` in place of ours, on gradients that are DTensors."""
+    model, batch = example("mlp_dropout", double=False)
+    pm = autopar.compile(model, "dp=2", example=batch, precision="fp16", device="cpu", constraints={"dp": "zero3"})
+    pm.scaler.enabled = False
+    optimizer = torch.optim.AdamW(pm.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scales = []
+    for _ in range(40):
+        before = [full(p).detach().clone() for p in pm.parameters()]
+        scaler.scale(loss_of(pm(**batch))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append((scaler.get_scale(), any(not torch.equal(b, full(p)) for b, p in zip(before, pm.parameters()))))
+        if scales[-1][1]:
+            break
+    return scales
+
+
+def test_torchs_own_scaler_works_in_its_place(two):
+    found = two.run(_torchs_own)
+    assert found[0] == found[1] and found[0][-1][1] and not any(moved for _, moved in found[0][:-1])
+    assert 1 < found[0][-1][0] < 2.0**40
+
+
+def test_the_scaler_grows_and_is_kept():
+    model, batch = example("mlp_dropout", double=False)
+    pm = autopar.compile(model, 1, example=batch, precision="fp16", device="cpu")
+    pm.scaler.growth_interval = 2
+    for _ in range(2):
+        loss_of(pm(**batch)).backward()
+    assert pm.scaler.scale == 2.0**17 and pm.scaler.good == 0
+    twin = copy.deepcopy(pm)
+    loss_of(pm(**batch)).backward()
+    assert twin.scaler.good == 0 and pm.scaler.good == 1
+    twin.scaler.load_state_dict(pm.scaler.state_dict())
+    assert twin.scaler == pm.scaler
+    with pytest.raises(autopar.RuntimeUseError, match="no state of a LossScaler"):
+        twin.scaler.load_state_dict({"scale": 1.0})
+    assert autopar.compile(model, 1, example=batch, device="cpu").scaler is None
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def losses(precision: str, seed: int, steps: int = 60) -> list[float]:
+    """A small Llama on text, by a seed of its weights; the text is the same."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**llama_like(vocab_size=256)))
+    batches = [b for _, b in zip(range(steps), windows(8, 32))]
+    pm = autopar.compile(model, 1, example=batches[0], precision=precision, device="cpu",
+                         optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3))  # fmt: skip
+    return [float(pm.train_step(**batch)) for batch in batches]
+
+
+def test_training_follows_fp32():
+    """The end of training is as near to fp32's as two seeds of fp32 are to each other, and nearer to its own seed."""
+    ends = {seed: sum(losses("fp32", seed)[-10:]) / 10 for seed in range(3)}
+    noise = max(ends.values()) - min(ends.values())
+    begin = losses("fp32", 0, 1)[0]
+    assert begin - ends[0] > 1, "it learns nothing"
+    for precision in ("bf16", "fp16"):
+        end = sum(losses(precision, 0)[-10:]) / 10
+        assert abs(end - ends[0]) < max(noise, 0.02), (precision, end, ends)
