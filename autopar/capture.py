@@ -34,7 +34,7 @@ from autopar import depth, repeat
 from autopar.assemble import ROLE, Role, Traced, assemble
 from autopar.call import SYMBOLIC, Call, Wrapper
 from autopar.canonical import MODULE_KEY, set_modules
-from autopar.casting import casting, settled
+from autopar.casting import casting, in_fp32, routers, settled
 from autopar.collector import resting_collector
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
@@ -85,14 +85,9 @@ def capture(
 
 
 def capture_batches(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-    *,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    training: bool = True,
-    precision: Precision = AS_IS,
-) -> Batches:
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None, training: bool = True, precision: Precision = AS_IS,
+) -> Batches:  # fmt: skip
     """As `capture`, with the batch as a symbol: one trace whose `at(size)` gives the program of any batch size.
 
     The batch is dim 0 of the tensor arguments of the most common leading length; their length in the example is the
@@ -149,6 +144,9 @@ def _traced(
         try:
             with quiet(), torch.set_grad_enabled(training), sizes_as_text(), casting(precision, model):
                 gm = _deep(wrapper, inputs, mode) or _trace(wrapper, inputs)
+                if precision.dtype is not None and (routing := routers(gm.graph)):
+                    with in_fp32(model, routing):
+                        gm = _deep(wrapper, inputs, mode) or _trace(wrapper, inputs)
         except CaptureError:
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours

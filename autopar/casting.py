@@ -5,8 +5,8 @@ are given in low precision, and autograd differentiates the casts. Programs are 
 knows few fp32 islands; for the time of a capture it is given those of CUDA's list, so that a program is the same
 everywhere, and some more:
 
-* fp32: exponentials, logarithms, powers, norms, softmax, losses, sums and means, and the linear layers that route
-  (whose result goes to a top-k): `ISLANDS`;
+* fp32: exponentials, logarithms, powers, norms, softmax, losses, sums and means (`ISLANDS`), and modules that route
+  (`routers`);
 * low: embeddings too (`_Embedding`), so that what runs through the residual stream is half as large. The gradient of
   the table is added up in fp32;
 * everything else follows its operands, promoted as torch does; ops that ask for operands of one dtype get the widest.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from autopar import tree
-from autopar.graph import BACKWARD, LOOKS, VIEWS, Program, set_addresses
+from autopar.assemble import ROLE
+from autopar.graph import BACKWARD, LOOKS, VIEWS, Program, op_name, set_addresses
 from autopar.precision import ADDED, Precision
 
 aten = torch.ops.aten
@@ -58,8 +59,10 @@ ISLANDS = (
 )  # fmt: skip
 #: Ops whose floating-point operands must be of one dtype: the widest of them (CUDA's list of what it promotes).
 PROMOTED = ("addcdiv", "addcmul", "atan2", "dot", "index_put", "scatter_add", "scatter.src", "index_add")
-#: Products that the CPU's autocast does not know.
-LOWERED = ("_grouped_mm",)
+#: Products that the CPU's autocast does not know, by namespace.
+LOWERED = (("aten", "_grouped_mm"), ("transformers", "grouped_mm_fallback"))
+#: What counts as a product of matrices, by parts of the names of ops.
+_PRODUCTS = ("mm", "matmul", "linear")
 
 
 @contextmanager
@@ -101,24 +104,24 @@ def settled(program: Program, precision: Precision) -> Program:
 @contextmanager
 def _kernels(dtype: torch.dtype) -> Iterator[None]:
     """Within, the CPU's autocast knows our islands too."""
-    library = torch.library.Library("aten", "IMPL")
+    libraries = {space: torch.library.Library(space, "IMPL") for space in dict(LOWERED)}
+    casts = [("aten", name, _widened) for name in ISLANDS] + [("aten", name, _promoted) for name in PROMOTED]
     try:
-        for names, cast in ((ISLANDS, _widened), (PROMOTED, _promoted), (LOWERED, _lowered(dtype))):
-            for name in names:
-                if (op := _found(name)) is not None:
-                    library.impl(name, _kernel(op, cast), _KEY)
-        library.impl("embedding", _embedding(dtype), _KEY)
+        for space, name, cast in (*casts, *((space, name, _lowered(dtype)) for space, name in LOWERED)):
+            if (op := _found(name, space)) is not None:
+                libraries[space].impl(name, _kernel(op, cast), _KEY)
+        libraries["aten"].impl("embedding", _embedding(dtype), _KEY)
         yield
     finally:
-        # Its kernels go with it, and not before: nothing else holds it.
-        del library
+        # Their kernels go with them, and not before: nothing else holds them.
+        libraries.clear()
         gc.collect(0)
 
 
-def _found(name: str) -> Any:
-    """An op of aten by name and overload; None where this torch has none."""
+def _found(name: str, space: str = "aten") -> Any:
+    """An op by name and overload; None where this torch, or this process, has none."""
     packet, _, overload = name.partition(".")
-    found = getattr(aten, packet, None)
+    found = getattr(getattr(torch.ops, space), packet, None)
     return getattr(found, overload or "default", None) if found is not None else None
 
 
@@ -190,6 +193,70 @@ def _outputs(out: Any) -> Any:
     if not any(isinstance(v, torch.Tensor) and v.dtype in _HALF for _, v in leaves):
         return out
     return rebuild([v.float() if isinstance(v, torch.Tensor) and v.dtype in _HALF else v for _, v in leaves])
+
+
+# ---- routers -------------------------------------------------------------------------------------------------------
+
+
+def routers(graph: fx.Graph) -> list[str]:
+    """Paths of the modules that route: whose products with parameters decide, by a top-k, what others compute.
+
+    graph: as traced, forward first, `meta["module"]` on its ops. A module that also computes products of another kind
+    is none: they would be in fp32 too. Nor is one whose top-k is only returned, or counted.
+    """
+    products = [n for n in graph.nodes if _is_product(n)]
+    found: set[str] = set()
+    for chosen in graph.nodes:
+        if chosen.target is aten.topk.default and any(_is_product(n) for n in _reached(chosen, lambda n: n.users)):
+            before = _reached(chosen, lambda n: () if _is_product(n) else n.all_input_nodes)
+            found.update(n.meta.get("module", "") for n in before if _is_product(n) and _with_parameter(n))
+    forward = {p: [n for n in products if (n.meta.get("module", "") + ".").startswith(p + ".")] for p in found if p}
+    return sorted(p for p, inside in forward.items() if all(n.meta.get("module", "") == p for n in inside))
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.op == "call_function" and any(part in op_name(node) for part in _PRODUCTS)
+
+
+def _reached(start: fx.Node, steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    seen, stack = {start}, [start]
+    while stack:
+        new = [n for n in steps(stack.pop()) if n not in seen]
+        seen.update(new)
+        stack += new
+    return seen
+
+
+def _with_parameter(node: fx.Node) -> bool:
+    """Whether an operand is a parameter or buffer, or a look at one."""
+    for source in node.all_input_nodes:
+        while source.target in LOOKS and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if source.op == "placeholder" and source.meta[ROLE].kind == "state":
+            return True
+    return False
+
+
+@contextmanager
+def in_fp32(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Within, the modules of `model` at `paths` compute in fp32 whatever autocast says."""
+    before: list[bool] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        before.append(torch.is_autocast_enabled("cpu"))
+        torch.set_autocast_enabled("cpu", False)
+        return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in _HALF else x, (args, kwargs))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if before:
+            torch.set_autocast_enabled("cpu", before.pop())
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
 
 
 # ---- clean-up of the graph -----------------------------------------------------------------------------------------
@@ -277,4 +344,4 @@ def _gradient_casts(program: Program) -> list[fx.Node]:
     return sorted((n for n in found if n.meta["phase"] == BACKWARD), key=order.__getitem__)
 
 
-__all__ = ["ISLANDS", "casting", "settled"]
+__all__ = ["ISLANDS", "casting", "in_fp32", "routers", "settled"]
