@@ -21,7 +21,6 @@ them with the dtype in which partial sums of them are to be added up. A paramete
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map
 
 from autopar import tree
 from autopar.assemble import ROLE
@@ -113,9 +111,7 @@ def _kernels(dtype: torch.dtype) -> Iterator[None]:
         libraries["aten"].impl("embedding", _embedding(dtype), _KEY)
         yield
     finally:
-        # Their kernels go with them, and not before: nothing else holds them.
-        libraries.clear()
-        gc.collect(0)
+        libraries.clear()  # their kernels go with them: nothing else holds them
 
 
 def _found(name: str, space: str = "aten") -> Any:
@@ -130,19 +126,30 @@ def _kernel(op: Any, cast: Callable[[list[torch.Tensor]], torch.dtype | None]) -
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         seen: list[torch.Tensor] = []
-        tree_map(lambda x: seen.append(x) if _castable(x) else None, (args, kwargs))
+        _mapped((args, kwargs), lambda x: seen.append(x) if _castable(x) else None)
         dtype = cast(seen)
         if dtype is not None:
-            args, kwargs = tree_map(lambda x: x.to(dtype) if _castable(x) else x, (args, kwargs))
+            args, kwargs = _mapped((args, kwargs), lambda x: x.to(dtype) if _castable(x) else x)
         with torch.autocast("cpu", enabled=False):
             return op(*args, **kwargs)
 
     return kernel
 
 
-def _castable(x: Any) -> bool:
-    """A tensor that autocast casts: float64 stays."""
-    return isinstance(x, torch.Tensor) and (x.dtype in _HALF or x.dtype is torch.float32)
+def _mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Arguments with every tensor changed, lists and dicts of them kept."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_mapped(v, change) for v in value)
+    return value
+
+
+def _castable(x: torch.Tensor) -> bool:
+    """Whether autocast casts it: float64 stays."""
+    return x.dtype in _HALF or x.dtype in _SINGLE
 
 
 def _widened(seen: list[torch.Tensor]) -> torch.dtype | None:
@@ -245,7 +252,7 @@ def in_fp32(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         before.append(torch.is_autocast_enabled("cpu"))
         torch.set_autocast_enabled("cpu", False)
-        return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in _HALF else x, (args, kwargs))
+        return _mapped((args, kwargs), lambda x: x.float() if x.dtype in _HALF else x)
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         if before:

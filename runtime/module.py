@@ -327,7 +327,7 @@ class ParallelModule(Trainable):
         if state.grid.device.type != "cpu" and torch.is_autocast_enabled(state.grid.device.type):
             raise RuntimeUseError(
                 f"autocast for {state.grid.device.type} is on, and its casts cannot be captured; cast the model before "
-                "autopar.compile instead (model.to(torch.bfloat16)), and call the module outside autocast"
+                "autopar.compile (model.to(torch.bfloat16)), or compile with precision='bf16', outside autocast"
             )
         cast = f"autocast to {torch.get_autocast_dtype('cpu')}, " if torch.is_autocast_enabled("cpu") else ""
         mode = f"{cast}{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"

@@ -58,8 +58,9 @@ class LossScaler:
             grads.clear()
             self.scale, self.good, self.skipped = self.scale * self.backoff_factor, 0, self.skipped + 1
             return
-        if found and factor != 1.0:
-            torch._foreach_mul_(found, 1.0 / factor)
+        if factor != 1.0:
+            for grad in found:
+                grad.mul_(1.0 / factor)
         self.good += 1
         if self.good >= self.growth_interval:
             self.scale, self.good = self.scale * self.growth_factor, 0
