@@ -302,7 +302,7 @@ def _hoisted(program: Program) -> list[fx.Node]:
     found = _gradient_casts(program)
     casts = []
     for node in found:
-        chain = [node.args[0]]
+        chain = list(node.all_input_nodes)
         while chain[-1].target in VIEWS and len(chain[-1].users) == 1 and chain[-1].meta["phase"] == BACKWARD:
             (source,) = chain[-1].all_input_nodes
             chain.append(source)
@@ -311,7 +311,7 @@ def _hoisted(program: Program) -> list[fx.Node]:
             casts.append(node)
             continue
         with graph.inserting_before(views[0]):
-            made = graph.call_function(node.target, (source,), dict(node.kwargs))
+            made = graph.call_function(aten._to_copy.default, (source,), dict(node.kwargs))
         made.meta = {**node.meta, "val": _as(source.meta["val"], node.meta["val"].dtype)}
         views[0].replace_input_with(source, made)
         for view in views:

@@ -42,6 +42,8 @@ from autopar.spec import Spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
 
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 def compile(
     model: nn.Module,
@@ -261,7 +263,7 @@ def plan_model(
 
 
 def _planned(
-    asked: Asked, model: nn.Module, call: Any, training: bool, count: int | None, progress: search.Progress | None
+    asked: Asked, model: nn.Module, call: _Call, training: bool, count: int | None, progress: search.Progress | None
 ) -> Plan:
     """The plan of one call, whatever mesh is asked for."""
     began = time.perf_counter()
@@ -485,15 +487,12 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
     return Plan.from_json(text, "the plan of rank 0")
 
 
-def _in_precision(control: Control, asked: Asked, model: nn.Module, call: Any) -> Plan:
+def _in_precision(control: Control, asked: Asked, model: nn.Module, call: _Call | None) -> Plan:
     """The plan in the quicker precision, found by rank 0. A collective call."""
     with control.together("reading the options"):
         if call is None:
             raise PlanError("precision='auto' compares plans, which needs example=: the arguments of one call")
     training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-
-    def planned(precision: Precision) -> Plan:
-        return _planned(replace(asked, precision=precision), model, call, training, None, None)
-
-    text = control.share("choosing the precision", lambda: quickest(asked.precision, planned).to_json())
+    plan_in = lambda p: _planned(replace(asked, precision=p), model, call, training, None, None)  # noqa: E731
+    text = control.share("choosing the precision", lambda: quickest(asked.precision, plan_in).to_json())
     return Plan.from_json(text, "the plan of rank 0")

@@ -65,7 +65,7 @@ class Programs:
             torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
             precision,
         )
-        options = {"loss": loss, "training": training, "precision": precision}
+        options: dict[str, Any] = {"loss": loss, "training": training, "precision": precision}
         if form in self._seen and size > 1 and form not in self._batches:
             self._batches[form] = self._symbolic(model, args, kwargs, options, size, *self._seen[form])
             how = TRACED_BATCHES
