@@ -28,6 +28,7 @@ from autopar.rule import WHOLE
 from examples.train_llama import windows
 from tests import parity
 from tests.pipeline_runs import example
+from tests.test_liveness import measured
 from tests.trained import captured_once, full
 from tests.zoo_common import llama_like
 
@@ -402,6 +403,19 @@ def _all_cases(name: str, precision: str) -> list[str]:
 def test_sharded_equals_one_process(two, name, precision):
     found = two.run(_sharded, name, precision)
     assert not any(found), found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reduce", "most"), [("dp=ddp", "bf16", 1.05), ("tp=tp", "fp32", 1.05), ("dp=zero3", "fp32", 1.15)]
+)
+def test_predicted_memory_is_what_is_alive(two, strategy, reduce, most):
+    """Where gradients wait for their bucket, a little more is told than they take: they are cast as late as can be."""
+    model, batch = example("gpt2", double=False)
+    axis, _, wish = strategy.partition("=")
+    plan = autopar.plan(model, f"{axis}=2", example=batch, constraints={axis: wish}, precision="bf16",
+                        reduce_dtype=reduce)  # fmt: skip
+    peak = max(two.run(measured, "gpt2", plan.to_json()))
+    assert 0.97 < plan.predicted["peak_bytes"] / peak < most
 
 
 def _four(name: str) -> list[str]:
