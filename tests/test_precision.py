@@ -367,4 +367,4 @@ def test_verify_is_with_precision_off_and_says_so(tmp_path, capsys):
     assert cli.main([*TARGET, "--precision", "bf16", "--constraint", "dp=zero3", "-o", file]) == 0
     assert cli.main(["verify", file, "--procs", "2"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "the plain model, both with the plan's precision (bf16) off" in out and "equal to one device" in out
+    assert ", both with the plan's precision (bf16) off" in out and "equal to one device" in out
