@@ -41,6 +41,6 @@ def explain(
         call = options.arguments(example)
         if call is None:
             raise BatchError("explain needs example= with a model: the arguments of one call, for their shapes")
-        opened = questions.open_program(capture(model, *call, loss=loss), plan)
+        opened = questions.open_program(capture(model, *call, loss=loss, precision=plan.computes), plan)
     found = questions.ask(opened, name, solved=not quick, everything=everything)
     return report.text(words.explanation(opened, found), width=120)

@@ -34,12 +34,14 @@ from autopar import depth, repeat
 from autopar.assemble import ROLE, Role, Traced, assemble
 from autopar.call import SYMBOLIC, Call, Wrapper
 from autopar.canonical import MODULE_KEY, set_modules
+from autopar.casting import casting, in_fp32, routers, settled
 from autopar.collector import resting_collector
 from autopar.decompose import DECOMPOSITIONS
 from autopar.errors import CaptureError
 from autopar.explain import explain
 from autopar.graph import Program
 from autopar.modes import HOST, ExplicitAttention, OnHost, check_host, quiet, setting, sizes_as_text
+from autopar.precision import AS_IS, Precision
 from autopar.shared_memory import check_memory, overlaps
 from autopar.symbolic import Batches
 from autopar.tree import batched
@@ -54,6 +56,7 @@ def capture(
     *,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     training: bool = True,
+    precision: Precision = AS_IS,
 ) -> Program:
     """Trace one call of `model` into a `Program`.
 
@@ -64,6 +67,7 @@ def capture(
         kwargs: keyword arguments of the call. Only shapes, dtypes and non-tensor values matter.
         loss: if given, the call takes one more keyword, `target`, and returns `loss(output, target)`.
         training: with the backward. False gives a forward-only graph.
+        precision: in which it computes (`autopar.casting`).
 
     Returns:
         The program. If the output has a scalar floating-point loss (`loss`, the output itself, or the first element
@@ -74,20 +78,16 @@ def capture(
         CaptureError: the model cannot be traced; names the line of the user's code and what to change.
         BatchError: the arguments do not fit the model's forward.
     """
-    traced, check, _ = _traced(model, args, kwargs or {}, loss, training, symbolic=False)
+    traced, check, _ = _traced(model, args, kwargs or {}, loss, training, precision, symbolic=False)
     program = assemble(traced)
     check(program)
     return program
 
 
 def capture_batches(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-    *,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    training: bool = True,
-) -> Batches:
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None, training: bool = True, precision: Precision = AS_IS,
+) -> Batches:  # fmt: skip
     """As `capture`, with the batch as a symbol: one trace whose `at(size)` gives the program of any batch size.
 
     The batch is dim 0 of the tensor arguments of the most common leading length; their length in the example is the
@@ -97,7 +97,7 @@ def capture_batches(
         CaptureError: as `capture`, or there is no batch of 2 or more.
         BatchError: as `capture`.
     """
-    traced, check, batch = _traced(model, args, kwargs or {}, loss, training, symbolic=True)
+    traced, check, batch = _traced(model, args, kwargs or {}, loss, training, precision, symbolic=True)
     assert batch is not None
     shapes, symbol = batch.node.shape_env, batch.node._expr  # .expr would be the number it turned out to be
 
@@ -120,13 +120,9 @@ def capture_batches(
 
 
 def _traced(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    loss: Callable[[Any, Any], torch.Tensor] | None,
-    training: bool,
-    symbolic: bool,
-) -> tuple[Traced, Callable[[Program], None], torch.SymInt | None]:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Callable[[Any, Any], torch.Tensor] | None,
+    training: bool, precision: Precision, symbolic: bool,
+) -> tuple[Traced, Callable[[Program], None], torch.SymInt | None]:  # fmt: skip
     """The traced call, the last check of its program, and the symbol of the batch."""
     call = Call(model, args, kwargs, loss)
     wrapper = Wrapper(model, call, loss, training)
@@ -146,8 +142,11 @@ def _traced(
                 "torch.no_grad() (training=False)"
             )
         try:
-            with quiet(), torch.set_grad_enabled(training), sizes_as_text():
+            with quiet(), torch.set_grad_enabled(training), sizes_as_text(), casting(precision, model):
                 gm = _deep(wrapper, inputs, mode) or _trace(wrapper, inputs)
+                if precision.dtype is not None and (routing := routers(gm.graph)):
+                    with in_fp32(model, routing):
+                        gm = _deep(wrapper, inputs, mode) or _trace(wrapper, inputs)
         except CaptureError:
             raise
         except Exception as error:  # whatever torch raises, users get one message of ours
@@ -164,7 +163,7 @@ def _traced(
             training=training,
             module=_unwritten,
         )
-    return traced, lambda program: check_memory(overlapping, program), batch
+    return traced, lambda program: check_memory(overlapping, settled(program, precision)), batch
 
 
 def _size_of(examples: list[torch.Tensor]) -> int:
@@ -285,6 +284,8 @@ def _trace(wrapper: Wrapper, inputs: list[torch.Tensor]) -> fx.GraphModule:
         stack.enter_context(_marked_modules(wrapper.model))
         stack.enter_context(_use_lazy_graph_module(True))  # no code is written for graphs that nobody calls
         stack.enter_context(_traceable())
+        # Casts of autocast are the forward's, as where torch runs a backward.
+        stack.enter_context(torch._functorch.config.patch(backward_pass_autocast="off"))
         joint = aot_export_joint_with_descriptors(stack, wrapper, tuple(inputs), decompositions=DECOMPOSITIONS)
         gm = joint.graph_module
     check_host(gm.graph)

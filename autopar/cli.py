@@ -21,6 +21,7 @@ from autopar.cli_tools import emit, positive
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, PlanError
 from autopar.mesh import Mesh
 from autopar.plan import Plan
+from autopar.precision import FULL, LOW, PRECISIONS
 
 EXAMPLES = """\
 examples:
@@ -84,6 +85,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", metavar="BYTES", help="limit per device, e.g. 80GB (default: the device's)")
     plan.add_argument("--no-recompute", action="store_true", help="compute nothing twice")
     plan.add_argument("--no-offload", action="store_true", help="let nothing wait on the host")
+    plan.add_argument(
+        "--precision", choices=PRECISIONS, metavar="NAME",
+        help="compute in bf16 or fp16 what is quicker so, weights staying as they are; auto: bf16 if its step is "
+        "shorter (default: fp32, all as --dtype says)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--reduce-dtype", choices=(FULL, *LOW), metavar="NAME",
+        help="with --precision: in which gradients are added up between ranks (default: fp32)",
+    )  # fmt: skip
     plan.add_argument(
         "--optimizer", default=options.ADAMW, metavar="NAME",
         help="what steps the parameters, for its memory: adamw, sgd, sgd_momentum, lion, muon, ... (default: adamw), "
@@ -184,6 +194,8 @@ def _plan(args: argparse.Namespace) -> int:
             recompute=not args.no_recompute,
             offload=not args.no_offload,
             compression=args.compression,
+            precision=args.precision,
+            reduce_dtype=args.reduce_dtype,
         )
     if args.output is not None:
         plan.save(args.output)
@@ -202,6 +214,7 @@ def _show(args: argparse.Namespace) -> int:
         data: dict[str, Any] = {
             "mesh": str(plan.mesh),
             "target": dict(plan.target),
+            **({"precision": dict(plan.precision)} if plan.precision else {}),
             **({"pipeline": asdict(plan.pipeline)} if plan.pipeline is not None else {}),
             "layers": [asdict(layer) for layer in report.layers(plan)],
             "predicted": dict(plan.predicted),

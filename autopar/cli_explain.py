@@ -173,6 +173,10 @@ def _top(args: argparse.Namespace) -> int:
     return 0
 
 
+def _precision(plan: Plan) -> str:
+    return f"; precision {plan.computes}" if plan.precision else ""
+
+
 def _diff(args: argparse.Namespace) -> int:
     a, b = Plan.load(args.plan), Plan.load(args.other)
     names = (args.plan.name, args.other.name) if args.plan.name != args.other.name else ("A", "B")
@@ -194,7 +198,7 @@ def _diff(args: argparse.Namespace) -> int:
             data |= {"a": dict(a.predicted), "b": dict(b.predicted)}
         emit_json(data)
         return 0
-    parts: list[Any] = [Text(f"{n}: {p.mesh}; {report.strategy(p)}") for n, p in zip(names, (a, b))]
+    parts: list[Any] = [Text(f"{n}: {p.mesh}; {report.strategy(p)}{_precision(p)}") for n, p in zip(names, (a, b))]
     parts += [Text(""), *words.diff_table(a, b, names), Text("")]
     if bills is not None:
         parts += words.bills_table(*bills, names)

@@ -20,14 +20,16 @@ from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
 from autopar.costmodel.measure_optimizer import optimizer_text, recipe_text
 from autopar.errors import BatchError, MeshError, PlanError
-from autopar.given import check_given
+from autopar.given import check_given, decisions, precision_of
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, check_asked, has_loss
+from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, check_asked
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
+from autopar.precision import AS_IS, AUTO, SCALED, Precision
+from autopar.precision_search import quickest
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
 from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
@@ -39,6 +41,8 @@ from autopar.runtime.training import Recipe
 from autopar.spec import Spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def compile(
@@ -69,6 +73,8 @@ def compile(
     recompute: bool = True,
     offload: bool = True,
     compression: str | None = None,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
 ) -> ParallelModule:
     """Plan `model` on `mesh` and give it back as a module that runs on this process's part.
 
@@ -123,6 +129,11 @@ def compile(
             and stepped on small tensors and measured, or bytes ("mine: 12*n"); see `autopar.costmodel.optimizers`.
             Default: the given plan's, else `optimizer`, measured, else "adamw".
         compression: of gradients that are reduced: "bf16", or "powersgd:RANK"; see `autopar.compression`.
+        precision: "bf16" or "fp16": parameters stay as they are, and what is quicker for it computes in that precision
+            (`autopar.casting` has the rules; fp16 scales the loss: `pm.scaler`). "auto": bf16 where its simulated step
+            is the shorter one. Default: the given plan's, else "fp32", all as the model is.
+        reduce_dtype: in which partial sums of parameters' gradients are added up between ranks: "fp32", the default, or
+            that of `precision`, for half the bytes.
         init: `init(name, shape, dtype)` gives the value of a parameter or buffer that is on the meta device.
 
     Raises:
@@ -145,7 +156,7 @@ def compile(
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class or recipe_text(optimizer),
                 recompute=recompute, offload=offload, host_state=offload and optimizer is not None,
-                compression=compression,
+                compression=compression, precision=precision, reduce_dtype=reduce_dtype,
             )  # fmt: skip
         mesh, plan = given.mesh, given
     shape = as_mesh(mesh)
@@ -165,10 +176,12 @@ def compile(
             shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule,
             trains=optimizer is not None, weights=weights, optimizer_class=optimizer_class, recompute=recompute,
             offload=offload, host_state=offload and optimizer is not None,
-            compression=given.compression if given is not None else compression,
+            compression=given.compression if given is not None else compression, precision=precision,
+            reduce_dtype=reduce_dtype,
         )  # fmt: skip
         if given is not None:
-            asked = replace(asked, optimizer_class=given.optimizer)
+            computes = precision_of(given, precision, reduce_dtype)
+            asked = replace(asked, optimizer_class=given.optimizer, precision=computes)
         recipe = None
         if optimizer is not None:
             recipe = Recipe(optimizer, lr_scheduler, clip, weights, nonfinite)
@@ -183,11 +196,14 @@ def compile(
     )
     control.same("the options of compile", asked.text(), "pass the same options on every rank")
     control.same(
-        "the plan", given and _decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
+        "the plan", given and decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
     )
+    if asked.precision.compute == AUTO:
+        given = _in_precision(control, asked, model, call)
+        asked = replace(asked, precision=given.computes)
     # passes/fuse.py and inplace.py stay off: gradients that are views of one bucket cannot be deep-copied.
     build = _Builder(control, asked, given, eager=backend == "eager")
-    options = Options(check, backend, asked.data_axes, init, asked.shared, recipe)
+    options = Options(check, backend, asked.data_axes, init, asked.shared, recipe, asked.precision.compute in SCALED)
     module = ParallelModule(model, empty, grid, control, build, options)
     if call is not None:
         module.prepare(*call[0], **call[1])
@@ -217,6 +233,8 @@ def plan_model(
     offload: bool = True,
     host_state: bool | None = None,
     compression: str | None = None,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -242,10 +260,23 @@ def plan_model(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
         offload=offload, host_state=offload if host_state is None else host_state, compression=compression,
+        precision=precision, reduce_dtype=reduce_dtype,
     )  # fmt: skip
     call = arguments(example)
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
+
+    def planned(precision: Precision) -> Plan:
+        return _planned(replace(asked, precision=precision), model, call, training, count, progress)
+
+    found = planned(asked.precision) if asked.precision.compute != AUTO else quickest(asked.precision, planned)
+    return replace(found, target=dict(target or {}))
+
+
+def _planned(
+    asked: Asked, model: nn.Module, call: _Call, training: bool, count: int | None, progress: search.Progress | None
+) -> Plan:
+    """The plan of one call, whatever mesh is asked for."""
     began = time.perf_counter()
     programs = Programs()
     captured, pieces = asked.capture(model, *call, training, programs)
@@ -265,7 +296,7 @@ def plan_model(
     else:
         tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
         found = search.best_plan(tried)
-    return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
+    return replace(found, solver={"capture_s": seconds, **found.solver})
 
 
 def micro_program(
@@ -274,13 +305,14 @@ def micro_program(
     kwargs: dict[str, Any],
     loss: Callable[[Any, Any], torch.Tensor] | None,
     micro: int,
+    precision: Precision = AS_IS,
 ) -> Program:
     """The program of one of `micro` micro-batches of a call, as a pipeline's plan is for.
 
     Raises:
         CaptureError: as `autopar.capture`.
     """
-    asked = ask(Mesh(("rank",), (1,)), "cpu", None, None, "auto", "global", loss, ())
+    asked = replace(ask(Mesh(("rank",), (1,)), "cpu", None, None, "auto", "global", loss, ()), precision=precision)
     captured, _ = asked.capture(model, args, kwargs, True, Programs())
     return asked.micro(model, args, kwargs, captured.program, micro, Programs())
 
@@ -423,7 +455,7 @@ def _plan(
 
 def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and has_loss(program) and not asked.pipelined)
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and program.has_loss and not asked.pipelined)
     return {
         "device": asked.device,
         "memory_limit": asked.memory_limit,
@@ -469,6 +501,12 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
     return Plan.from_json(text, "the plan of rank 0")
 
 
-def _decisions(plan: Plan) -> str:
-    """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
-    return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
+def _in_precision(control: Control, asked: Asked, model: nn.Module, call: _Call | None) -> Plan:
+    """The plan in the quicker precision, found by rank 0. A collective call."""
+    with control.together("reading the options"):
+        if call is None:
+            raise PlanError("precision='auto' compares plans, which needs example=: the arguments of one call")
+    training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    plan_in = lambda p: _planned(replace(asked, precision=p), model, call, training, None, None)  # noqa: E731
+    text = control.share("choosing the precision", lambda: quickest(asked.precision, plan_in).to_json())
+    return Plan.from_json(text, "the plan of rank 0")

@@ -31,7 +31,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         r"autocast for cuda is on",
         "autocast for CUDA is on, and its casts, which depend on the device an op runs on, cannot be captured",
-        "cast the model instead (model.to(torch.bfloat16)), and leave autocast('cuda') out",
+        "cast the model (model.to(torch.bfloat16)), or compile with precision='bf16', and leave autocast('cuda') out",
     ),
     (
         r"two different devices|at least two devices, (cpu and cuda|cuda)",

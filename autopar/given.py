@@ -1,12 +1,15 @@
-"""Plans that are given, from a file or by hand: are they for this model, this mesh, these batches?"""
+"""A plan that the user gives, perhaps edited: whether it is for what is compiled."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from autopar.costmodel import planner
 from autopar.errors import PlanError
 from autopar.graph import Program
 from autopar.options import Asked
 from autopar.plan import Plan
+from autopar.precision import AUTO, Precision
 from autopar.spec import R, Spec, format_spec
 
 
@@ -25,10 +28,10 @@ def check_plan(program: Program, plan: Plan) -> None:
 
 
 def check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, Spec] | None) -> None:
-    """Raise unless `plan` can be run as it is: for this mesh and program, and for local batches in these `pieces`.
+    """Raise unless a plan fits what is compiled, whose local batches come in `pieces`.
 
     Raises:
-        PlanError: says what does not fit.
+        PlanError: it is for another mesh or model, not legal, or takes inputs otherwise than local batches bring them.
     """
     if plan.mesh != asked.mesh:
         raise PlanError(
@@ -45,4 +48,24 @@ def check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, Sp
             )
 
 
-__all__ = ["check_given", "check_plan"]
+def decisions(plan: Plan) -> str:
+    """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
+    return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
+
+
+def precision_of(plan: Plan, compute: str | None, reduce: str | None) -> Precision:
+    """The precision of a given plan, where `compute` and `reduce` are asked for (None: anything, as "auto").
+
+    Raises:
+        PlanError: it is another one.
+    """
+    own = plan.computes
+    for option, asked, planned in (("precision", compute, own.compute), ("reduce_dtype", reduce, own.reduce)):
+        if asked not in (None, AUTO, planned):
+            raise PlanError(
+                f"{option}={asked} is asked for, and the plan was made for {planned}; leave it out, or plan again"
+            )
+    return own
+
+
+__all__ = ["check_given", "check_plan", "decisions", "precision_of"]

@@ -162,6 +162,7 @@ class Program:
         flatten: (args, kwargs) of a call -> the tensors for the input sources, in order.
         fingerprint: hash of the model (parameter names, shapes, dtypes, ops), not of weights or device.
         batch_dims: for each input name, the dim that is the batch, where there is one.
+        precision: what computes in low precision (`autopar.precision.Precision.record`); empty: all as the model is.
     """
 
     gm: fx.GraphModule
@@ -173,6 +174,7 @@ class Program:
     flatten: Callable[[tuple[Any, ...], dict[str, Any]], list[torch.Tensor]]
     batch_dims: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    precision: dict[str, str] = field(default_factory=dict)
     _by_name: dict[str, fx.Node] = field(default_factory=dict, repr=False, compare=False)
     #: What `autopar.recompute` has made of it.
     derived: dict[frozenset[tuple[str, str]], Program] = field(
@@ -195,6 +197,16 @@ class Program:
                 digest.update(constant.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         digest.update(repr([(s.kind, s.name, s.node, s.index) for s in self.sinks]).encode())
         return f"{self.fingerprint[:12]}-{digest.hexdigest()[:12]}"
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a scalar floating-point output, a loss, is among the outputs."""
+        for sink in self.sinks:
+            if sink.kind == "output" and sink.node is not None:
+                value = self.node(sink.node).meta["val"]
+                if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+                    return True
+        return False
 
     def of_kind(self, kind: str) -> list[Source]:
         """Sources of one kind, in order."""

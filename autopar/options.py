@@ -28,6 +28,7 @@ from autopar.pipeline.plans import AXIS, OWN
 from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.tables import micro_of, read
 from autopar.plan import Plan
+from autopar.precision import AS_IS, FULL, SCALED, Precision
 from autopar.programs import Captured, Programs
 from autopar.spec import R, S, Spec
 
@@ -66,6 +67,7 @@ class Asked:
     offload: bool = True
     host_state: bool = False
     compression: str | None = None
+    precision: Precision = AS_IS
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -174,7 +176,9 @@ class Asked:
     ) -> Captured:
         notes: list[str] = []
         with watched_generators(notes):
-            found = programs.capture(model, args, kwargs, loss=self.loss, training=training)
+            found = programs.capture(
+                model, args, kwargs, loss=self.loss, training=training, precision=self.precision
+            )
         found.program.notes.extend(notes)
         check_dtypes(found.program, model)
         return found
@@ -207,6 +211,8 @@ def ask(
     offload: bool = True,
     host_state: bool = False,
     compression: str | None = None,
+    precision: str | None = None,
+    reduce_dtype: str | None = None,
 ) -> Asked:
     """The options of `autopar.compile`, checked. `searched`: the mesh is only a number of devices so far.
 
@@ -231,11 +237,18 @@ def ask(
         raise ConstraintError(f'cannot read shared={shared!r}; pass names of arguments, such as ("mask",)')
     stepped = optimizer_text(optimizer_class) or ADAMW
     optimizer_of(stepped)
+    computes = Precision(precision or FULL, reduce_dtype or FULL)
     axes = _data_axes(mesh, batch, constraints)
     limit = parse_bytes(memory_limit)
     name, table = _schedule(mesh, micro_batches, schedule, searched)
     if name in SCHEDULES and SCHEDULES[name].asynchronous:
         _check_asynchronous(name, micro_batches, trains)
+        if computes.compute in SCALED:
+            raise ConstraintError(
+                f"precision={computes.compute!r} with schedule {name!r}: a stage steps with gradients before others "
+                "know whether theirs overflowed, so the loss cannot be scaled; use precision='bf16', which needs no "
+                "scaling, or a synchronous schedule"
+            )
     if AXIS in mesh.names and (axes or outputs == "sharded"):
         what = 'batch="local"' if axes else 'outputs="sharded"'
         raise ConstraintError(
@@ -249,9 +262,15 @@ def ask(
             f"compression={compression!r} on mesh {mesh}: gradients of pipelines (axis {AXIS}) are not compressed yet; "
             "leave compression= out, or take a mesh without stages"
         )
+    scaled = computes.compute in SCALED
+    if powersgd and scaled:
+        raise ConstraintError(
+            f"compression={compression!r} with precision={computes.compute!r}: what PowerSGD has left out would be of "
+            "another scale than the next gradient; use precision='bf16', which needs no scaling"
+        )
     return Asked(
         mesh, device or detect_device(), limit, constraints, outputs, axes, loss, names, micro_batches, name, table,
-        weights, stepped, recompute, offload, host_state and not powersgd, compression,
+        weights, stepped, recompute, offload, host_state and not powersgd and not scaled, compression, computes,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -350,16 +369,6 @@ def batch_rows(program: Program) -> int:
         if source.name in program.batch_dims:
             return int(program.node(source.node).meta["val"].shape[program.batch_dims[source.name]])
     return 0
-
-
-def has_loss(program: Program) -> bool:
-    """Whether a scalar floating-point output, a loss, is among the outputs."""
-    for sink in program.sinks:
-        if sink.kind == "output" and sink.node is not None:
-            value = program.node(sink.node).meta["val"]
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                return True
-    return False
 
 
 def arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

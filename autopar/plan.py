@@ -17,6 +17,7 @@ from autopar.errors import AutoparError, PlanError
 from autopar.graph import pattern
 from autopar.mesh import Mesh
 from autopar.offload import COPIES
+from autopar.precision import Precision
 from autopar.recompute import SAVED, original
 from autopar.rule import Choice
 from autopar.spec import Placement, R, S, Spec, format_spec, parse_spec
@@ -88,6 +89,7 @@ class Plan:
         saved: op address of the forward (exact or starred) -> what becomes of its result where the backward reads it:
             "recompute" or "offload" (`autopar.recompute`). What is not named is kept.
         copies: how many tensors may be on their way to the host at once, and how many from there.
+        precision: what the program computes in (`autopar.precision.Precision.record`); empty: as the model is.
     """
 
     mesh: Mesh
@@ -105,6 +107,12 @@ class Plan:
     saved: Mapping[str, str] = field(default_factory=dict)
     copies: int = COPIES
     compression: str | None = None
+    precision: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def computes(self) -> Precision:
+        """`precision`, as an object."""
+        return Precision.of(self.precision)
 
     def choice(self, address: str) -> tuple[Choice, ...]:
         """The choices of one op, by exact address, else by its starred pattern, else whole everywhere.
@@ -157,6 +165,7 @@ class Plan:
             "choices": {k: " ".join(str(c) for c in v) for k, v in self.choices.items()},
             **({"saved": dict(self.saved)} if self.saved else {}),
             **({"copies": self.copies} if self.copies != COPIES else {}),
+            **({"precision": dict(self.precision)} if self.precision else {}),
             "optimizer": self.optimizer,
             **({"compression": self.compression} if self.compression is not None else {}),
             "predicted": dict(self.predicted),
@@ -239,6 +248,7 @@ class Plan:
             key, copies = "copies", data.get("copies", COPIES)
             if type(copies) is not int or copies < 1:
                 raise PlanError(f"it is {copies!r}; it must be a number of tensors, at least 1")
+            precision = Precision.of(section("precision")).record() if "precision" in data else {}
             key, optimizer = "optimizer", data.get("optimizer", "adamw")
             if not isinstance(optimizer, str):
                 raise PlanError(f"cannot read {optimizer!r}; it is the name of a class")
@@ -260,6 +270,7 @@ class Plan:
                 saved=saved,
                 copies=copies,
                 compression=data.get("compression"),
+                precision=precision,
             )
         except KeyError as error:
             raise PlanError(f"{where} is damaged: it has no {error.args[0]!r}") from None

@@ -18,6 +18,7 @@ from autopar.call import input_key
 from autopar.capture import capture, capture_batches
 from autopar.errors import CaptureError
 from autopar.graph import Program
+from autopar.precision import AS_IS, Precision
 from autopar.symbolic import Batches
 from autopar.tree import batched
 
@@ -49,6 +50,7 @@ class Programs:
         *,
         loss: Callable[[Any, Any], torch.Tensor] | None = None,
         training: bool = True,
+        precision: Precision = AS_IS,
     ) -> Captured:
         """As `autopar.capture.capture`."""
         key = input_key(model, args, kwargs, loss=loss)
@@ -61,16 +63,18 @@ class Programs:
             tuple(m.training for m in model.modules()),
             tuple(p.requires_grad for p in model.parameters()),
             torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+            precision,
         )
+        options: dict[str, Any] = {"loss": loss, "training": training, "precision": precision}
         if form in self._seen and size > 1 and form not in self._batches:
-            self._batches[form] = self._symbolic(model, args, kwargs, loss, training, size, *self._seen[form])
+            self._batches[form] = self._symbolic(model, args, kwargs, options, size, *self._seen[form])
             how = TRACED_BATCHES
         else:
             how = KNOWN
         batches = self._batches.get(form)
         program = batches.at(size) if batches is not None else None
         if program is None:
-            program, how = capture(model, args, kwargs, loss=loss, training=training), TRACED
+            program, how = capture(model, args, kwargs, **options), TRACED
         if form not in self._seen:
             self._seen[form] = (size, program)
         return Captured(program, form, how)
@@ -82,7 +86,7 @@ class Programs:
 
     @staticmethod
     def _symbolic(
-        model: nn.Module, args: Any, kwargs: Any, loss: Any, training: bool, size: int, first: int, known: Program
+        model: nn.Module, args: Any, kwargs: Any, options: dict[str, Any], size: int, first: int, known: Program
     ) -> Batches | None:
         """None where the batch must be a number: the trace by itself then says what is wrong, if anything is.
 
@@ -90,11 +94,11 @@ class Programs:
         `int`), so the symbolic program is compared with a traced one at one size.
         """
         try:
-            batches = capture_batches(model, args, kwargs, loss=loss, training=training)
+            batches = capture_batches(model, args, kwargs, **options)
         except CaptureError:
             return None
         same = batches.at(first)
         if same is None:  # the first size was one row, say
-            known = capture(model, args, kwargs, loss=loss, training=training)
+            known = capture(model, args, kwargs, **options)
             same = batches.at(size)
         return batches if same is not None and same.digest() == known.digest() else None

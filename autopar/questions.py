@@ -118,8 +118,9 @@ def rebuild(plan: Plan, tell: Tell = silent) -> Program:
     built = targets.build(target)
     tell(f"capturing {target.text} ...")
     if plan.pipeline is not None:  # its decisions are about a micro-batch
-        return driver.micro_program(built.model, built.args, built.kwargs, built.loss, plan.pipeline.micro)
-    return capture(built.model, built.args, built.kwargs, loss=built.loss)
+        micro = plan.pipeline.micro
+        return driver.micro_program(built.model, built.args, built.kwargs, built.loss, micro, plan.computes)
+    return capture(built.model, built.args, built.kwargs, loss=built.loss, precision=plan.computes)
 
 
 def refuse_stages(plan: Plan) -> None:
@@ -485,7 +486,7 @@ def formula_of(plan: Plan, device: str | None = None, tell: Tell = silent) -> Fo
     def at(batch: int, seq: int) -> Program:
         if (batch, seq) not in built:
             made = targets.build(replace(target, batch=batch, seq=seq))
-            built[batch, seq] = capture(made.model, made.args, made.kwargs, loss=made.loss)
+            built[batch, seq] = capture(made.model, made.args, made.kwargs, loss=made.loss, precision=plan.computes)
         return built[batch, seq]
 
     tell("does it depend on the sequence? ...")

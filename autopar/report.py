@@ -245,6 +245,8 @@ def heading(plan: Plan) -> str:
     if status:
         gap = plan.solver.get("gap")
         lines.append(f"solver: {status}" + (f", gap {100 * gap:.2g} %" if isinstance(gap, (int, float)) else ""))
+    if plan.precision:
+        lines.append(f"precision: {plan.computes}")
     if plan.optimizer != "adamw":
         lines.append(f"optimizer: {plan.optimizer}")
     if plan.compression is not None:

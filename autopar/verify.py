@@ -165,10 +165,15 @@ def verify(plan: Plan, *, procs: int | None = None, progress: Callable[[str], No
         kept=adapted.kept,
         total=adapted.total,
         changed=adapted.changed,
-        reference=(f"a mesh of one ({why})" if why else "the plain model") + uncompressed,
+        reference=(f"a mesh of one ({why})" if why else "the plain model") + uncompressed + _precision(plan),
         rows=compare(result, reference),
         seconds=time.perf_counter() - began,
     )
+
+
+def _precision(plan: Plan) -> str:
+    """What is not as planned, in words: float64 has no use for what computes in low precision."""
+    return f", both with the plan's precision ({plan.precision['compute']}) off" if plan.precision else ""
 
 
 # ---- the small model -----------------------------------------------------------------------------------------------
@@ -213,9 +218,12 @@ def _check(plan: Plan, target: targets.Target) -> None:
     """Raise unless the plan is for this model, and legal."""
     whole = targets.build(target)
     if plan.pipeline is None:
-        check_plan(capture(whole.model, whole.args, whole.kwargs, loss=whole.loss), plan)
+        program = capture(whole.model, whole.args, whole.kwargs, loss=whole.loss, precision=plan.computes)
+        check_plan(program, plan)
         return
-    micro = driver.micro_program(whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro)
+    micro = driver.micro_program(
+        whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro, plan.computes
+    )  # fmt: skip
     check_plan(micro, inner(plan))
 
 

@@ -102,6 +102,7 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
         outputs={s.name: whole for s in program.sinks if s.kind == "output" and s.node is not None},
         optimizer=plan.optimizer,
         saved=saved,
+        precision=program.precision,
     )
     return Adapted(small, kept, total, tuple(dict.fromkeys(changed)))
 

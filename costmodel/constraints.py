@@ -23,6 +23,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+import torch
+
 from autopar.costmodel.choices import Pins
 from autopar.costmodel.edges import param_readers
 from autopar.costmodel.fold import Fold
@@ -283,7 +285,10 @@ def _pin_op(
     if strategy in DATA:
         batch = frozenset(c for c in batch_choices(marks) if fits(c))
         offered[cls] = (*offered[cls], *(c for c in sorted(batch) if c not in offered[cls]))
-        pins.choices[cls, axis] = batch or frozenset({WHOLE, *through})
+        rest = frozenset({WHOLE, *through})
+        if item.node is not None and item.node.target is torch.ops.aten._to_copy.default:
+            rest |= {c for c in offered[cls] if fits(c)}  # a parameter is cast where it lies, and so is its gradient
+        pins.choices[cls, axis] = batch or rest
         return
     banned = {m for m in marks if strategy == "tp" or m.what == BATCH}
     splits = frozenset(

@@ -14,6 +14,7 @@ from autopar.errors import ConstraintError, PlanError, RuleError
 from autopar.graph import Program, pattern
 from autopar.offload import HOSTED
 from autopar.plan import DEVICE, GATHER, REDUCE, STATE, Plan, Storage, storage_shards
+from autopar.precision import ADDED, FULL
 from autopar.rule import WHOLE, BoundRule, Choice, following
 from autopar.spec import Placement, R, Shape, Spec, format_placements, is_valid, layout
 
@@ -100,6 +101,8 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
             ins.append(op.ins)
             outs.append(op.outs)
             _check_partial(item, op.partial, outs, plan)
+            if adds_wide(item):
+                _check_wide(item, op.ins[0], outs, plan)
             continue
         if item.kind == "param":
             found = ((), (_stored(plan, item),))
@@ -145,6 +148,9 @@ def _row(item: Item, rule: BoundRule, plan: Plan, outs: Sequence[tuple[Spec, ...
         (operand,) = item.ins
         return following(rule, outs[operand.item][operand.index])
     return tuple(plan.choice(item.name))
+def adds_wide(item: Item) -> bool:
+    """Whether an item is the cast of a gradient from low precision of which partial sums are added up behind it."""
+    return item.kind == "op" and item.node is not None and item.node.meta.get(ADDED) == FULL
 
 
 class _OpSpecs(NamedTuple):
@@ -224,6 +230,17 @@ def _check_partial(
             raise PlanError(
                 f"{item.name}: choice {plan.choice(item.name)[axis]} on axis {plan.mesh.names[axis]} lets a "
                 f"{place} through operand {position}, but its producer gives {made}"
+            )
+
+
+def _check_wide(item: Item, spec: Spec, outs: list[tuple[Spec, ...]], plan: Plan) -> None:
+    """Partial sums of low precision must pass the cast of a gradient that is to be added up in fp32."""
+    tensor = item.ins[0]
+    for have, want, name, size in zip(outs[tensor.item][tensor.index], spec, plan.mesh.names, plan.mesh.sizes):
+        if have.kind == "P" and have != want and size > 1:
+            raise PlanError(
+                f"{item.name}: on axis {name} a gradient of low precision is added up before its cast; let the partial "
+                'sums pass the cast, or plan with reduce_dtype= of the low precision'
             )
 
 

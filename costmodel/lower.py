@@ -17,6 +17,7 @@ from autopar.costmodel.compress import gradient_links, gradient_seconds
 from autopar.costmodel.edges import GRAD, Edge, Kept, kept_of
 from autopar.costmodel.host_state import update_seconds
 from autopar.costmodel.items import Meta
+from autopar.costmodel.legal import adds_wide
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.problem import AFTER, INF, Consumer, Flow, Group, Keep, Problem
@@ -25,6 +26,8 @@ from autopar.graph import BACKWARD
 from autopar.rule import WHOLE
 from autopar.spec import Spec, local_shape
 
+#: In place of a way to reduce a gradient: the reader's cast comes first (`legal.adds_wide`).
+WIDE = "wide"
 #: A tensor, how it may come (and how its parameter is gathered), and how it may be wanted (and reduced).
 _Ways = tuple[Meta, tuple[tuple[Spec, str], ...], tuple[tuple[Spec, str], ...]]
 
@@ -199,6 +202,7 @@ def _edge(
         if reader.operand == GRAD:
             specs = [o.outs[0] for o in options[group]]
         else:
+            reduce = WIDE if adds_wide(fold.first(reader.cls)) else ""
             specs = [o.ins[reader.operand] for o in options[group]]
         column = [wants.setdefault((s, reduce), len(wants)) for s in specs]
         consumers.append(Consumer(group, column, int(reader.phase == BACKWARD)))
@@ -256,7 +260,7 @@ def _links(prices: Prices, meta: Meta, src: Spec, dst: Spec, reduce: str, cost: 
 
 def _seconds(prices: Prices, meta: Meta, src: Spec, dst: Spec, reduce: str) -> float:
     for have, want, size in zip(src, dst, prices.sizes):
-        if want.kind == "P" and have != want and size > 1:
+        if (want.kind == "P" or (have.kind == "P" and reduce == WIDE)) and have != want and size > 1:
             return INF
     return bring_seconds(prices.comm, meta, src, dst, reduce)
 

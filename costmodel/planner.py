@@ -337,6 +337,7 @@ class _Planner:
             saved=self.saved,
             copies=self.copies,
             compression=self.compression,
+            precision=self.program.precision,
         )
 
     def _finish(self, best: Found) -> Plan:
@@ -378,6 +379,7 @@ class _Planner:
             saved=p.saved,
             copies=p.copies,
             compression=p.compression,
+            precision=p.precision,
             predicted=predicted,
             solver=solver,
             notes=tuple(

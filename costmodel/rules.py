@@ -23,6 +23,7 @@ from autopar.costmodel import discover, rules_index, rules_math, rules_nn, rules
 from autopar.costmodel.rules_call import LETTERS, Call, Maker, replicated
 from autopar.errors import RuleError
 from autopar.graph import op_name, resolve
+from autopar.precision import ADDED
 from autopar.rule import BoundRule, Operand, Rule, bind
 
 #: OpOverload -> rule text, or function of the call.
@@ -52,7 +53,8 @@ _cache: dict[tuple[Any, ...], Found] = {}
 
 def signature(node: fx.Node) -> tuple[Any, ...]:
     """All that a rule may depend on: op, shapes and dtypes of the tensors, other arguments. Hashable."""
-    return (node.target, _key(node.args), _key(node.kwargs) if node.kwargs else ())
+    found = (node.target, _key(node.args), _key(node.kwargs) if node.kwargs else ())
+    return (*found, node.meta[ADDED]) if ADDED in node.meta else found
 
 
 def rule_for(node: fx.Node) -> BoundRule:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from autopar.costmodel.rules_call import Call, Dims, Maker, names, replicated, text, whole, wrap
+from autopar.precision import ADDED, FULL
 
 aten = torch.ops.aten
 
@@ -77,9 +78,13 @@ def ternary_product(call: Call) -> str:
 
 
 def to_copy(call: Call) -> str:
-    """_to_copy: linear only between floats (a partial sum must not be cut to integers)."""
+    """_to_copy: linear only between floats (a partial sum must not be cut to integers).
+
+    The cast of a gradient that is to be added up in low precision takes no partial sums: they come to it added up.
+    """
     ins, outs = broadcast(call)
     same = call.dtypes[0].is_complex <= (call.out_dtypes[0] or call.dtypes[0]).is_complex
+    same = same and call.node.meta.get(ADDED, FULL) == FULL
     return text(ins, outs, call.linear((0,)) if same else [])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from autopar.costmodel.fold import fold
 from autopar.costmodel.items import Item, Items, items_of
 from autopar.costmodel.layouts import candidates
-from autopar.costmodel.legal import op_fits, op_specs, storage_places, valid
+from autopar.costmodel.legal import adds_wide, op_fits, op_specs, storage_places, valid
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.plan import GATHER, REDUCE, Plan, Storage
@@ -50,6 +50,7 @@ def random_plan(program: Program, mesh: Mesh, seed: int, input_specs: Mapping[st
         storage=storage,
         inputs={s.name: (input_specs or {}).get(s.name, whole) for s in program.of_kind("input")},
         outputs={s.name: whole for s in program.sinks if s.kind == "output" and s.node is not None},
+        precision=program.precision,
     )
 
 
@@ -69,6 +70,10 @@ def _random_row(
                 for i in rule.rule.linear[choice.through]
             ):
                 continue
+            if choice.through < 0 and adds_wide(item):
+                (tensor,) = item.ins
+                if outs[tensor.item][tensor.index][axis].kind == "P":
+                    continue
             if op_fits(item, rule, trial, mesh.sizes):
                 legal.append(choice)
         through = [c for c in legal if c.through >= 0]

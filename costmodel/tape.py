@@ -20,6 +20,7 @@ from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS, op_name
 from autopar.linear import THIN
 from autopar.offload import COPIES, FETCH, OFFLOAD
 from autopar.plan import DEVICE, Plan
+from autopar.precision import ADDED
 from autopar.reshard import Step, steps
 from autopar.spec import R, Spec, local_shape
 
@@ -221,7 +222,8 @@ class _Recorder:
     def _op(self, item: Item) -> None:
         assert item.node is not None
         target, phase = item.node.target, item.phase
-        ins = [self._bring(t, s, phase) for t, s in zip(item.ins, self.specs.ins[item.index])]
+        leaves = ADDED in item.node.meta  # what is read is a gradient, on its way to where it is stored
+        ins = [self._bring(t, s, phase, leaves) for t, s in zip(item.ins, self.specs.ins[item.index])]
         events = self.tape.of(phase)
         if any(part in op_name(item.node) for part in _CONTIGUOUS):
             for i, x in enumerate(ins):

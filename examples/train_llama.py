@@ -2,6 +2,7 @@
 
     python examples/train_llama.py                         4 processes on this machine, mesh dp=2,tp=2
     python examples/train_llama.py --procs 2 --mesh tp=2
+    python examples/train_llama.py --precision bf16        in mixed precision
     torchrun --nproc-per-node 4 examples/train_llama.py    the same, started by hand
 
 The text is the source of Python's standard library, a byte a token: nothing is downloaded.
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16, help="sequences in the global batch (default 16)")
     parser.add_argument("--seq", type=int, default=128, help="tokens in a sequence (default 128)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "auto"), default="fp32")
     args = parser.parse_args()
     if "RANK" not in os.environ and args.procs > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.procs)]
@@ -55,10 +57,10 @@ def main() -> None:
         raise SystemExit(subprocess.call([*command, *sys.argv], env={**os.environ, **settings}))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     mesh = args.mesh or (f"dp=2,tp={world // 2}" if world % 2 == 0 else f"dp={world}")
-    train(mesh, args.steps, args.batch, args.seq)
+    train(mesh, args.steps, args.batch, args.seq, args.precision)
 
 
-def train(mesh: str, steps: int, batch: int, seq: int) -> None:
+def train(mesh: str, steps: int, batch: int, seq: int, precision: str = "fp32") -> None:
     """One rank's part of the demonstration; rank 0 prints."""
     transformers_logging.set_verbosity_error()
     # torch warns that a norm is reduced over two mesh axes (gradient clipping): right, and fast enough here
@@ -79,7 +81,7 @@ def train(mesh: str, steps: int, batch: int, seq: int) -> None:
     model = llama(seq)
     console.print(f"planning a Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters ...")
     began = time.perf_counter()
-    pm = autopar.compile(model, mesh, example=batches[0], device=device)
+    pm = autopar.compile(model, mesh, example=batches[0], device=device, precision=precision)
     console.print(f"  captured, planned and lowered in {time.perf_counter() - began:.1f} s\n")
     for part in show(pm.plan):
         console.print(part)
@@ -89,7 +91,7 @@ def train(mesh: str, steps: int, batch: int, seq: int) -> None:
     console.print(compare(pm, ours, largest(ours.working_bytes)))
     if rank == 0:
         torch.set_num_threads(os.cpu_count() or 1)
-        reference = run(llama(seq), batches, console, "\nthe same steps in one process")
+        reference = run(llama(seq), batches, console, "\nthe same steps in one process, in fp32")
         console.print()
         console.print(losses(mesh, ours, reference))
         worst = max(abs(a - b) for a, b in zip(ours.losses, reference.losses))

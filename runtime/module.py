@@ -184,7 +184,7 @@ class ParallelModule(Trainable):
         state.last = step
         params, buffers = state.tensors()
         try:
-            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate, state.take))
+            return step.program.pack(step(params, buffers, step.pieces(inputs), seed, gate, state.take, state.scaler))
         except Exception:
             if gate is not None:
                 gate()  # the others may wait to hear how the ranks differ, which is then what is to be told
@@ -327,7 +327,7 @@ class ParallelModule(Trainable):
         if state.grid.device.type != "cpu" and torch.is_autocast_enabled(state.grid.device.type):
             raise RuntimeUseError(
                 f"autocast for {state.grid.device.type} is on, and its casts cannot be captured; cast the model before "
-                "autopar.compile instead (model.to(torch.bfloat16)), and call the module outside autocast"
+                "autopar.compile (model.to(torch.bfloat16)), or compile with precision='bf16', outside autocast"
             )
         cast = f"autocast to {torch.get_autocast_dtype('cpu')}, " if torch.is_autocast_enabled("cpu") else ""
         mode = f"{cast}{'training' if self.training else 'evaluation'} {'with' if grads else 'without'} gradients"

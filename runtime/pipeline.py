@@ -26,6 +26,7 @@ from autopar.plan import Plan
 from autopar.runtime.executor import Executor
 from autopar.runtime.handshake import answered
 from autopar.runtime.lane import Lane
+from autopar.runtime.scaler import LossScaler
 from autopar.runtime.stage import Batch, LoweredStage, StageWork
 from autopar.runtime.step import Take
 from autopar.runtime.storage import rewrap
@@ -101,6 +102,7 @@ class PipelineStep:
         seed: int,
         gate: Callable[[], object] | None = None,
         take: Take | None = None,
+        scaler: LossScaler | None = None,
     ) -> list[Any]:
         """The user's outputs, flat, in the order of the output sinks; None for those that are not wanted.
 
@@ -110,9 +112,10 @@ class PipelineStep:
             gate()
         batch = self.batch(params, buffers, inputs, seed)
         if self.training:
+            batch.scale = 1.0 if scaler is None else scaler.factor
             names = [n for n, p in params.items() if p.requires_grad and n in self._trained()]
             anchor = torch.zeros((), device=self.grid.device, requires_grad=True)
-            found = iter(_Run.apply(self, batch, names, anchor, *(params[n] for n in names)))
+            found = iter(_Run.apply(self, batch, scaler, names, anchor, *(params[n] for n in names)))
         else:
             with torch.no_grad():
                 self.run(batch)
@@ -269,11 +272,14 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: PipelineStep, batch: Batch, names: list[str], anchor: torch.Tensor, *params: torch.Tensor
-    ) -> Any:
+        ctx: Any, step: PipelineStep, batch: Batch, scaler: LossScaler | None, names: list[str], anchor: torch.Tensor,
+        *params: torch.Tensor,
+    ) -> Any:  # fmt: skip
         step.run(batch)
         outputs = step.collect(batch)
         ctx.step, ctx.names, ctx.grads = step, names, step.gradients()
+        if scaler is not None:
+            scaler.settle(ctx.grads, batch.scale, step.lane.grid)
         for name, param in zip(names, params):
             if name not in step.wraps and isinstance(param, DTensor):
                 step.wraps[name] = rewrap(param)
@@ -298,7 +304,7 @@ class _Run(torch.autograd.Function):
             if grad is not None and scale is not None and not (scale.device.type == "cpu" and scale.item() == 1.0):
                 grad = grad * scale.to(grad.dtype)
             out.append(grad if grad is None or name not in step.wraps else step.wraps[name](grad))
-        return (None, None, None, None, *(out if scale is not None else [None] * len(out)))
+        return (None, None, None, None, None, *(out if scale is not None else [None] * len(out)))
 
 
 def _signed(x: int) -> int:

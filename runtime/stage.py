@@ -64,6 +64,7 @@ class Batch:
         seeds: of every micro-batch.
         weights: of every micro-batch's loss: its gradient.
         keep: which outputs are to be kept, by name.
+        scale: of the gradient with which the backward starts.
     """
 
     params: Mapping[str, torch.Tensor]
@@ -72,6 +73,7 @@ class Batch:
     seeds: Sequence[int]
     weights: Sequence[float]
     keep: frozenset[str] = frozenset()
+    scale: float = 1.0
 
 
 class StageWork:
@@ -317,7 +319,7 @@ class StageWork:
                 box.append(received[at])
                 continue
             like = self.lowered.stage.program.node(source.node).meta["val"]
-            box.append(torch.full(tuple(like.shape), share, dtype=like.dtype, device=self.device))
+            box.append(torch.full(tuple(like.shape), share * self._given().scale, dtype=like.dtype, device=self.device))
         return box
 
     def _add(self, grads: list[Any], held: Taken) -> None:

@@ -17,6 +17,7 @@ from autopar.runtime.handshake import Argument, Control
 from autopar.runtime.lane import Lane
 from autopar.runtime.pipeline import Pipelined, PipelineStep
 from autopar.runtime.powersgd import PowerSgd
+from autopar.runtime.scaler import LossScaler
 from autopar.runtime.step import Lowered, Step, Take
 from autopar.runtime.storage import Init
 from autopar.runtime.training import Recipe, Trainer, asynchronous
@@ -36,6 +37,7 @@ class Options:
         init: values for parameters without any.
         shared: names of arguments that are no piece of a local batch.
         recipe: how the module trains itself (`train_step`).
+        scaled: whether gradients need a scaled loss.
     """
 
     check: bool = True
@@ -44,6 +46,7 @@ class Options:
     init: Init | None = None
     shared: tuple[str, ...] = ()
     recipe: Recipe | None = None
+    scaled: bool = False
 
 
 #: Name, the dict that holds the tensor, and its key there.
@@ -75,7 +78,12 @@ class State:
     trainer: Trainer | None = None
     powersgd: PowerSgd = field(default_factory=PowerSgd)  # what compressed gradients have left out
     take: Take | None = None  # while `train_step` runs: where gradients that lie on the host go
+    scaler: LossScaler | None = None
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # as of `Pipelined`
+
+    def __post_init__(self) -> None:
+        if self.options.scaled and self.scaler is None:
+            self.scaler = LossScaler()
 
     @property
     def local(self) -> Grid:
@@ -155,6 +163,7 @@ class State:
             trainer=None,
             powersgd=powersgd,
             take=None,
+            scaler=copy.copy(self.scaler),
             forms=list(self.forms),
             compared=set(self.compared),
             missing=set(self.missing),

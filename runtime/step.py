@@ -33,6 +33,7 @@ from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
 from autopar.runtime.powersgd import PowerSgd, rank_of
+from autopar.runtime.scaler import LossScaler
 from autopar.runtime.storage import as_dtensor, rewrap, whole
 from autopar.spec import R, Spec, shard
 
@@ -113,13 +114,14 @@ class Step:
         seed: int,
         gate: Callable[[], object] | None = None,
         take: Take | None = None,
+        scaler: LossScaler | None = None,
     ) -> list[Any]:
         """The user's outputs, flat, in the order of the output sinks. New buffer values are written in place.
 
         `gate` is called before the first collective; what it raises ends the step. `take` gets the gradients that lie
-        on the host, which autograd never sees.
+        on the host, which autograd never sees. `scaler` scales the loss, and takes that out of the gradients again.
         """
-        feed = _Feed(params, buffers, list(inputs), seed, gate or _open, take)
+        feed = _Feed(params, buffers, list(inputs), seed, gate or _open, take, scaler)
         if self.backward is not None:
             trainable = [s.name for s in self.sources if s.kind == "param" and params[s.name].requires_grad]
             tensors = _Run.apply(self, feed, trainable, *(params[n] for n in trainable))
@@ -201,20 +203,22 @@ class Step:
         held: Sequence[torch.Tensor],
         grads: Mapping[str, torch.Tensor | None],
         take: Take | None = None,
+        scaler: LossScaler | None = None,
     ) -> dict[str, Any]:
         """Local gradient by parameter name, from the gradients of the outputs by name (None: zero).
 
         Empties `saved`; of that, `held` belongs to others too. What lies on the host goes to `take`.
         """
         assert not self.hosted or take is not None  # the module sees to that
-        tangents = []
+        tangents, factor = [], 1.0 if scaler is None else scaler.factor
         for source in self.tangents:
             given, want = grads.get(source.name), self.program.node(source.node).meta["val"]
             if given is None:
                 given = torch.zeros(tuple(want.shape), dtype=want.dtype, device=self.grid.device)
             elif isinstance(given, DTensor):
                 given = whole(given, self.grid)
-            tangents.append(given.to(want.dtype).contiguous())
+            given = given.to(want.dtype).contiguous()
+            tangents.append(given if factor == 1.0 else given * factor)
         taken = Taken([*held, *tangents])
         saved += tangents
         if self.hands_over:
@@ -229,6 +233,8 @@ class Step:
         if self.left:
             with answered(self.grid):
                 self.powersgd.reduce(local, self.left, rank_of(self.plan), self.grid)
+        if scaler is not None:
+            scaler.settle(local, factor, self.grid)
         return local
 
     def _run(self, graph: Any, box: list[Any]) -> Any:
@@ -251,6 +257,7 @@ class _Feed:
     seed: int
     gate: Callable[[], object]
     take: Take | None = None
+    scaler: LossScaler | None = None
 
     def with_copies(self, names: Sequence[str]) -> _Feed:
         """The same with copies of these buffers."""
@@ -325,7 +332,7 @@ class _Run(torch.autograd.Function):
         done = step.run_forward(before)
         step.replace_buffers(feed, done.values)
         outputs = step.outputs(done.values)
-        ctx.step, ctx.names, ctx.take = step, names, feed.take
+        ctx.step, ctx.names, ctx.take, ctx.scaler = step, names, feed.take, feed.scaler
         for name, param in zip(names, params):
             if name not in step.wraps and isinstance(param, DTensor):
                 step.wraps[name] = rewrap(param)
@@ -362,7 +369,7 @@ class _Run(torch.autograd.Function):
         others = iter(held)
         saved = [next(others) if t is None else t for t in box]
         del box
-        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)), ctx.take)
+        local = step.run_backward(saved, held, dict(zip((s.name for s in ctx.sinks), grads)), ctx.take, ctx.scaler)
         out: list[Any] = []
         for name in ctx.names:
             # Not kept in `local`: autograd takes over what nobody else holds, and copies the rest.

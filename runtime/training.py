@@ -24,6 +24,7 @@ from autopar.plan import Plan
 from autopar.runtime.handshake import Call, Journal
 from autopar.runtime.host_optimizer import HostOptimizer
 from autopar.runtime.pipeline import PipelineStep
+from autopar.runtime.scaler import LossScaler
 from autopar.runtime.trainer import NONFINITE, WEIGHTS, Recipe, Trainer
 
 
@@ -74,6 +75,11 @@ class Trainable(nn.Module):
         They are made when they are first asked for, or by the first `train_step`: a collective call.
         """
         return tuple(self._trainer().optimizers)
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """What scales the loss with precision="fp16", in `train_step` and in a plain loop; None with any other."""
+        return self._state.scaler
 
     def train_step(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """One step of training on this batch: forward, backward, update.
@@ -271,9 +277,12 @@ class Trainable(nn.Module):
             self._state.take = None
         loss = loss_of(out)
         loss.backward()
-        if trainer.recipe.clip is not None:
-            self.clip_grad_norm_(trainer.recipe.clip)
-        trainer.apply()
+        if self.scaler is not None and self.scaler.overflowed:
+            trainer.skipped += 1
+        else:
+            if trainer.recipe.clip is not None:
+                self.clip_grad_norm_(trainer.recipe.clip)
+            trainer.apply()
         trainer.advance()
         return loss.detach()
 

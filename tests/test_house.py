@@ -29,15 +29,15 @@ BASE = {
     f"autopar.{m}"
     for m in (
         "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "recompute",
-        "offload", "compression", "pipeline",
+        "offload", "compression", "precision", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.
 CAPTURE = {
     f"autopar.{m}"
     for m in (
-        "capture", "assemble", "call", "canonical", "checks", "decompose", "decompose_random", "depth", "explain",
-        "modes", "param_views", "programs", "repeat", "shared_memory", "symbolic",
+        "capture", "assemble", "call", "canonical", "casting", "checks", "decompose", "decompose_random", "depth",
+        "explain", "modes", "param_views", "programs", "repeat", "shared_memory", "symbolic",
     )
 }  # fmt: skip
 #: The rest of the front door, and what each may use besides the plain data.
@@ -45,14 +45,15 @@ FRONT = {
     "autopar": {"autopar.driver", "autopar.answers", "autopar.explain"},
     **dict.fromkeys(CAPTURE, CAPTURE),
     "autopar.options": {f"autopar.{m}" for m in ("call", "checks", "programs", "costmodel")},
-    "autopar.given": {"autopar.costmodel", "autopar.options"},
     "autopar.driver": {
         f"autopar.{m}"
         for m in (
             "checks", "given", "lowering", "options", "programs", "costmodel", "runtime", "mesh_search", "stages",
-            "stage_search",
+            "stage_search", "precision_search",
         )
     },
+    "autopar.given": {"autopar.costmodel", "autopar.options"},
+    "autopar.precision_search": set(),
     "autopar.lowering": {f"autopar.{m}" for m in ("capture", "costmodel", "passes", "runtime")},
     "autopar.mesh_search": {f"autopar.{m}" for m in ("costmodel", "options", "stages", "stage_search")},
     "autopar.stages": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},

@@ -81,7 +81,7 @@ def captured_once() -> Iterator[None]:
 
     def once(model: Any, *args: Any, **kwargs: Any) -> Any:
         call = input_key(model, *args, loss=kwargs.get("loss"))
-        key = (call, kwargs.get("training"), tuple(m.training for m in model.modules()))
+        key = (call, kwargs.get("training"), kwargs.get("precision"), tuple(m.training for m in model.modules()))
         if key not in known:
             known[key] = real(model, *args, **kwargs)
         return known[key]

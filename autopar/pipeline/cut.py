@@ -305,6 +305,7 @@ class _Maker:
             flatten=whole.flatten,
             batch_dims={k: v for k, v in whole.batch_dims.items() if k in inputs},
             notes=list(whole.notes),
+            precision=dict(whole.precision),
         )
 
 
