@@ -11,19 +11,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.costmodel import planner, stages
+from autopar.costmodel.copies import starred
 from autopar.costmodel.pieces import Pieces
+from autopar.costmodel.stages_chain import Additive, Alternatives
+from autopar.costmodel.stages_measured import Measured
 from autopar.errors import CaptureError, InfeasibleError
-from autopar.graph import Program
+from autopar.graph import FORWARD, Program, is_op
 from autopar.mesh import Mesh
 from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import AXIS, outer
 from autopar.plan import Pipeline, Plan
 from autopar.rule import Choice
+from autopar.stage_fit import Means, Measurable, fitted, measured
 
 #: Bytes that no plan needs: the limit is a stage's, and the planner sees all stages in one.
 UNLIMITED = 1 << 62
 #: Plans that hold less are made for so much of a rank's memory, if every stage held as much.
 SHARES = (1.0, 0.5)
+#: Numbers of micro-batches, of those that are quickest without a limit, for which it is looked into what may be computed
+#: again; and for the smallest micro-batches.
+QUICK = 2
 
 #: (program of a micro-batch, plan, micro-batches, addresses at which pieces begin if that is settled) -> the pieces.
 PiecesOf = Callable[[Program, Plan, int, Sequence[str]], Pieces]
@@ -36,16 +43,19 @@ class Proposal:
     Attributes:
         program: of a micro-batch. plans: of it, on the mesh of a stage; a stage runs what one of them says.
         pieces: of each plan, all with the same beginnings.
-        again: makes another plan, for a limit of bytes, and its pieces.
+        again: makes another plan, for a limit of bytes, and its pieces. priced: the pieces of a plan.
         taken: the first plan is that of another size of micro-batch. tightened: plans that hold less were looked for.
+        levelled: and such whose backward computes again what the forward then need not keep.
     """
 
     program: Program
     plans: tuple[Plan, ...]
     pieces: tuple[Pieces, ...]
     again: Callable[[float, Sequence[str]], tuple[Plan, Pieces]]
+    priced: Callable[[Plan, Sequence[str]], Pieces]
     taken: bool = False
     tightened: bool = False
+    levelled: bool = False
 
     @classmethod
     def first(
@@ -56,20 +66,23 @@ class Proposal:
         def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
             # What a stage keeps, it keeps for all that are in flight: a limit for one micro-batch would not tell what.
             plan = planner.plan(program, mesh, **{**options, "memory_limit": limit, "recompute": False})
-            return plan, pieces(program, plan, micro, starts)
+            return plan, priced(plan, starts)
+
+        def priced(plan: Plan, starts: Sequence[str]) -> Pieces:
+            return pieces(program, plan, micro, starts)
 
         known = None
         if like is not None:
             known = planner.transfer(program, like, device=options["device"], memory_limit=UNLIMITED)
         if known is not None:
-            return cls(program, (known,), (pieces(program, known, micro, ()),), again, True)
+            return cls(program, (known,), (priced(known, ()),), again, priced, True)
         plan, found = again(UNLIMITED, ())
-        return cls(program, (plan,), (found,), again)
+        return cls(program, (plan,), (found,), again, priced)
 
     def own(self) -> Proposal:
         """With a plan of its own in place of one that is taken from another size."""
         plan, pieces = self.again(UNLIMITED, self.starts)
-        return Proposal(self.program, (plan,), (pieces,), self.again)
+        return Proposal(self.program, (plan,), (pieces,), self.again, self.priced)
 
     def with_smaller(self, limits: Sequence[float]) -> Proposal:
         """With plans for less memory, as far as there are any; of one that has been asked before, itself."""
@@ -86,15 +99,26 @@ class Proposal:
                 pieces.append(found)
         return replace(self, plans=tuple(plans), pieces=tuple(pieces), tightened=True)
 
+    def with_levels(self, means: Means) -> Proposal:
+        """With plans that keep less of a micro-batch: of the quickest plan, and of the one that holds least."""
+        if self.levelled or means.levels is None:
+            return self
+        plans, found = list(self.plans), list(self.pieces)
+        for plan in dict.fromkeys((0, len(self.plans) - 1)):
+            for saved in means.levels(self.program, self.plans[plan]):
+                plans.append(replace(self.plans[plan], saved=dict(saved)))
+                found.append(self.priced(plans[-1], self.starts))
+        return replace(self, plans=tuple(plans), pieces=tuple(found), levelled=True)
+
     @property
     def starts(self) -> tuple[str, ...]:
         """Addresses at which pieces begin, but for the first."""
         return self.pieces[0].starts
 
     @property
-    def chain(self) -> stages.Chain:
+    def chain(self) -> Additive | Alternatives:
         """The pieces as what stages are cut from."""
-        return self.pieces[0].chain if len(self.pieces) == 1 else stages.Alternatives([p.chain for p in self.pieces])
+        return self.pieces[0].chain if len(self.pieces) == 1 else Alternatives([p.chain for p in self.pieces])
 
     def plan(self, found: stages.Candidate, mesh: Mesh) -> Plan:
         """The plan of a candidate: every stage as the plan says that it chose."""
@@ -136,38 +160,44 @@ def proposals_of(
     return {micro: found[micro] for micro in counts if micro in found}
 
 
-def best_choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+def best_choice(
+    proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any], means: Means
+) -> stages.Choice:
     """Stages, micro-batches and schedule. What is chosen gets a plan of its own, if it has that of another size.
 
-    judged: of `stages.choose`: ranks, link, schedules.
+    judged: of `stages.choose`: ranks, link, schedules. means: by which a limit may be met.
 
     Raises:
         As `stages.choose`.
     """
     while True:
-        choice = _choice(proposals, limit, judged)
+        choice = _choice(proposals, limit, judged, means)
         chosen = proposals[choice.best.micro]
         if not chosen.taken:
             return choice
         proposals[choice.best.micro] = chosen.own()
 
 
-def _choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+def _choice(
+    proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any], means: Means
+) -> stages.Choice:
     """The best of what is proposed; where memory decides, `proposals` get plans that hold less."""
-    refused: InfeasibleError | None = None
-    try:
-        choice = stages.choose(chains_of(proposals), limit=limit, **judged)
-        if limit is None or not _binds(choice, chains_of(proposals), judged):
-            return choice
-    except InfeasibleError as error:
-        refused = error
-    assert limit is not None
+    free = stages.choose(chains_of(proposals), limit=None, **judged)
+    if limit is None or max(free.best.peak_bytes) <= limit:
+        return free
+    free = measured(free, _measurable(proposals), means, judged["ranks"])
+    if max(free.best.peak_bytes) <= limit:
+        return free
+    near = sorted(free.runners, key=lambda c: c.seconds)
+    quick = [*dict.fromkeys(c.micro for c in (free.best, *near))][:QUICK]
     for micro, proposal in proposals.items():
-        proposals[micro] = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
-    try:
-        return stages.choose(chains_of(proposals), limit=limit, **judged)
-    except InfeasibleError as error:
-        raise error if any(len(p.plans) > 1 for p in proposals.values()) or refused is None else refused from None
+        found = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
+        proposals[micro] = found.with_levels(means) if micro in (*quick, max(proposals)) else found
+    return fitted(_measurable(proposals), limit, judged, means)
+
+
+def _measurable(proposals: Mapping[int, Proposal]) -> dict[int, Measurable]:
+    return {m: Measurable(p.program, p.plans, p.starts, Measured(p.chain)) for m, p in proposals.items()}
 
 
 def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Plan:
@@ -178,11 +208,14 @@ def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Pl
     storage: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
+    forward = [n.meta["address"] for n in program.gm.graph.nodes if is_op(n) and n.meta["phase"] == FORWARD]
+    saved: dict[str, str | None] = {}
     for stage, plan in zip(cut(program, starts), plans):
         names = {s.name for s in stage.program.sources} | {s.name for s in stage.program.sinks}
-        addresses = (n.meta["address"] for n in stage.program.gm.graph.nodes if "address" in n.meta)
+        addresses = [n.meta["address"] for n in stage.program.gm.graph.nodes if "address" in n.meta]
         # What several stages have, masks and shared parameters, is as in the first of them.
         choices.update({a: plan.choice(a) for a in addresses if a not in choices})
+        saved.update({a: plan.how_saved(a) for a in addresses if a not in saved})
         for found, given in ((storage, plan.storage), (inputs, plan.inputs), (outputs, plan.outputs)):
             found.update({k: v for k, v in given.items() if k in names and k not in found})
     first = plans[0]
@@ -192,6 +225,7 @@ def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Pl
         storage={**first.storage, **storage},
         inputs={**first.inputs, **inputs},
         outputs={**first.outputs, **outputs},
+        saved=starred({a: saved.get(a) for a in forward}),
     )
     planner.check_plan(program, merged)
     return merged
@@ -200,12 +234,6 @@ def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Pl
 def chains_of(proposals: Mapping[int, Proposal]) -> dict[int, stages.Chain]:
     """Number of micro-batches -> what stages are cut from."""
     return {micro: proposal.chain for micro, proposal in proposals.items()}
-
-
-def _binds(choice: stages.Choice, chains: Mapping[int, stages.Chain], judged: Mapping[str, Any]) -> bool:
-    """Whether more memory would make the step quicker."""
-    free = stages.choose(chains, limit=None, top=0, **judged)
-    return free.bound < choice.best.seconds * (1 - 1e-9)
 
 
 __all__ = ["UNLIMITED", "Proposal", "best_choice", "merged", "proposals_of"]

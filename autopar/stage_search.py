@@ -15,6 +15,8 @@ from typing import Any
 from autopar.costmodel import planner, stages
 from autopar.costmodel.devices import Device, machine, part
 from autopar.costmodel.pieces import Pieces, pieces_of
+from autopar.costmodel.remat_levels import levels
+from autopar.costmodel.stage_memory import Held, held
 from autopar.costmodel.stages_answer import size
 from autopar.errors import BatchError, CaptureError, InfeasibleError, PlanError, ScheduleError
 from autopar.graph import Program
@@ -27,6 +29,7 @@ from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
+from autopar.stage_fit import Means
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.
@@ -101,6 +104,14 @@ class Place:
         """What `stages.choose` is told of it."""
         return {"ranks": self.ranks, "link": self.link}
 
+    def means(self, again: bool) -> Means:
+        """By what a limit may be met. again: whether by computing again."""
+
+        def holds(program: Program, plan: Plan, starts: Sequence[str], micro: int) -> list[Held]:
+            return held(program, plan, starts, micro, machine(self.device, self.alone).device, self.copies)
+
+        return Means(holds, (lambda program, plan: levels(program, plan, self.device)) if again else None)
+
     def pieces(self, program: Program, plan: Plan, micro: int, starts: Sequence[str] = ()) -> Pieces:
         """As `costmodel.pieces.pieces_of`."""
         return pieces_of(
@@ -150,7 +161,7 @@ def plan_pipeline(
     more = more_choices(rows, counts, asked)
     while True:
         try:
-            choice = best_choice(proposals, place.limit, judged)
+            choice = best_choice(proposals, place.limit, judged, place.means(_may_repeat(asked)))
             break
         except InfeasibleError:
             if not more:
@@ -250,6 +261,12 @@ def balanced(work: Sequence[float], stages: int) -> list[int]:
         end = best[count, end][1]
         cuts.append(end)
     return cuts[::-1][1:]
+
+
+def _may_repeat(asked: Asked) -> bool:
+    """Whether a backward finds the weights of its forward, so that it may compute again what that has not kept."""
+    known = SCHEDULES.get(asked.schedule or "")
+    return asked.recompute and (known is None or not known.asynchronous or asked.weights == "stashed")
 
 
 def _schedules(asked: Asked) -> tuple[str, ...]:
