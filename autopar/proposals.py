@@ -6,13 +6,15 @@ quickest, or, where memory decides, one that holds less; stages need not run the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from autopar.costmodel import planner, stages
 from autopar.costmodel.copies import starred
 from autopar.costmodel.pieces import Pieces
+from autopar.costmodel.remat_levels import BETWEEN, PARTS
 from autopar.costmodel.stages_chain import Additive, Alternatives
 from autopar.costmodel.stages_measured import Measured
 from autopar.errors import CaptureError, InfeasibleError
@@ -28,9 +30,11 @@ from autopar.stage_fit import Means, Measurable, fitted, measured
 UNLIMITED = 1 << 62
 #: Plans that hold less are made for so much of a rank's memory, if every stage held as much.
 SHARES = (1.0, 0.5)
-#: Numbers of micro-batches, of those that are quickest without a limit, for which it is looked into what may be computed
-#: again; and for the smallest micro-batches.
+#: Numbers of micro-batches for which it is looked into what may be computed again: those that are quickest without a
+#: limit; and the most.
 QUICK = 2
+#: What part of a step must be to be had for levels between those of the first look.
+LEAST_GAIN = 1e-3
 
 #: (program of a micro-batch, plan, micro-batches, addresses at which pieces begin if that is settled) -> the pieces.
 PiecesOf = Callable[[Program, Plan, int, Sequence[str]], Pieces]
@@ -45,7 +49,6 @@ class Proposal:
         pieces: of each plan, all with the same beginnings.
         again: makes another plan, for a limit of bytes, and its pieces. priced: the pieces of a plan.
         taken: the first plan is that of another size of micro-batch. tightened: plans that hold less were looked for.
-        levelled: and such whose backward computes again what the forward then need not keep.
     """
 
     program: Program
@@ -55,7 +58,6 @@ class Proposal:
     priced: Callable[[Plan, Sequence[str]], Pieces]
     taken: bool = False
     tightened: bool = False
-    levelled: bool = False
 
     @classmethod
     def first(
@@ -99,16 +101,28 @@ class Proposal:
                 pieces.append(found)
         return replace(self, plans=tuple(plans), pieces=tuple(pieces), tightened=True)
 
-    def with_levels(self, means: Means) -> Proposal:
-        """With plans that keep less of a micro-batch: of the quickest plan, and of the one that holds least."""
-        if self.levelled or means.levels is None:
+    def with_levels(self, means: Means, parts: Sequence[float], bases: Collection[int] | None = None) -> Proposal:
+        """With plans that keep less of a micro-batch.
+
+        parts: how much less, as `remat_levels.levels`. bases: of which of the plans, those that compute nothing again;
+        None: of the quickest, and of the one that holds least.
+        """
+        if means.levels is None:
             return self
         plans, found = list(self.plans), list(self.pieces)
-        for plan in dict.fromkeys((0, len(self.plans) - 1)):
-            for saved in means.levels(self.program, self.plans[plan]):
-                plans.append(replace(self.plans[plan], saved=dict(saved)))
-                found.append(self.priced(plans[-1], self.starts))
-        return replace(self, plans=tuple(plans), pieces=tuple(found), levelled=True)
+        plain = [k for k, plan in enumerate(plans) if not plan.saved]
+        for base in sorted({plain[0], plain[-1]} if bases is None else bases):
+            for saved in means.levels(self.program, self.plans[base], parts):
+                plan = replace(self.plans[base], saved=dict(saved))
+                if all((p.choices is not plan.choices) or p.saved != plan.saved for p in plans):
+                    plans.append(plan)
+                    found.append(self.priced(plan, self.starts))
+        return replace(self, plans=tuple(plans), pieces=tuple(found))
+
+    def bases(self, found: stages.Candidate) -> set[int]:
+        """The plans that those of a candidate's stages would be if they computed nothing again."""
+        used = [self.plans[k].choices for k in found.choices]
+        return {k for k, p in enumerate(self.plans) if not p.saved and any(p.choices is c for c in used)}
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -119,6 +133,21 @@ class Proposal:
     def chain(self) -> Additive | Alternatives:
         """The pieces as what stages are cut from."""
         return self.pieces[0].chain if len(self.pieces) == 1 else Alternatives([p.chain for p in self.pieces])
+
+    def repeated(self, found: stages.Candidate) -> list[dict[str, Any]]:
+        """What every stage of a candidate computes again, and the seconds that takes of a micro-batch; for reports."""
+        if not any(self.plans[k].saved for k in found.choices):
+            return []
+        out: list[dict[str, Any]] = []
+        made = cut(self.program, [self.starts[c - 1] for c in found.cuts[1:-1]])
+        for stage, span, k, option in zip(made, pairwise(found.cuts), found.choices, found.options):
+            plan = self.plans[k]
+            (base,) = self.bases(replace(found, choices=(k,)))
+            nodes = (n for n in stage.program.gm.graph.nodes if is_op(n) and n.meta["phase"] == FORWARD)
+            saved = starred({n.meta["address"]: plan.how_saved(n.meta["address"]) for n in nodes})
+            more = option.work - self.pieces[base].chain.options(*span)[0].work
+            out.append({"seconds": more, "saved": saved})
+        return out
 
     def plan(self, found: stages.Candidate, mesh: Mesh) -> Plan:
         """The plan of a candidate: every stage as the plan says that it chose."""
@@ -192,8 +221,17 @@ def _choice(
     quick = [*dict.fromkeys(c.micro for c in (free.best, *near))][:QUICK]
     for micro, proposal in proposals.items():
         found = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
-        proposals[micro] = found.with_levels(means) if micro in (*quick, max(proposals)) else found
-    return fitted(_measurable(proposals), limit, judged, means)
+        proposals[micro] = found.with_levels(means, PARTS) if micro in (*quick, max(proposals)) else found
+    among = _measurable(proposals)
+    choice = fitted(among, limit, judged, means)
+    micro = choice.best.micro
+    if means.levels is None or free.best.seconds > choice.best.seconds * (1 - LEAST_GAIN):
+        return choice
+    proposals[micro] = proposals[micro].with_levels(means, BETWEEN, proposals[micro].bases(choice.best))
+    finer = _measurable({micro: proposals[micro]})
+    finer[micro].chain.known.update(among[micro].chain.known)
+    better = fitted(finer, limit, judged, means)
+    return replace(choice, best=better.best) if better.best.seconds < choice.best.seconds else choice
 
 
 def _measurable(proposals: Mapping[int, Proposal]) -> dict[int, Measurable]:

@@ -9,7 +9,6 @@ from typing import Any
 from autopar.costmodel import stages
 from autopar.costmodel.stage_memory import Held
 from autopar.costmodel.stages_measured import Measured
-from autopar.errors import InfeasibleError
 from autopar.graph import Program
 from autopar.plan import Plan
 
@@ -25,11 +24,12 @@ class Means:
 
     Attributes:
         held: (program of a micro-batch, plan, addresses at which stages begin, micro-batches) -> what stages hold.
-        levels: (program, plan) -> what `Plan.saved` may say; None: nothing is computed again.
+        levels: (program, plan, parts of what can be let go of) -> what `Plan.saved` may say; None: nothing is computed
+            again.
     """
 
     held: Callable[[Program, Plan, Sequence[str], int], Sequence[Held]]
-    levels: Callable[[Program, Plan], Sequence[Mapping[str, str]]] | None = None
+    levels: Callable[[Program, Plan, Sequence[float]], Sequence[Mapping[str, str]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measured(choice: stages.Choice, among: Mapping[int, Measurable], means: Mean
 
 def fitted(
     among: Mapping[int, Measurable], limit: float, judged: Mapping[str, Any], means: Means
-) -> stages.Choice:  # fmt: skip
+) -> stages.Choice:
     """The quickest stages found of those that hold no more than the limit. judged: of `stages.choose`.
 
     Raises:
@@ -65,15 +65,10 @@ def fitted(
     """
     found: stages.Choice | None = None
     chains = {micro: of.chain for micro, of in among.items()}
-    refused: InfeasibleError | None = None
     for _ in range(ROUNDS):
-        for more in MORE:
-            try:
-                choice = stages.choose(chains, limit=limit * more, **judged)
-                break
-            except InfeasibleError as error:
-                refused = refused if more > 1 else error
-        else:
+        tried = (stages.possible(chains, limit=limit * more, **judged) for more in MORE)
+        choice = next((c for c in tried if c is not None), None)
+        if choice is None:
             break
         new = among[choice.best.micro].chain.unknown(choice.best)
         choice = measured(choice, among, means, judged["ranks"])
@@ -82,11 +77,8 @@ def fitted(
             found = choice
         if not new or (found is not None and choice.best.seconds >= found.best.seconds and not fits):
             break
-    if found is not None:
-        return found
-    stages.choose(chains, limit=limit, **judged)  # says what the least is, by what is known now
-    assert refused is not None
-    raise refused
+    # Where nothing was found, the error says what the least is, by what is known now.
+    return found or stages.choose(chains, limit=limit, **judged)
 
 
 __all__ = ["Means", "Measurable", "fitted", "measured"]

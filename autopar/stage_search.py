@@ -29,6 +29,7 @@ from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
+from autopar.recompute import present
 from autopar.stage_fit import Means
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
@@ -110,7 +111,7 @@ class Place:
         def holds(program: Program, plan: Plan, starts: Sequence[str], micro: int) -> list[Held]:
             return held(program, plan, starts, micro, machine(self.device, self.alone).device, self.copies)
 
-        return Means(holds, (lambda program, plan: levels(program, plan, self.device)) if again else None)
+        return Means(holds, (lambda program, plan, parts: levels(program, plan, self.device, parts)) if again else None)
 
     def pieces(self, program: Program, plan: Plan, micro: int, starts: Sequence[str] = ()) -> Pieces:
         """As `costmodel.pieces.pieces_of`."""
@@ -126,6 +127,7 @@ def plan_pipeline(
     options: Callable[[Program], Mapping[str, Any]],
     storage: Mapping[str, Storage] | None = None,
     pipeline: Pipeline | None = None,
+    saved: Mapping[str, str] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Plan:
     """The plan of a batch of `rows` on `asked.mesh`.
@@ -134,6 +136,7 @@ def plan_pipeline(
         program_of: number of micro-batches -> the program of one of them.
         options: of the planner, for a program.
         storage: where parameters lie already. pipeline: stages and schedule that are decided already.
+        saved: and, with these, what is computed again.
 
     Raises:
         BatchError, ScheduleError: the batch, or the schedule, does not go with the mesh.
@@ -149,6 +152,8 @@ def plan_pipeline(
     if pipeline is not None:
         program = program_of(pipeline.micro)
         plan = planner.plan(program, place.alone, **{**wishes(program), "memory_limit": UNLIMITED})
+        if program.training and saved:
+            plan = replace(plan, saved=present(program, saved))
         return _decided(program, plan, pipeline, place)
     counts = micro_choices(rows, place.ranks, asked)
     proposals = proposals_of(counts, place.alone, place.pieces, program_of, wishes)
@@ -180,6 +185,7 @@ def plan_pipeline(
         "gap": choice.gap,
         "stages": str(choice).splitlines(),
         "stages_s": round(time.perf_counter() - began, 3),
+        **({"again": repeated} if (repeated := chosen.repeated(best)) else {}),
     }
     return replace(plan, solver={**plan.solver, **solver})
 
@@ -193,9 +199,14 @@ def _decided(program: Program, plan: Plan, pipeline: Pipeline, place: Place) -> 
     pieces = place.pieces(program, plan, pipeline.micro, pipeline.starts)
     chain, cuts = pieces.chain, [pieces.starts.index(start) + 1 for start in pipeline.starts]
     found = [chain.options(a, b)[0] for a, b in pairwise([0, *cuts, chain.pieces])]
-    costs = _costs(found, [chain.gap_bytes(c) for c in cuts], place.link)
+    gaps = [chain.gap_bytes(c) for c in cuts]
     table, steps = timed(pipeline, place.ranks, program.training)
+    costs = _costs(found, gaps, place.link)
     timeline = run(table, costs)
+    if place.limit is not None and max(timeline.peak_bytes) > place.limit:  # what adds up may be too much
+        bytes_ = place.means(False).held(program, plan, pipeline.starts, pipeline.micro)
+        costs = _costs([h.into(o) for h, o in zip(bytes_, found)], gaps, place.link)
+        timeline = run(table, costs)
     peak = max(timeline.peak_bytes)
     if place.limit is not None and peak > place.limit:
         rank = timeline.peak_bytes.index(peak)
@@ -232,6 +243,8 @@ def _told(plan: Plan, seconds: float, peak: float, costs: Costs, place: Place) -
     if place.limit is not None:
         predicted["memory_limit"] = round(place.limit)
     solver = {**plan.solver, "stage_costs": asdict(costs), "priced_starts": list(plan.pipeline.starts)}
+    if plan.saved:
+        solver["priced_saved"] = dict(plan.saved)
     return replace(plan, predicted=predicted, solver=solver)
 
 

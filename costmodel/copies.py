@@ -46,7 +46,7 @@ class Copies:
         return found
 
     def waits(self, node: fx.Node, early: Collection[fx.Node]) -> list[Value]:
-        """As `values`, of an op that runs when the gradients have been sent: copies that were made for these are there."""
+        """As `values`, of an op that runs when gradients have been sent: the copies made for these are there."""
         found: dict[Value, None] = {}
         seen: set[fx.Node] = set()
         stack = [self._nodes[node.name]]

@@ -114,8 +114,8 @@ class Steps:
         return best
 
     def micro_batch(self) -> tuple[float, float, float]:
-        """Of a stage of a pipeline: bytes that one micro-batch keeps between forward and backward, and at most while its
-        forward and its backward run, with what is kept. Of what was given, only what travelled here is not counted."""
+        """Of a stage of a pipeline: bytes that a micro-batch keeps between forward and backward, and at most while its
+        forward and its backward run, with what is kept. What was given to it is not counted."""
         saved = {b.base for b in self.saved}
         outputs = {b.base for b in self.tape.outputs if not b.base.held}
         early = _walk(self.forward, (), saved | outputs)

@@ -278,8 +278,8 @@ class _Pieces:
             table.add_once(places, pending_bytes=self._bytes(Value(source, index)))
 
     def _moving(self, where: Assignment, count: int) -> tuple[list[float], list[float]]:
-        """Per piece: bytes at most, beside all that is kept, while its ops run, with the batch that every rank is given;
-        and bytes of what is gathered and kept from forward to backward."""
+        """Per piece: bytes at most, beside all that is kept, while its ops run, and of the batch, which every rank is
+        given; and bytes of what is gathered and kept from forward to backward."""
         at = {n.meta["address"]: p for n, p in (*where.forward.items(), *where.backward.items()) if "address" in n.meta}
         copies = self.again.of if self.again else {}
         names = ((i.index, copies.get(i.name, i.name)) for i in self.items.items if i.kind == "op")

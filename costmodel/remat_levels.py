@@ -13,7 +13,7 @@ layer would be wanted by all layers behind, and by the stage behind.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from autopar.costmodel.copies import starred
 from autopar.costmodel.devices import Device
@@ -26,21 +26,24 @@ from autopar.graph import Program
 from autopar.plan import Plan
 from autopar.recompute import RECOMPUTE
 
-#: Parts of what can be let go of that a level keeps.
-PARTS = (0.7, 0.4, 0.0)
+#: Parts of what can be let go of that a level keeps; and of levels between.
+PARTS, BETWEEN = (0.7, 0.4, 0.0), (0.9, 0.8, 0.55, 0.25, 0.12)
 #: Prices of a byte where two answers take as long, in shares of all seconds.
 TIE = 1e-4
 
 
-def levels(program: Program, plan: Plan, device: str | Device) -> list[dict[str, str]]:
+def levels(
+    program: Program, plan: Plan, device: str | Device, parts: Sequence[float] = PARTS
+) -> list[dict[str, str]]:
     """What `Plan.saved` may say, each keeping less than the one before; the first, to keep everything, is not told.
 
     program: of one micro-batch. plan: of it, which says nothing of that yet, on the mesh of a stage.
+    parts: of what can be let go of, decreasing: what levels keep. Behind the last, one that keeps less yet.
     """
     search = Rematerialiser(program, plan, device, None, Policy(program.training, optimizer=plan.optimizer))
     remat = search.remat
     allowed = frozenset(remat.classes) - search.narrow
-    chosen = [_least(remat, allowed, part) for part in PARTS]
+    chosen = [_least(remat, allowed, part) for part in parts]
     layer = [frozenset(remat.classes) - {z} for z in search.narrow]  # by hand: a layer keeps one of what it hands on
     if layer:
         chosen.append(min(layer, key=lambda classes: (kept(remat, classes), sorted(classes))))
@@ -115,4 +118,4 @@ def _least(remat: Remat, allowed: Collection[int], part: float) -> frozenset[int
     return frozenset(allowed) if values is None else frozenset(c for c, column in copy.items() if values[column] > 0.5)
 
 
-__all__ = ["kept", "levels"]
+__all__ = ["BETWEEN", "PARTS", "kept", "levels"]

@@ -18,6 +18,7 @@ from autopar.costmodel.legal import Specs, plan_specs
 from autopar.costmodel.liveness import BUCKET_BYTES, PENDING_BYTES, Steps
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.stage_plans import stage_plans
+from autopar.costmodel.stages_chain import Option
 from autopar.costmodel.tape import Buffer, record
 from autopar.graph import Program
 from autopar.pipeline.cut import Stage, cut
@@ -33,14 +34,20 @@ class Held:
     """Bytes of one rank of a stage.
 
     Attributes:
-        static: parameters, optimizer state, buffers, the batch, and the sum of gradients if there are several
-            micro-batches. saved: of every micro-batch in flight, messages that it came with included.
-        transient: beside these, at most, while an action of the stage runs.
+        static: parameters, optimizer state, buffers, and the sum of gradients if there are several micro-batches.
+        saved: of every micro-batch in flight, messages that it came with included.
+        transient: beside these, at most, while an action of the stage runs; with the batch.
     """
 
     static: float
     saved: float
     transient: float
+
+    def into(self, option: Option) -> Option:
+        """An option with these bytes; what waits for weight gradients stays as it is."""
+        return replace(
+            option, static_bytes=self.static, saved_bytes=self.saved, transient_bytes=self.transient
+        )  # fmt: skip
 
 
 def held(
@@ -88,7 +95,7 @@ class _Stage:
         # A message is on its way here while the one before is worked on.
         ahead = 0.0 if self.device.gloo else whole  # gloo's place is taken by what has been sent: `_leaving`
         transient = max(early + whole - saved + back, late - kept + back + ahead, self._end() - saved)
-        return Held(slack * self._static(), slack * saved, slack * max(transient, 0.0))
+        return Held(slack * self._static(), slack * saved, slack * (max(transient, 0.0) + self.given))
 
     def _source(self, name: str) -> Buffer:
         return self.tape.made[Tensor(self._input(name).index, 0)]
@@ -107,7 +114,7 @@ class _Stage:
 
     def _static(self) -> float:
         """What is there all the time."""
-        total = self.given + self._leaving()
+        total = self._leaving()
         for item in self.items.items:
             if item.kind == "param":
                 stored = self.policy.stored(item, self.specs.outs[item.index][0], self.plan.mesh.sizes)

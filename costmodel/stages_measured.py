@@ -1,8 +1,8 @@
 """A chain some of whose stages have been looked at as they are: their bytes are put in place of those that add up.
 
 What pieces add up to is near, for every stage that there might be; a limit of bytes is kept by what a stage really
-holds. So a search chooses, what it chose is measured, and it chooses again; of stages that nobody has measured, what was
-found of others of the same plan is taken for likely.
+holds. So a search chooses, what it chose is measured, and it chooses again. Of stages that nobody has measured, what
+was found of others of the same plan is taken for likely.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Measured:
         if held is None:
             likely = factors.get(k, np.ones(len(_COLUMNS))) * [option.numbers()[c] for c in _COLUMNS]
             held = Held(*map(float, likely))
-        return replace(option, static_bytes=held.static, saved_bytes=held.saved, transient_bytes=held.transient)
+        return held.into(option)
 
     def _factors(self) -> dict[int, Floats]:
         """Option -> by what its numbers are off, where some have been measured."""
@@ -94,7 +94,7 @@ class Measured:
             told = self.chain.options(first, last)[k].numbers()
             line = np.array([[held.static, held.saved, held.transient], [told[c] for c in _COLUMNS]])
             sums[k] = sums.get(k, np.zeros_like(line)) + line
-        return {k: np.where(line[1] > 0, line[0] / np.where(line[1] > 0, line[1], 1.0), 1.0) for k, line in sums.items()}
+        return {k: np.where(told > 0, held / np.where(told > 0, told, 1.0), 1.0) for k, (held, told) in sums.items()}
 
 
 __all__ = ["Measured"]
