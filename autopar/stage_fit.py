@@ -55,9 +55,7 @@ def measured(choice: stages.Choice, among: Mapping[int, Measurable], means: Mean
     return replace(choice, best=of.chain.exact(best, ranks))
 
 
-def fitted(
-    among: Mapping[int, Measurable], limit: float, judged: Mapping[str, Any], means: Means
-) -> stages.Choice:
+def fitted(among: Mapping[int, Measurable], limit: float, judged: Mapping[str, Any], means: Means) -> stages.Choice:
     """The quickest stages found of those that hold no more than the limit. judged: of `stages.choose`.
 
     Raises:

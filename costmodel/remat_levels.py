@@ -32,9 +32,7 @@ PARTS, BETWEEN = (0.7, 0.4, 0.0), (0.9, 0.8, 0.55, 0.25, 0.12)
 TIE = 1e-4
 
 
-def levels(
-    program: Program, plan: Plan, device: str | Device, parts: Sequence[float] = PARTS
-) -> list[dict[str, str]]:
+def levels(program: Program, plan: Plan, device: str | Device, parts: Sequence[float] = PARTS) -> list[dict[str, str]]:
     """What `Plan.saved` may say, each keeping less than the one before; the first, to keep everything, is not told.
 
     program: of one micro-batch. plan: of it, which says nothing of that yet, on the mesh of a stage.
