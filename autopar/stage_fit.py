@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from autopar.plan import Plan
 
 #: How often stages are chosen and measured.
 ROUNDS = 8
+#: Cuts for which all plans are measured.
+CUTS = 3
 #: Where what adds up says that nothing fits, it may say too much: limits to choose by, as multiples of that asked for.
 MORE = (1.0, 1.1, 1.3, 1.6, 2.0, 3.0, 5.0)
 
@@ -47,12 +49,18 @@ class Measurable:
 
 def measured(choice: stages.Choice, among: Mapping[int, Measurable], means: Means, ranks: int) -> stages.Choice:
     """A choice, its best with what its stages really hold."""
-    best = choice.best
+    chain = among[choice.best.micro].chain
+    _learn(choice.best, chain.unknown(choice.best), among, means)
+    return replace(choice, best=chain.exact(choice.best, ranks))
+
+
+def _learn(best: stages.Candidate, options: Iterable[int], among: Mapping[int, Measurable], means: Means) -> None:
+    """Measure the stages of a candidate in these options."""
     of = among[best.micro]
     starts = [of.starts[c - 1] for c in best.cuts[1:-1]]
-    for k in of.chain.unknown(best):
-        of.chain.learn(best.cuts, k, means.held(of.program, of.plans[k], starts, best.micro))
-    return replace(choice, best=of.chain.exact(best, ranks))
+    for k in options:
+        if not of.chain.knows(best.cuts, k):
+            of.chain.learn(best.cuts, k, means.held(of.program, of.plans[k], starts, best.micro))
 
 
 def fitted(among: Mapping[int, Measurable], limit: float, judged: Mapping[str, Any], means: Means) -> stages.Choice:
@@ -63,6 +71,7 @@ def fitted(among: Mapping[int, Measurable], limit: float, judged: Mapping[str, A
     """
     found: stages.Choice | None = None
     chains = {micro: of.chain for micro, of in among.items()}
+    looked: set[tuple[int, tuple[int, ...]]] = set()
     for _ in range(ROUNDS):
         tried = (stages.possible(chains, limit=limit * more, **judged) for more in MORE)
         choice = next((c for c in tried if c is not None), None)
@@ -73,7 +82,11 @@ def fitted(among: Mapping[int, Measurable], limit: float, judged: Mapping[str, A
         fits = max(choice.best.peak_bytes) <= limit
         if fits and (found is None or choice.best.seconds < found.best.seconds):
             found = choice
-        if not new or (found is not None and choice.best.seconds >= found.best.seconds and not fits):
+        place = choice.best.micro, choice.best.cuts
+        if place not in looked and (fits or not new) and len(looked) < CUTS:
+            looked.add(place)  # other plans for the same stages may hold less than adds up, too
+            _learn(choice.best, range(len(among[place[0]].plans)), among, means)
+        elif not new or (found is not None and choice.best.seconds >= found.best.seconds and not fits):
             break
     # Where nothing was found, the error says what the least is, by what is known now.
     return found or stages.choose(chains, limit=limit, **judged)

@@ -23,6 +23,7 @@ from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.options import Asked
 from autopar.pipeline.clock import Costs, run
+from autopar.pipeline.cut import Stage, cut
 from autopar.pipeline.plans import AXIS, OWN, inner, inner_mesh, outer
 from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.table import homes
@@ -108,8 +109,13 @@ class Place:
     def means(self, again: bool) -> Means:
         """By what a limit may be met. again: whether by computing again."""
 
+        made: dict[tuple[int, tuple[str, ...]], list[Stage]] = {}
+
         def holds(program: Program, plan: Plan, starts: Sequence[str], micro: int) -> list[Held]:
-            return held(program, plan, starts, micro, machine(self.device, self.alone).device, self.copies)
+            key = id(program), tuple(starts)
+            if key not in made:
+                made[key] = cut(program, starts)
+            return held(program, plan, made[key], micro, machine(self.device, self.alone).device, self.copies)
 
         return Means(holds, (lambda program, plan, parts: levels(program, plan, self.device, parts)) if again else None)
 

@@ -21,7 +21,7 @@ from autopar.costmodel.stage_plans import stage_plans
 from autopar.costmodel.stages_chain import Option
 from autopar.costmodel.tape import Buffer, record
 from autopar.graph import Program
-from autopar.pipeline.cut import Stage, cut
+from autopar.pipeline.cut import Stage
 from autopar.plan import Plan
 from autopar.spec import Spec, local_shape
 
@@ -51,16 +51,15 @@ class Held:
 
 
 def held(
-    program: Program, plan: Plan, starts: Sequence[str], micro: int, device: Device, copies: int = 0
+    program: Program, plan: Plan, stages: Sequence[Stage], micro: int, device: Device, copies: int = 0
 ) -> list[Held]:
     """Of every stage of `program`, which is of one micro-batch, under `plan`, of the mesh of a stage.
 
-    starts: addresses at which stages begin. copies: of its parameters that a rank keeps besides.
+    stages: the program, cut. copies: of its parameters that a rank keeps besides.
 
     Raises:
-        PlanError: the plan is not legal, or stages cannot begin there.
+        PlanError: the plan is not legal.
     """
-    stages = cut(program, starts)
     given = 0.0
     for source in program.of_kind("input"):
         val, spec = program.node(source.node).meta["val"], plan.inputs.get(source.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from autopar.costmodel.stages_table import shape
 
 #: Columns that are measured.
 _COLUMNS = (STATIC, SAVED, TRANSIENT)
+#: Stands for options of which nothing has been measured.
+_ANY = -1
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Measured:
             places.setdefault(first, []).append((last, k, held))
         for first, block in self.chain.stages():
             out = block.copy()
-            for k, line in factors.items():
-                out[:, k, list(_COLUMNS)] *= line
+            for k in range(out.shape[1]) if factors else ():
+                out[:, k, list(_COLUMNS)] *= factors.get(k, factors[_ANY])
             for last, k, held in places.get(first, ()):
                 out[last - first - 1, k, list(_COLUMNS)] = (held.static, held.saved, held.transient)
             yield first, out
@@ -64,6 +67,10 @@ class Measured:
         """What stages with these cuts hold in an option."""
         for first, last, held in zip(cuts, cuts[1:], found):
             self.known[first, last, option] = held
+
+    def knows(self, cuts: Sequence[int], option: int) -> bool:
+        """Whether all stages with these cuts have been measured in an option."""
+        return all((first, last, option) in self.known for first, last in pairwise(cuts))
 
     def unknown(self, candidate: Candidate) -> list[int]:
         """The options of a candidate that have not been measured where it has them."""
@@ -83,17 +90,18 @@ class Measured:
     def _option(self, first: int, last: int, k: int, option: Option, factors: dict[int, Floats]) -> Option:
         held = self.known.get((first, last, k))
         if held is None:
-            likely = factors.get(k, np.ones(len(_COLUMNS))) * [option.numbers()[c] for c in _COLUMNS]
+            likely = factors.get(k, factors.get(_ANY, np.ones(len(_COLUMNS)))) * [option.numbers()[c] for c in _COLUMNS]
             held = Held(*map(float, likely))
         return held.into(option)
 
     def _factors(self) -> dict[int, Floats]:
-        """Option -> by what its numbers are off, where some have been measured."""
+        """Option -> by what its numbers are off, where some have been measured; and of all that have."""
         sums: dict[int, Floats] = {}
         for (first, last, k), held in self.known.items():
             told = self.chain.options(first, last)[k].numbers()
             line = np.array([[held.static, held.saved, held.transient], [told[c] for c in _COLUMNS]])
-            sums[k] = sums.get(k, np.zeros_like(line)) + line
+            for key in (k, _ANY):
+                sums[key] = sums.get(key, np.zeros_like(line)) + line
         return {k: np.where(told > 0, held / np.where(told > 0, told, 1.0), 1.0) for k, (held, told) in sums.items()}
 
 
