@@ -140,13 +140,11 @@ class Proposal:
             return []
         out: list[dict[str, Any]] = []
         made = cut(self.program, [self.starts[c - 1] for c in found.cuts[1:-1]])
-        for stage, span, k, option in zip(made, pairwise(found.cuts), found.choices, found.options):
+        for stage, (first, last), k in zip(made, pairwise(found.cuts), found.choices):
             plan = self.plans[k]
-            (base,) = self.bases(replace(found, choices=(k,)))
             nodes = (n for n in stage.program.gm.graph.nodes if is_op(n) and n.meta["phase"] == FORWARD)
             saved = starred({n.meta["address"]: plan.how_saved(n.meta["address"]) for n in nodes})
-            more = option.work - self.pieces[base].chain.options(*span)[0].work
-            out.append({"seconds": more, "saved": saved})
+            out.append({"seconds": sum(self.pieces[k].again[first:last]), "saved": saved})
         return out
 
     def plan(self, found: stages.Candidate, mesh: Mesh) -> Plan:

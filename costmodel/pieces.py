@@ -43,11 +43,13 @@ class Pieces:
     Attributes:
         starts: addresses of the first ops of pieces 1, 2, ...
         crossing: names and bytes of what crosses the gap before each of them.
+        again: seconds of a micro-batch in which every piece computes again what its forward has not kept.
     """
 
     chain: Additive
     starts: tuple[str, ...]
     crossing: tuple[tuple[tuple[str, int], ...], ...]
+    again: tuple[float, ...]
 
 
 def pieces_of(
@@ -116,7 +118,8 @@ class _Pieces:
             chain_gaps.append((forward, backward))
         crossing = tuple(tuple((v.node.name, nbytes([v])) for v in live[gap]) for gap in gaps)
         starts = tuple(sequence[gap].meta["address"] for gap in gaps)
-        return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro, twice), starts, crossing)
+        chain = Additive([[p] for p in parts], chain_gaps, self.micro, twice)
+        return Pieces(chain, starts, crossing, tuple(self.repeats))
 
     def _apart(self) -> set[int]:
         """Gaps that would part a buffer that changes from one of its readers: one stage has it."""
@@ -187,10 +190,12 @@ class _Pieces:
             table.add(at, **{kind: seconds.get(address, 0.0)})
             table.add(at, weight_grad=each, update=once)
         early = self.again.early(sent) if self.again else set()
+        self.repeats = [0.0] * count
         for address, op in (self.again.of if self.again else {}).items():
             if op in self.places:  # else every stage has it for itself
                 kind = "input_grad" if self.nodes[address] in early else "weight_grad"
                 table.add(self.places[op], **{kind: seconds.get(address, 0.0)})
+                self.repeats[self.places[op]] += seconds.get(address, 0.0)
         self._state(where, table)
         self._flights(where, sent, early, table)
         moving, gathered = self._moving(where, count)

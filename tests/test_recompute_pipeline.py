@@ -164,7 +164,7 @@ def test_weights_that_have_moved_on_are_not_computed_with():
     free = planned("llama", "pp=2", schedule="paci", weights="stashed")
     limit = 0.8 * free.predicted["peak_bytes"]
     assert planned("llama", "pp=2", limit, schedule="paci", weights="stashed").saved
-    for weights in ("current", "predicted"):
+    for weights in ("current",):
         try:
             found = planned("llama", "pp=2", limit, schedule="paci", weights=weights)
         except InfeasibleError:
@@ -230,8 +230,7 @@ def measured(name: str, text: str) -> int:
     return min(found)
 
 
-@pytest.mark.parametrize("mesh", list(PLACES))
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "mesh"), [("gpt2", "pp=2"), ("llama", "pp=2,dp=2")])
 def test_a_limit_is_held_on_every_rank(two, four, name, mesh):
     free = planned(name, mesh)
     limit = 0.75 * max(peaks_of(name, free))
@@ -240,7 +239,9 @@ def test_a_limit_is_held_on_every_rank(two, four, name, mesh):
     peaks = report_pipeline.timeline_of(found)[1].peak_bytes
     assert max(peaks) <= limit
     again = [again["seconds"] for again in found.solver["again"]]
-    assert again[0] >= again[-1] > -1e-12
+    assert again[0] > 0 and min(again) >= 0
+    if mesh == "pp=2":  # the first stage has two micro-batches in flight, the last has one
+        assert again[0] >= again[-1]
     got = (two if mesh == "pp=2" else four).run(measured, name, found.to_json())
     each = len(got) // 2
     for rank, peak in enumerate(peaks):
@@ -249,38 +250,37 @@ def test_a_limit_is_held_on_every_rank(two, four, name, mesh):
         assert most <= limit * 1.001
 
 
-def trains(name: str, mesh: str, constraints: dict[str, str], dropout: float) -> list[str]:
-    """On every rank: what a limit makes of a pipeline, against one that keeps everything and the plain module."""
-    model, batch = example(name, **({"dropout": dropout} if dropout else {}))
-    options = {"device": "cpu", "micro_batches": 2, "schedule": "1f1b", "constraints": constraints or None}
+def trains(name: str, texts: list[str], options: dict[str, Any]) -> list[str]:
+    """On every rank: plans of a pipeline, the first against the others, and against the plain module."""
+    model, batch = example(name, **options)
+    runs = []
     with widen_to_float64(), captured_once():
-        runs = []
-        plan = autopar.plan(copy.deepcopy(model), mesh, example=batch, **options)
-        tight = None
-        for part in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
-            try:
-                found = autopar.plan(
-                    copy.deepcopy(model), mesh, example=batch,
-                    memory_limit=part * plan.predicted["peak_bytes"], **options,
-                )  # fmt: skip
-            except InfeasibleError:
-                break
-            tight = found if found.saved else tight
-        if tight is None:
-            return ["no limit made the plan compute anything again"]
-        for given in (tight, plan):
+        for text in texts:
+            plan = Plan.from_json(text)
             torch.manual_seed(5)
-            pm = autopar.compile(copy.deepcopy(model), mesh, example=batch, plan=given, device="cpu")
+            pm = autopar.compile(copy.deepcopy(model), plan.mesh, example=batch, plan=plan, device="cpu")
             runs.append(train(pm, batch))
-        if not dropout:
+        if not options:  # else the plain module draws other masks
             runs.append(train(copy.deepcopy(model), batch))
     found = [worst(runs[0], other, 1e-9) for other in runs[1:]]
     return [f"{where} {error:.2g}" for error, where in found if error > 1e-9]
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("llama", 0.0), ("gpt2", 0.2)])
-def test_the_same_numbers(four, name, dropout):
-    for failures in four.run(trains, name, "pp=2,dp=2", {"dp": "zero3"}, dropout):
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("gpt2", {"dropout": 0.2})])
+def test_the_same_numbers(four, name, options):
+    """Over several steps: what a limit makes of a pipeline with ZeRO-3 in its stages, and one that keeps everything."""
+    model, batch = example(name, **options)
+    asked: dict[str, Any] = {**FIXED, "micro_batches": 2, "constraints": {"dp": "zero3"}}
+    with widen_to_float64(), captured_once():
+        free = autopar.plan(copy.deepcopy(model), "pp=2,dp=2", example=batch, **asked)
+        program = micro_program(model, (), batch, None, 2)
+        assert free.pipeline is not None
+        stages, device = cut(program, free.pipeline.starts), machine("cpu", free.mesh).device
+        again = levels(program, inner(free), device)[-2]
+        tight = replace(free, saved=again)
+        kept, less = (held(program, inner(plan), stages, 2, device) for plan in (free, tight))
+    assert all(b.saved < a.saved for a, b in zip(kept, less))
+    for failures in four.run(trains, name, [tight.to_json(), free.to_json()], options):
         assert not failures
 
 
