@@ -15,6 +15,7 @@ from autopar.costmodel import planner, stages
 from autopar.costmodel.copies import starred
 from autopar.costmodel.pieces import Pieces
 from autopar.costmodel.remat_levels import BETWEEN, PARTS
+from autopar.costmodel.stage_fit import Means, Measurable, fitted, measured
 from autopar.costmodel.stages_chain import Additive, Alternatives
 from autopar.costmodel.stages_measured import Measured
 from autopar.errors import CaptureError, InfeasibleError
@@ -24,7 +25,6 @@ from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import AXIS, outer
 from autopar.plan import Pipeline, Plan
 from autopar.rule import Choice
-from autopar.stage_fit import Means, Measurable, fitted, measured
 
 #: Bytes that no plan needs: the limit is a stage's, and the planner sees all stages in one.
 UNLIMITED = 1 << 62

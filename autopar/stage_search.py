@@ -16,6 +16,7 @@ from autopar.costmodel import planner, stages
 from autopar.costmodel.devices import Device, machine, part
 from autopar.costmodel.pieces import Pieces, pieces_of
 from autopar.costmodel.remat_levels import levels
+from autopar.costmodel.stage_fit import Means
 from autopar.costmodel.stage_memory import Held, held
 from autopar.costmodel.stages_answer import size
 from autopar.errors import BatchError, CaptureError, InfeasibleError, PlanError, ScheduleError
@@ -31,7 +32,6 @@ from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
 from autopar.recompute import present
-from autopar.stage_fit import Means
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.

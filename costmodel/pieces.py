@@ -293,7 +293,8 @@ class _Pieces:
         moving, kept = liveness.moving(
             self.items, self.plan, self.specs, piece, count, device.gloo, device.weights_from
         )  # fmt: skip
-        given = sum(self._bytes(Value(i.node, 0)) for i in self.items.items if i.kind == "input" and i.node is not None)
+        inputs = [Value(i.node, 0) for i in self.items.items if i.kind == "input" and i.node is not None]
+        given = nbytes(inputs) + sum(map(self._bytes, inputs))  # the batch, and this rank's pieces of it
         return [size + given * self.micro for size in moving], kept
 
     def _bytes(self, value: Value) -> float:
