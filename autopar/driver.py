@@ -391,11 +391,11 @@ class _Builder:
             with control.together("checking the plan"):
                 plan = check_pipeline(self.given, program_of, rows, asked)
         else:
-            storage = inner(first).storage if first is not None else None
+            storage, saved = (inner(first).storage, first.saved) if first is not None else (None, None)
 
             def made() -> str:
                 found = plan_pipeline(
-                    program_of, rows, asked, lambda p: _planner_options(p, asked), storage, pipeline
+                    program_of, rows, asked, lambda p: _planner_options(p, asked), storage, pipeline, saved
                 )
                 return found.to_json()
 

@@ -6,14 +6,20 @@ quickest, or, where memory decides, one that holds less; stages need not run the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from autopar.costmodel import planner, stages
+from autopar.costmodel.copies import starred
 from autopar.costmodel.pieces import Pieces
+from autopar.costmodel.remat_levels import BETWEEN, PARTS
+from autopar.costmodel.stage_fit import Means, Measurable, fitted, measured
+from autopar.costmodel.stages_chain import Additive, Alternatives
+from autopar.costmodel.stages_measured import Measured
 from autopar.errors import CaptureError, InfeasibleError
-from autopar.graph import Program
+from autopar.graph import FORWARD, Program, is_op
 from autopar.mesh import Mesh
 from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import AXIS, outer
@@ -24,6 +30,11 @@ from autopar.rule import Choice
 UNLIMITED = 1 << 62
 #: Plans that hold less are made for so much of a rank's memory, if every stage held as much.
 SHARES = (1.0, 0.5)
+#: Numbers of micro-batches for which it is looked into what may be computed again: those that are quickest without a
+#: limit; and the most.
+QUICK = 2
+#: What part of a step must be to be had for levels between those of the first look.
+LEAST_GAIN = 1e-3
 
 #: (program of a micro-batch, plan, micro-batches, addresses at which pieces begin if that is settled) -> the pieces.
 PiecesOf = Callable[[Program, Plan, int, Sequence[str]], Pieces]
@@ -39,7 +50,7 @@ class Proposal:
     Attributes:
         program: of a micro-batch. plans: of it, on the mesh of a stage; a stage runs what one of them says.
         pieces: of each plan, all with the same beginnings.
-        again: makes another plan, for a limit of bytes, and its pieces.
+        again: makes another plan, for a limit of bytes, and its pieces. priced: the pieces of a plan.
         taken: the first plan is that of another size of micro-batch. tightened: plans that hold less were looked for.
     """
 
@@ -47,6 +58,7 @@ class Proposal:
     plans: tuple[Plan, ...]
     pieces: tuple[Pieces, ...]
     again: Callable[[float, Sequence[str]], tuple[Plan, Pieces]]
+    priced: Callable[[Plan, Sequence[str]], Pieces]
     taken: bool = False
     tightened: bool = False
 
@@ -59,20 +71,23 @@ class Proposal:
         def again(limit: float, starts: Sequence[str]) -> tuple[Plan, Pieces]:
             # What a stage keeps, it keeps for all that are in flight: a limit for one micro-batch would not tell what.
             plan = planner.plan(program, mesh, **{**options, "memory_limit": limit, **KEPT})
-            return plan, pieces(program, plan, micro, starts)
+            return plan, priced(plan, starts)
+
+        def priced(plan: Plan, starts: Sequence[str]) -> Pieces:
+            return pieces(program, plan, micro, starts)
 
         known = None
         if like is not None:
             known = planner.transfer(program, like, device=options["device"], memory_limit=UNLIMITED)
         if known is not None:
-            return cls(program, (known,), (pieces(program, known, micro, ()),), again, True)
+            return cls(program, (known,), (priced(known, ()),), again, priced, True)
         plan, found = again(UNLIMITED, ())
-        return cls(program, (plan,), (found,), again)
+        return cls(program, (plan,), (found,), again, priced)
 
     def own(self) -> Proposal:
         """With a plan of its own in place of one that is taken from another size."""
         plan, pieces = self.again(UNLIMITED, self.starts)
-        return Proposal(self.program, (plan,), (pieces,), self.again)
+        return Proposal(self.program, (plan,), (pieces,), self.again, self.priced)
 
     def with_smaller(self, limits: Sequence[float]) -> Proposal:
         """With plans for less memory, as far as there are any; of one that has been asked before, itself."""
@@ -89,15 +104,51 @@ class Proposal:
                 pieces.append(found)
         return replace(self, plans=tuple(plans), pieces=tuple(pieces), tightened=True)
 
+    def with_levels(self, means: Means, parts: Sequence[float], bases: Collection[int] | None = None) -> Proposal:
+        """With plans that keep less of a micro-batch.
+
+        parts: how much less, as `remat_levels.levels`. bases: of which of the plans, those that compute nothing again;
+        None: of the quickest, and of the one that holds least.
+        """
+        if means.levels is None:
+            return self
+        plans, found = list(self.plans), list(self.pieces)
+        plain = [k for k, plan in enumerate(plans) if not plan.saved]
+        for base in sorted({plain[0], plain[-1]} if bases is None else bases):
+            for saved in means.levels(self.program, self.plans[base], parts):
+                plan = replace(self.plans[base], saved=dict(saved))
+                if all((p.choices is not plan.choices) or p.saved != plan.saved for p in plans):
+                    plans.append(plan)
+                    found.append(self.priced(plan, self.starts))
+        return replace(self, plans=tuple(plans), pieces=tuple(found))
+
+    def bases(self, found: stages.Candidate) -> set[int]:
+        """The plans that those of a candidate's stages would be if they computed nothing again."""
+        used = [self.plans[k].choices for k in found.choices]
+        return {k for k, p in enumerate(self.plans) if not p.saved and any(p.choices is c for c in used)}
+
     @property
     def starts(self) -> tuple[str, ...]:
         """Addresses at which pieces begin, but for the first."""
         return self.pieces[0].starts
 
     @property
-    def chain(self) -> stages.Chain:
+    def chain(self) -> Additive | Alternatives:
         """The pieces as what stages are cut from."""
-        return self.pieces[0].chain if len(self.pieces) == 1 else stages.Alternatives([p.chain for p in self.pieces])
+        return self.pieces[0].chain if len(self.pieces) == 1 else Alternatives([p.chain for p in self.pieces])
+
+    def repeated(self, found: stages.Candidate) -> list[dict[str, Any]]:
+        """What every stage of a candidate computes again, and the seconds that takes of a micro-batch; for reports."""
+        if not any(self.plans[k].saved for k in found.choices):
+            return []
+        out: list[dict[str, Any]] = []
+        made = cut(self.program, [self.starts[c - 1] for c in found.cuts[1:-1]])
+        for stage, (first, last), k in zip(made, pairwise(found.cuts), found.choices):
+            plan = self.plans[k]
+            nodes = (n for n in stage.program.gm.graph.nodes if is_op(n) and n.meta["phase"] == FORWARD)
+            saved = starred({n.meta["address"]: plan.how_saved(n.meta["address"]) for n in nodes})
+            out.append({"seconds": sum(self.pieces[k].again[first:last]), "saved": saved})
+        return out
 
     def plan(self, found: stages.Candidate, mesh: Mesh) -> Plan:
         """The plan of a candidate: every stage as the plan says that it chose."""
@@ -139,38 +190,53 @@ def proposals_of(
     return {micro: found[micro] for micro in counts if micro in found}
 
 
-def best_choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+def best_choice(
+    proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any], means: Means
+) -> stages.Choice:
     """Stages, micro-batches and schedule. What is chosen gets a plan of its own, if it has that of another size.
 
-    judged: of `stages.choose`: ranks, link, schedules.
+    judged: of `stages.choose`: ranks, link, schedules. means: by which a limit may be met.
 
     Raises:
         As `stages.choose`.
     """
     while True:
-        choice = _choice(proposals, limit, judged)
+        choice = _choice(proposals, limit, judged, means)
         chosen = proposals[choice.best.micro]
         if not chosen.taken:
             return choice
         proposals[choice.best.micro] = chosen.own()
 
 
-def _choice(proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any]) -> stages.Choice:
+def _choice(
+    proposals: dict[int, Proposal], limit: float | None, judged: Mapping[str, Any], means: Means
+) -> stages.Choice:
     """The best of what is proposed; where memory decides, `proposals` get plans that hold less."""
-    refused: InfeasibleError | None = None
-    try:
-        choice = stages.choose(chains_of(proposals), limit=limit, **judged)
-        if limit is None or not _binds(choice, chains_of(proposals), judged):
-            return choice
-    except InfeasibleError as error:
-        refused = error
-    assert limit is not None
+    free = stages.choose(chains_of(proposals), limit=None, **judged)
+    if limit is None or max(free.best.peak_bytes) <= limit:
+        return free
+    free = measured(free, _measurable(proposals), means, judged["ranks"])
+    if max(free.best.peak_bytes) <= limit:
+        return free
+    near = sorted(free.runners, key=lambda c: c.seconds)
+    quick = [*dict.fromkeys(c.micro for c in (free.best, *near))][:QUICK]
     for micro, proposal in proposals.items():
-        proposals[micro] = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
-    try:
-        return stages.choose(chains_of(proposals), limit=limit, **judged)
-    except InfeasibleError as error:
-        raise error if any(len(p.plans) > 1 for p in proposals.values()) or refused is None else refused from None
+        found = proposal.with_smaller([limit * judged["ranks"] * share for share in SHARES])
+        proposals[micro] = found.with_levels(means, PARTS) if micro in (*quick, max(proposals)) else found
+    among = _measurable(proposals)
+    choice = fitted(among, limit, judged, means)
+    micro = choice.best.micro
+    if means.levels is None or free.best.seconds > choice.best.seconds * (1 - LEAST_GAIN):
+        return choice
+    proposals[micro] = proposals[micro].with_levels(means, BETWEEN, proposals[micro].bases(choice.best))
+    finer = _measurable({micro: proposals[micro]})
+    finer[micro].chain.known.update(among[micro].chain.known)
+    better = fitted(finer, limit, judged, means)
+    return replace(choice, best=better.best) if better.best.seconds < choice.best.seconds else choice
+
+
+def _measurable(proposals: Mapping[int, Proposal]) -> dict[int, Measurable]:
+    return {m: Measurable(p.program, p.plans, p.starts, Measured(p.chain)) for m, p in proposals.items()}
 
 
 def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Plan:
@@ -181,11 +247,14 @@ def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Pl
     storage: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
+    forward = [n.meta["address"] for n in program.gm.graph.nodes if is_op(n) and n.meta["phase"] == FORWARD]
+    saved: dict[str, str | None] = {}
     for stage, plan in zip(cut(program, starts), plans):
         names = {s.name for s in stage.program.sources} | {s.name for s in stage.program.sinks}
-        addresses = (n.meta["address"] for n in stage.program.gm.graph.nodes if "address" in n.meta)
+        addresses = [n.meta["address"] for n in stage.program.gm.graph.nodes if "address" in n.meta]
         # What several stages have, masks and shared parameters, is as in the first of them.
         choices.update({a: plan.choice(a) for a in addresses if a not in choices})
+        saved.update({a: plan.how_saved(a) for a in addresses if a not in saved})
         for found, given in ((storage, plan.storage), (inputs, plan.inputs), (outputs, plan.outputs)):
             found.update({k: v for k, v in given.items() if k in names and k not in found})
     first = plans[0]
@@ -195,6 +264,7 @@ def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Pl
         storage={**first.storage, **storage},
         inputs={**first.inputs, **inputs},
         outputs={**first.outputs, **outputs},
+        saved=starred({a: saved.get(a) for a in forward}),
     )
     planner.check_plan(program, merged)
     return merged
@@ -203,12 +273,6 @@ def merged(program: Program, plans: Sequence[Plan], starts: Sequence[str]) -> Pl
 def chains_of(proposals: Mapping[int, Proposal]) -> dict[int, stages.Chain]:
     """Number of micro-batches -> what stages are cut from."""
     return {micro: proposal.chain for micro, proposal in proposals.items()}
-
-
-def _binds(choice: stages.Choice, chains: Mapping[int, stages.Chain], judged: Mapping[str, Any]) -> bool:
-    """Whether more memory would make the step quicker."""
-    free = stages.choose(chains, limit=None, top=0, **judged)
-    return free.bound < choice.best.seconds * (1 - 1e-9)
 
 
 __all__ = ["UNLIMITED", "Proposal", "best_choice", "merged", "proposals_of"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from rich.console import RenderableType
 from rich.table import Table as Columns
@@ -16,7 +16,7 @@ from autopar.pipeline.schedules import schedule
 from autopar.pipeline.table import Table, homes
 from autopar.pipeline.tables import table_of, timed, with_updates
 from autopar.plan import Pipeline, Plan
-from autopar.report import bytes_, plain_table, seconds
+from autopar.report import again_text, bytes_, plain_table, seconds
 
 
 def costs_of(plan: Plan) -> Costs:
@@ -32,9 +32,16 @@ def costs_of(plan: Plan) -> Costs:
             "the plan has no priced pipeline; make one on a mesh with an axis pp, such as --mesh pp=4,dp=2, with "
             "`autopar plan`"
         )
-    if list(plan.pipeline.starts) != plan.solver.get("priced_starts"):
+    if _edited(plan):
         raise PlanError("the stages were edited after the plan was priced, so that its figures are of others")
     return Costs(**{name: tuple(values) for name, values in found.items()})
+
+
+def _edited(plan: Plan) -> bool:
+    """Whether stages, or what they compute again, are others than those that were priced."""
+    assert plan.pipeline is not None
+    priced = plan.solver.get("priced_starts"), plan.solver.get("priced_saved", {})
+    return (list(plan.pipeline.starts), dict(plan.saved)) != priced
 
 
 def ranks_of(plan: Plan) -> int:
@@ -95,7 +102,7 @@ def stages(plan: Plan) -> list[RenderableType]:
     ]
     if "stage_costs" not in plan.solver:
         return parts
-    if list(pipeline.starts) != plan.solver.get("priced_starts"):
+    if _edited(plan):
         return [*parts, Text("the stages were edited after the plan was priced: figures are of the stages before")]
     costs = costs_of(plan)
     table, timeline = timeline_of(plan)
@@ -115,6 +122,9 @@ def stages(plan: Plan) -> list[RenderableType]:
             bytes_(costs.static_bytes[stage]), bytes_(timeline.stage_peak_bytes[stage]),
         )  # fmt: skip
     parts.append(columns)
+    for stage, again in enumerate(plan.solver.get("again", ())):
+        text = again_text(replace(plan, saved=again["saved"]))
+        parts.append(Text(f"stage {stage}, {seconds(again['seconds'])} of every micro-batch: {text}"))
     told = plan.solver.get("stages", [])
     if isinstance(told, Sequence) and len(told) > 1:
         parts += [Text(f"chosen: {told[0]}"), Text("what else was found:"), *(Text(str(line)) for line in told[1:])]

@@ -15,18 +15,23 @@ from typing import Any
 from autopar.costmodel import planner, stages
 from autopar.costmodel.devices import Device, machine, part
 from autopar.costmodel.pieces import Pieces, pieces_of
+from autopar.costmodel.remat_levels import levels
+from autopar.costmodel.stage_fit import Means
+from autopar.costmodel.stage_memory import Held, held
 from autopar.costmodel.stages_answer import size
 from autopar.errors import BatchError, CaptureError, InfeasibleError, PlanError, ScheduleError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.options import Asked
 from autopar.pipeline.clock import Costs, run
+from autopar.pipeline.cut import Stage, cut
 from autopar.pipeline.plans import AXIS, OWN, inner, inner_mesh, outer
 from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
+from autopar.recompute import present
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.
@@ -101,6 +106,19 @@ class Place:
         """What `stages.choose` is told of it."""
         return {"ranks": self.ranks, "link": self.link}
 
+    def means(self, again: bool) -> Means:
+        """By what a limit may be met. again: whether by computing again."""
+
+        made: dict[tuple[int, tuple[str, ...]], list[Stage]] = {}
+
+        def holds(program: Program, plan: Plan, starts: Sequence[str], micro: int) -> list[Held]:
+            key = id(program), tuple(starts)
+            if key not in made:
+                made[key] = cut(program, starts)
+            return held(program, plan, made[key], micro, machine(self.device, self.alone).device, self.copies)
+
+        return Means(holds, (lambda program, plan, parts: levels(program, plan, self.device, parts)) if again else None)
+
     def pieces(self, program: Program, plan: Plan, micro: int, starts: Sequence[str] = ()) -> Pieces:
         """As `costmodel.pieces.pieces_of`."""
         return pieces_of(
@@ -115,6 +133,7 @@ def plan_pipeline(
     options: Callable[[Program], Mapping[str, Any]],
     storage: Mapping[str, Storage] | None = None,
     pipeline: Pipeline | None = None,
+    saved: Mapping[str, str] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Plan:
     """The plan of a batch of `rows` on `asked.mesh`.
@@ -123,6 +142,7 @@ def plan_pipeline(
         program_of: number of micro-batches -> the program of one of them.
         options: of the planner, for a program.
         storage: where parameters lie already. pipeline: stages and schedule that are decided already.
+        saved: and, with these, what is computed again.
 
     Raises:
         BatchError, ScheduleError: the batch, or the schedule, does not go with the mesh.
@@ -138,6 +158,8 @@ def plan_pipeline(
     if pipeline is not None:
         program = program_of(pipeline.micro)
         plan = planner.plan(program, place.alone, **{**wishes(program), "memory_limit": UNLIMITED})
+        if program.training and saved:
+            plan = replace(plan, saved=present(program, saved))
         return _decided(program, plan, pipeline, place)
     counts = micro_choices(rows, place.ranks, asked)
     proposals = proposals_of(counts, place.alone, place.pieces, program_of, wishes)
@@ -150,7 +172,7 @@ def plan_pipeline(
     more = more_choices(rows, counts, asked)
     while True:
         try:
-            choice = best_choice(proposals, place.limit, judged)
+            choice = best_choice(proposals, place.limit, judged, place.means(_may_repeat(asked)))
             break
         except InfeasibleError:
             if not more:
@@ -169,6 +191,7 @@ def plan_pipeline(
         "gap": choice.gap,
         "stages": str(choice).splitlines(),
         "stages_s": round(time.perf_counter() - began, 3),
+        **({"again": repeated} if (repeated := chosen.repeated(best)) else {}),
     }
     return replace(plan, solver={**plan.solver, **solver})
 
@@ -182,9 +205,14 @@ def _decided(program: Program, plan: Plan, pipeline: Pipeline, place: Place) -> 
     pieces = place.pieces(program, plan, pipeline.micro, pipeline.starts)
     chain, cuts = pieces.chain, [pieces.starts.index(start) + 1 for start in pipeline.starts]
     found = [chain.options(a, b)[0] for a, b in pairwise([0, *cuts, chain.pieces])]
-    costs = _costs(found, [chain.gap_bytes(c) for c in cuts], place.link)
+    gaps = [chain.gap_bytes(c) for c in cuts]
     table, steps = timed(pipeline, place.ranks, program.training)
+    costs = _costs(found, gaps, place.link)
     timeline = run(table, costs)
+    if place.limit is not None and max(timeline.peak_bytes) > place.limit:  # what adds up may be too much
+        bytes_ = place.means(False).held(program, plan, pipeline.starts, pipeline.micro)
+        costs = _costs([h.into(o) for h, o in zip(bytes_, found)], gaps, place.link)
+        timeline = run(table, costs)
     peak = max(timeline.peak_bytes)
     if place.limit is not None and peak > place.limit:
         rank = timeline.peak_bytes.index(peak)
@@ -221,6 +249,8 @@ def _told(plan: Plan, seconds: float, peak: float, costs: Costs, place: Place) -
     if place.limit is not None:
         predicted["memory_limit"] = round(place.limit)
     solver = {**plan.solver, "stage_costs": asdict(costs), "priced_starts": list(plan.pipeline.starts)}
+    if plan.saved:
+        solver["priced_saved"] = dict(plan.saved)
     return replace(plan, predicted=predicted, solver=solver)
 
 
@@ -250,6 +280,12 @@ def balanced(work: Sequence[float], stages: int) -> list[int]:
         end = best[count, end][1]
         cuts.append(end)
     return cuts[::-1][1:]
+
+
+def _may_repeat(asked: Asked) -> bool:
+    """Whether a backward finds the weights of its forward, so that it may compute again what that has not kept."""
+    known = SCHEDULES.get(asked.schedule or "")
+    return asked.recompute and (known is None or not known.asynchronous or asked.weights == "stashed")
 
 
 def _schedules(asked: Asked) -> tuple[str, ...]:

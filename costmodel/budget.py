@@ -70,7 +70,7 @@ class Budget:
         search = self.search(self.limit)
         found = search.run(self.orders) if hopeful else None
         self.binding = found is None or search.binding
-        if not self._keeps_less() or not hopeful or not self.binding:
+        if not self.keeps_less or not hopeful or not self.binding:
             return found  # the last: of a limit that is no matter
         if found is not None and not quicker(self.free, found):
             self.binding = False
@@ -102,7 +102,7 @@ class Budget:
     def smallest(self) -> Found:
         """About the least memory that any plan needs, with what can be computed again."""
         least = self.least()
-        if not self._keeps_less() or (self.limit is not None and least.peak <= self.limit):
+        if not self.keeps_less or (self.limit is not None and least.peak <= self.limit):
             return least
         try:
             found = self._rematerialiser(least).smallest()
@@ -138,7 +138,8 @@ class Budget:
             self.recompute, self.offload,
         )  # fmt: skip
 
-    def _keeps_less(self) -> bool:
+    @property
+    def keeps_less(self) -> bool:
         """Whether anything need not be kept."""
         return self.program.training and (self.recompute or (self.offload and self.device.host is not None))
 

@@ -54,7 +54,7 @@ class HostSearch:
             tried.append((base, alone))
             if alone is not None and (found is None or quicker(alone, found)):
                 found = alone
-        if not budget.recompute:
+        if not budget.keeps_less:
             return found
         # Those that come off best alone are tried together with recomputation.
         tried.sort(key=lambda pair: (pair[0] if pair[1] is None else pair[1]).timeline.step_s)
@@ -77,7 +77,7 @@ class HostSearch:
         for base in bases:
             there = self.measured(base, self.order(base.plan))
             found = [there]
-            if budget.recompute:
+            if budget.keeps_less:
                 try:
                     less = self._rematerialiser(there).smallest()
                     found.append(replace(there, plan=less.plan, timeline=less.timeline, price=less.price))
@@ -182,7 +182,8 @@ class HostSearch:
     def _rematerialiser(self, base: Found) -> Rematerialiser:
         b = self.budget
         return Rematerialiser(
-            b.program, base.plan, b.device, b.links, b.policy, b.fold.items, b.fold, b.deadline
+            b.program, base.plan, b.device, b.links, b.policy, b.fold.items, b.fold, b.deadline, b.recompute,
+            b.offload,
         )  # fmt: skip
 
     def _late(self) -> bool:

@@ -69,21 +69,31 @@ def _trained(items: Items, plan: Plan, specs: Specs) -> list[tuple[int, int]]:
 def moving(
     items: Items, plan: Plan, specs: Specs, piece: Mapping[int, int], count: int, gloo: bool = False,
     weights_from: float | None = None,
-) -> list[float]:  # fmt: skip
-    """Per piece of a program, bytes at most of what comes and goes while its ops run: neither saved nor gradients.
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Per piece of a program, bytes at most of what comes and goes while its ops run: neither saved nor gradients; and
+    bytes of what is gathered for its forward and kept for the backward.
 
     piece: number of an op -> number of its piece, of `count`. What belongs to no op, buckets, is of its neighbours'.
     """
     tape = record(items, plan, specs, gloo, weights_from)
     found, at = [0.0] * count, 0
+    steps = Steps(tape)
+    gathered = {b.base for b in steps.saved if b.base.kind in ("gathered", "collectives")}
+    kept = [0.0] * count
+    for buffer in gathered:
+        buffer.kind = "activations"
 
     def look(event: Event, totals: Mapping[str, float]) -> None:
         nonlocal at
         at = piece.get(tape.owner.get(event, -1), at)
         found[at] = max(found[at], sum(totals[kind] for kind in ("gathered", "collectives", "transient")))
+        for x in event.ins:
+            if x.base in gathered and event in tape.owner:
+                gathered.discard(x.base)
+                kept[at] += x.base.size
 
-    Steps(tape).peak(0.0, look)
-    return found
+    steps.peak(0.0, look)
+    return found, kept
 
 
 #: What looks on while events run: bytes by kind, right behind each.
@@ -122,6 +132,16 @@ class Steps:
             update = {"gradients": sum(b.size for b in grads), "transient": scratch}
             best = max(best, update, key=lambda m: sum(m.values()))
         return best
+
+    def micro_batch(self) -> tuple[float, float, float]:
+        """Of a stage of a pipeline: bytes that a micro-batch keeps between forward and backward, and at most while its
+        forward and its backward run, with what is kept. What was given to it is not counted."""
+        saved = {b.base for b in self.saved}
+        outputs = {b.base for b in self.tape.outputs if not b.base.held}
+        early = _walk(self.forward, (), saved | outputs)
+        ends = {b.base for b in (*self.tape.grads, *self.tape.sent_back) if not b.base.held}
+        late = _walk(self.backward, saved, ends)
+        return sum(b.size for b in saved), sum(early.values()), sum(late.values())
 
 
 def _walk(

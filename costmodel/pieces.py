@@ -17,6 +17,7 @@ from torch import fx
 
 from autopar.costmodel import liveness
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.copies import Copies
 from autopar.costmodel.devices import Device, machine
 from autopar.costmodel.items import Items, Tensor, items_of
 from autopar.costmodel.legal import Specs, plan_specs
@@ -42,11 +43,13 @@ class Pieces:
     Attributes:
         starts: addresses of the first ops of pieces 1, 2, ...
         crossing: names and bytes of what crosses the gap before each of them.
+        again: seconds of a micro-batch in which every piece computes again what its forward has not kept.
     """
 
     chain: Additive
     starts: tuple[str, ...]
     crossing: tuple[tuple[tuple[str, int], ...], ...]
+    again: tuple[float, ...]
 
 
 def pieces_of(
@@ -82,11 +85,14 @@ class _Pieces:
         self.plan, self.stages, self.micro, self.copies = plan, stages, micro, copies
         self.policy = Policy(program.training, optimizer=plan.optimizer)
         self.items: Items = items_of(program, plan.saved)
-        self.program = program = self.items.program
+        self.program = program
         self.specs: Specs = plan_specs(self.items, plan)
         self.where = machine(device, plan.mesh)
+        # Cut is what there is before anything is computed again: a copy goes with its op.
         self.regions: Regions = regions_of(program)
-        self.index = {i.node: i.index for i in self.items.items if i.node is not None}
+        self.index = {i.node.name: i.index for i in self.items.items if i.node is not None}
+        self.again = Copies(self.items.program) if plan.saved else None
+        self.nodes = {i.name: i.node for i in self.items.items if i.kind == "op"}
         compute = Compute(self.items, self.where)
         self.tasks = Tasks(self.items, plan, self.specs, compute, self.where)
         self.timeline = run(self.items, plan, self.specs, compute, Comm(self.where), self.policy)
@@ -102,6 +108,7 @@ class _Pieces:
             apart = self._apart()
             gaps = self._trained([gap for gap in found if gap not in apart])
         where = assign(self.regions, gaps)
+        self.places = {n.meta["address"]: at for n, at in where.forward.items()}
         parts, twice = self._parts(where, len(gaps) + 1, seconds, late)
         back = self._returning(where)
         chain_gaps = []
@@ -111,7 +118,8 @@ class _Pieces:
             chain_gaps.append((forward, backward))
         crossing = tuple(tuple((v.node.name, nbytes([v])) for v in live[gap]) for gap in gaps)
         starts = tuple(sequence[gap].meta["address"] for gap in gaps)
-        return Pieces(Additive([[p] for p in parts], chain_gaps, self.micro, twice), starts, crossing)
+        chain = Additive([[p] for p in parts], chain_gaps, self.micro, twice)
+        return Pieces(chain, starts, crossing, tuple(self.repeats))
 
     def _apart(self) -> set[int]:
         """Gaps that would part a buffer that changes from one of its readers: one stage has it."""
@@ -181,11 +189,21 @@ class _Pieces:
             each, once = late.get(address, (0.0, 0.0))
             table.add(at, **{kind: seconds.get(address, 0.0)})
             table.add(at, weight_grad=each, update=once)
+        early = self.again.early(sent) if self.again else set()
+        self.repeats = [0.0] * count
+        for address, op in (self.again.of if self.again else {}).items():
+            if op in self.places:  # else every stage has it for itself
+                kind = "input_grad" if self.nodes[address] in early else "weight_grad"
+                table.add(self.places[op], **{kind: seconds.get(address, 0.0)})
+                self.repeats[self.places[op]] += seconds.get(address, 0.0)
         self._state(where, table)
-        self._flights(where, sent, table)
-        moving = self._moving(where, count)
+        self._flights(where, sent, early, table)
+        moving, gathered = self._moving(where, count)
         slack = 1 + self.where.device.slack
-        parts = [replace(part, transient_bytes=size) for part, size in zip(table.parts, moving)]
+        parts = [
+            replace(part, transient_bytes=size, saved_bytes=part.saved_bytes + more)
+            for part, size, more in zip(table.parts, moving, gathered)
+        ]
         return [_larger(p, slack) for p in parts], [Twice(a, b, _larger(o, slack)) for a, b, o in table.twice]
 
     def _sent_back(self, where: Assignment) -> set[fx.Node]:
@@ -235,10 +253,11 @@ class _Pieces:
                 update = device.update_seconds(self.policy.update_bytes(item, spec, sizes))
                 table.add_once(where.params[item.name], static_bytes=sum(held.values()) + more, update=update)
             elif item.kind == "buffer" and item.node is not None:
-                readers = {where.forward[n] for n in item.node.users if n in where.forward}
+                names = {n.name for n in item.node.users}
+                readers = {at for n, at in where.forward.items() if n.name in names}
                 table.add_once(readers, static_bytes=self._bytes(Value(item.node, 0)))
 
-    def _flights(self, where: Assignment, sent: set[fx.Node], table: _Sums) -> None:
+    def _flights(self, where: Assignment, sent: set[fx.Node], early: set[fx.Node], table: _Sums) -> None:
         """What is kept of a micro-batch in flight. What several pieces' backwards read, a stage of them keeps once."""
         saved: dict[tuple[fx.Node, int], set[int]] = {}
         waits: dict[tuple[fx.Node, int], set[int]] = {}
@@ -246,11 +265,14 @@ class _Pieces:
             if node.op == "placeholder":
                 continue
             reads = self.regions.reads(node)
-            for value in reads.values:
+            kept = self.again.values(node) if self.again else reads.values
+            for value in kept:
                 base = _base(value)
                 saved.setdefault((base.node, base.index), set()).add(at)
-                if node not in sent:
-                    waits.setdefault((base.node, base.index), set()).add(at)
+            late = () if node in sent else self.again.waits(node, early) if self.again else kept
+            for value in late:
+                base = _base(value)
+                waits.setdefault((base.node, base.index), set()).add(at)
             for value in reads.grads if node not in sent else ():
                 base = _base(value)
                 if base.node in sent:
@@ -260,19 +282,25 @@ class _Pieces:
         for (source, index), places in waits.items():
             table.add_once(places, pending_bytes=self._bytes(Value(source, index)))
 
-    def _moving(self, where: Assignment, count: int) -> list[float]:
-        """Per piece: bytes at most, beside all that is kept, while its ops run; the batch that every rank is given."""
-        at = {**where.forward, **where.backward}
-        piece = {i.index: at[i.node] for i in self.items.items if i.node is not None and i.node in at}
+    def _moving(self, where: Assignment, count: int) -> tuple[list[float], list[float]]:
+        """Per piece: bytes at most, beside all that is kept, while its ops run, and of the batch, which every rank is
+        given; and bytes of what is gathered and kept from forward to backward."""
+        at = {n.meta["address"]: p for n, p in (*where.forward.items(), *where.backward.items()) if "address" in n.meta}
+        copies = self.again.of if self.again else {}
+        names = ((i.index, copies.get(i.name, i.name)) for i in self.items.items if i.kind == "op")
+        piece = {index: at[name] for index, name in names if name in at}
         device = self.where.device
-        moving = liveness.moving(self.items, self.plan, self.specs, piece, count, device.gloo, device.weights_from)
-        given = sum(self._bytes(Value(i.node, 0)) for i in self.items.items if i.kind == "input" and i.node is not None)
-        return [size + given * self.micro for size in moving]
+        moving, kept = liveness.moving(
+            self.items, self.plan, self.specs, piece, count, device.gloo, device.weights_from
+        )  # fmt: skip
+        inputs = [Value(i.node, 0) for i in self.items.items if i.kind == "input" and i.node is not None]
+        given = nbytes(inputs) + sum(map(self._bytes, inputs))  # the batch, and this rank's pieces of it
+        return [size + given * self.micro for size in moving], kept
 
     def _bytes(self, value: Value) -> float:
         """Bytes of a value on one rank."""
-        spec = self.specs.outs[self.index[value.node]][value.index]
-        meta = self.items.meta(Tensor(self.index[value.node], value.index))
+        spec = self.specs.outs[self.index[value.node.name]][value.index]
+        meta = self.items.meta(Tensor(self.index[value.node.name], value.index))
         count = 1
         for n in local_shape(meta.shape, spec, self.plan.mesh.sizes):
             count *= n

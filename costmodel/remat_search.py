@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from autopar.costmodel.comm import Comm
+from autopar.costmodel.copies import starred
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.fold import Fold, fold
 from autopar.costmodel.items import Items, Tensor, items_of
@@ -26,11 +26,11 @@ from autopar.costmodel.price import Price, price
 from autopar.costmodel.remat import USABLE, Chosen, Remat
 from autopar.costmodel.simulate import Timeline, run
 from autopar.costmodel.tape import record
-from autopar.graph import Program, pattern
+from autopar.graph import Program
 from autopar.offload import COPIES
 from autopar.pipeline.regions import nbytes, regions_of
 from autopar.plan import Plan
-from autopar.recompute import KEEP, OFFLOADED, RECOMPUTE
+from autopar.recompute import OFFLOADED, RECOMPUTE
 
 #: The layer of an op: its address up to the first number in it.
 _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
@@ -246,18 +246,7 @@ class Rematerialiser:
     def _saved(self, chosen: Chosen) -> dict[str, str]:
         """What the plan says: starred where most layers agree."""
         how = {**dict.fromkeys(chosen.away, OFFLOADED), **dict.fromkeys(chosen.again, RECOMPUTE)}
-        groups: dict[str, dict[str, str]] = {}
-        for item in self.remat.forward:
-            groups.setdefault(pattern(item.name), {})[item.name] = how.get(self.fold.of[item.index], KEEP)
-        found: dict[str, str] = {}
-        for star, members in groups.items():
-            most, count = Counter(members.values()).most_common(1)[0]
-            if most == KEEP or 2 * count <= len(members):
-                most = KEEP
-            else:
-                found[star] = most
-            found.update({name: said for name, said in members.items() if said != most})
-        return found
+        return starred({i.name: how.get(self.fold.of[i.index]) for i in self.remat.forward})
 
 
 def _seconds(kept: Kept) -> float:

@@ -95,6 +95,15 @@ def choose(
     return _answer(question, spare or {})
 
 
+def possible(
+    chains: Mapping[int, Chain], *, ranks: int, link: Link, limit: float, schedules: Sequence[str] = SYNCHRONOUS
+) -> Choice | None:
+    """As `choose`; None if nothing was found that fits the limit, or no schedule can run: `choose` says why."""
+    question = _Question(dict(chains), ranks, link, limit, tuple(schedules), 5, True, None)
+    search = _Search(question)
+    return search.run() if search.pairs else None
+
+
 def uniform(
     chains: Mapping[int, Chain],
     *,
@@ -264,5 +273,6 @@ __all__ = [
     "Option",
     "Parts",
     "choose",
+    "possible",
     "uniform",
 ]

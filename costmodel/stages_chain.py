@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,14 @@ class Chain(Protocol):
 
     def gap_bytes(self, at: int) -> tuple[float, float]:
         """Bytes over the gap before piece `at`, forward and backward; what is relayed included. 1 <= at < pieces."""
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """A Chain that has the numbers of all its stages at once, as `Additive.stages`."""
+
+    def stages(self) -> Iterator[tuple[int, Floats]]:
+        """For every first piece: [last - first - 1, option, OWN]."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,11 @@ class Alternatives:
     def gap_bytes(self, at: int) -> tuple[float, float]:
         return self.chains[0].gap_bytes(at)
 
+    def stages(self) -> Iterator[tuple[int, Floats]]:
+        """As of `Additive`."""
+        for blocks in zip(*(chain.stages() for chain in self.chains)):
+            yield blocks[0][0], np.concatenate([block[:, :1] for _, block in blocks], axis=1)
+
 
 def _spread(items: Sequence[Any], room: int) -> Sequence[Any]:
     """So many of the items, evenly."""
@@ -311,7 +324,7 @@ def edges(chain: Chain, link: Link, stages: int) -> Edges:
     """All stages of a chain that is cut in `stages` or more: the others have at least one piece each."""
     longest = chain.pieces - stages + 1
     firsts, lasts, options, numbers = [], [], [], []
-    for first, block in chain.stages() if isinstance(chain, Additive) else _asked(chain, longest):
+    for first, block in chain.stages() if isinstance(chain, Blocks) else _asked(chain, longest):
         for_stage = block[:longest]
         kept = _undominated(for_stage)
         at, option = np.nonzero(kept)

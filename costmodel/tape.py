@@ -134,12 +134,14 @@ class Tape:
         copies: as of the plan.
         owner: the number of the op for which an event is there.
         made: what holds a tensor where it is made. brought: and where it has been brought, by spec and phase.
+        sent_back: of a stage of a pipeline: gradients that the stage before waits for.
     """
 
     forward: list[Event | Travel] = field(default_factory=list)
     backward: list[Event | Travel] = field(default_factory=list)
     placeholders: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
+    sent_back: list[Buffer] = field(default_factory=list)
     grads: list[Buffer] = field(default_factory=list)
     owner: dict[Event | Travel, int] = field(default_factory=dict)
     made: dict[Tensor, Buffer] = field(default_factory=dict)
@@ -271,7 +273,8 @@ class _Recorder:
     def _sink(self, item: Item) -> None:
         tensor, spec = item.ins[0], self.specs.ins[item.index][0]
         if item.kind != "grad":
-            self.tape.outputs.append(self._bring(tensor, spec, FORWARD))
+            sent = self._bring(tensor, spec, item.phase)
+            (self.tape.sent_back if item.phase == BACKWARD else self.tape.outputs).append(sent)
             return
         param = self.items.items[self.items.param[item.name]]
         if storage_of(self.plan, param).reduce == "all_reduce" and not any(p.kind == "P" for p in spec):

@@ -16,8 +16,8 @@ from autopar import casting, cli
 from autopar.capture import capture
 from autopar.costmodel.price import price
 from autopar.costmodel.shuffle import random_plan
-from autopar.given import check_plan
 from autopar.errors import ConstraintError, PlanError
+from autopar.given import check_plan
 from autopar.graph import Program, is_op, op_name, pattern
 from autopar.mesh import Mesh
 from autopar.passes import collectives
