@@ -5,9 +5,10 @@ capture -> plan -> insert collectives and the other passes -> cut forward from b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ from torch import nn
 from autopar.checks import refuse_old_norms
 from autopar.costmodel import planner, rules, search
 from autopar.costmodel.devices import Device
-from autopar.errors import BatchError, MeshError, PlanError
+from autopar.errors import BatchError, InfeasibleError, MeshError, PlanError
+from autopar.fixes import SECONDS, Question, explained, question_of
+from autopar.given import check_given
+from autopar.given import check_plan as check_plan
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
 from autopar.mesh_search import search_meshes
-from autopar.options import Asked, Example, arguments, ask, batch_rows
+from autopar.options import Asked, Example, arguments, ask, batch_rows, has_loss
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
-from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
+from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Kept, Programs
 from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
@@ -34,7 +38,7 @@ from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
 from autopar.runtime.training import Recipe
-from autopar.spec import R, Spec, format_spec
+from autopar.spec import Spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
 
@@ -204,6 +208,9 @@ def plan_model(
     weights: str = "current",
     optimizer_class: str | None = None,
     recompute: bool = True,
+    fixes: float = SECONDS,
+    quick: bool = False,
+    programs: Programs | None = None,
 ) -> Plan:
     """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
 
@@ -212,10 +219,13 @@ def plan_model(
         with `micro_batches` or `schedule` it is the best pipeline of so many.
         training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
         progress: called with what is being done and the part done, 0 to 1.
+        fixes: seconds to look for what would fit, if nothing does (`InfeasibleError.fixes`). quick: as of
+            `costmodel.planner.plan`. programs: where captured programs are kept, to ask about a model again.
 
     Raises:
         CaptureError, ConstraintError, InfeasibleError: as they say.
     """
+    given = dict(locals())
     count = _devices(mesh)
     if mesh == "auto":
         raise MeshError('mesh="auto" means the processes that run; to plan, say how many devices there are: mesh=64')
@@ -229,11 +239,12 @@ def plan_model(
         shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
         weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
     )  # fmt: skip
+    asked = replace(asked, quick=quick)
     call = arguments(example)
     if call is None:
         raise BatchError("plan needs example=: the arguments of one call, for their shapes")
     began = time.perf_counter()
-    programs = Programs()
+    programs = given["programs"] = programs or Kept()
     captured, pieces = asked.capture(model, *call, training, programs)
     seconds = time.perf_counter() - began
     whole, micros = captured.program, asked.micro_programs(programs)
@@ -242,15 +253,20 @@ def plan_model(
     def program_of(micro: int) -> Program:
         return asked.micro(model, *call, whole, micro, micros)
 
-    if asked.pipelined:
-        found = plan_pipeline(
-            program_of, batch_rows(whole), asked, lambda program: _planner_options(program, asked), progress=progress
-        )
-    elif count is None:
-        found = _plan(whole, asked, pieces, progress=progress)
-    else:
-        tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
-        found = search.best_plan(tried)
+    try:
+        if asked.pipelined:
+            found = plan_pipeline(
+                program_of, batch_rows(whole), asked, lambda p: _planner_options(p, asked), progress=progress
+            )
+        elif count is None:
+            found = _plan(whole, asked, pieces, progress=progress)
+        else:
+            tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
+            found = search.best_plan(tried)
+    except InfeasibleError as error:
+        if fixes <= 0:
+            raise
+        raise explained(Question(error, given, plan_model, whole, time.perf_counter() + fixes)) from None
     return replace(found, target=dict(target or {}), solver={"capture_s": seconds, **found.solver})
 
 
@@ -286,6 +302,10 @@ _NEWS = {
 }
 
 
+#: Round the planning of a first call (the plan that places parameters already, or None): says what would fit.
+Explaining = Callable[[Plan | None], contextlib.AbstractContextManager[None]]
+
+
 class _Builder:
     """Makes the lowered program of one call, in step with the other ranks."""
 
@@ -312,8 +332,9 @@ class _Builder:
             program.digest(),
             "the model's code must take the same path on every rank (no branches on the rank)",
         )
+        explaining = self._explaining(model, args, kwargs, program)
         with torch.autocast("cpu", enabled=False):  # it is in the program, and not for what follows
-            plan = self._plan(program, pieces, first, self.plans.get(captured.form))
+            plan = self._plan(program, pieces, first, self.plans.get(captured.form), explaining)
             self.plans[captured.form] = plan
             with control.together("lowering"):
                 at = grid.mesh.coordinates(grid.rank)
@@ -325,7 +346,7 @@ class _Builder:
     ) -> Pipelined:
         """What this rank runs of a pipeline; `captured`: the call with the whole batch."""
         control, grid, asked, whole = self.control, self.control.grid, self.asked, captured.program
-        rows = batch_rows(whole)
+        rows, explaining = batch_rows(whole), self._explaining(model, args, kwargs, whole)
 
         @functools.cache
         def program_of(micro: int) -> Program:
@@ -348,10 +369,10 @@ class _Builder:
             storage = inner(first).storage if first is not None else None
 
             def made() -> str:
-                found = plan_pipeline(
-                    program_of, rows, asked, lambda p: _planner_options(p, asked), storage, pipeline
-                )
-                return found.to_json()
+                with explaining(first):
+                    return plan_pipeline(
+                        program_of, rows, asked, lambda p: _planner_options(p, asked), storage, pipeline
+                    ).to_json()
 
             plan = Plan.from_json(control.share("planning", made), "the plan of rank 0")
         assert plan.pipeline is not None
@@ -370,13 +391,34 @@ class _Builder:
         )
         return lowered
 
-    def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
+    def _explaining(self, model: nn.Module, args: Any, kwargs: Any, whole: Program) -> Explaining:
+        """Has what no plan fits explained, unless parameters lie somewhere already: then nothing can be changed."""
+        cast = torch.autocast("cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"))
+
+        @contextlib.contextmanager
+        def explaining(first: Plan | None) -> Iterator[None]:
+            try:
+                yield
+            except InfeasibleError as error:
+                question = question_of(error, self.asked, model, args, kwargs, whole, plan_model)
+                if first is not None or question is None:
+                    raise
+                with cast:  # as the call itself was captured
+                    raise explained(question) from None
+
+        return explaining
+
+    def _plan(self, program: Program, pieces: Any, first: Plan | None, similar: Any, explaining: Explaining) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
             with self.control.together("checking the plan"):
-                _check_given(self.given, program, self.asked, pieces)
+                check_given(self.given, program, self.asked, pieces)
             return self.given
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
-        text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
+        def made() -> str:
+            with explaining(first):
+                return _plan(program, self.asked, pieces, first, similar).to_json()
+
+        text = self.control.share("planning", made)
         return Plan.from_json(text, "the plan of rank 0")
 
 
@@ -409,13 +451,14 @@ def _plan(
 
 def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and _has_loss(program) and not asked.pipelined)
+    free = asked.outputs == "sharded" or (asked.outputs == "auto" and has_loss(program) and not asked.pipelined)
     return {
         "device": asked.device,
         "memory_limit": asked.memory_limit,
         "constraints": dict(asked.constraints),
         "optimizer": asked.optimizer_class,
         "recompute": asked.recompute,
+        "quick": asked.quick,
         "output_specs": "free" if free else "replicated",
     }
 
@@ -452,46 +495,6 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
     return Plan.from_json(text, "the plan of rank 0")
 
 
-def check_plan(program: Program, plan: Plan) -> None:
-    """Raise unless `plan`, perhaps edited, was made for `program` and is legal for it.
-
-    Raises:
-        PlanError: says what does not fit.
-    """
-    if plan.fingerprint != program.fingerprint:
-        raise PlanError(
-            f"the plan is for another model (fingerprint {plan.fingerprint[:12]}, this one has "
-            f"{program.fingerprint[:12]}): other layers, sizes or dtypes, or another mode; plan again for this model"
-        )
-    planner.check_plan(program, plan)
-
-
-def _check_given(plan: Plan, program: Program, asked: Asked, pieces: dict[str, Spec] | None) -> None:
-    if plan.mesh != asked.mesh:
-        raise PlanError(
-            f"the plan is for mesh {plan.mesh}, the module is compiled for {asked.mesh}; plan again for this mesh"
-        )
-    check_plan(program, plan)
-    whole: Spec = (R,) * len(plan.mesh.sizes)
-    for name, spec in (pieces or {}).items():
-        given = plan.inputs.get(name, whole)
-        if any(g != p for g, p, axis in zip(given, spec, plan.mesh.names) if axis in asked.data_axes):
-            raise PlanError(
-                f"local batches bring input {name} as {format_spec(spec, 1, plan.mesh.names)}, the plan takes it as "
-                f'{format_spec(given, 1, plan.mesh.names)}; make the plan with batch="local", or pass global batches'
-            )
-
-
 def _decisions(plan: Plan) -> str:
     """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
     return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
-
-
-def _has_loss(program: Program) -> bool:
-    """Whether a scalar floating-point output, a loss, is among the outputs."""
-    for sink in program.sinks:
-        if sink.kind == "output" and sink.node is not None:
-            value = program.node(sink.node).meta["val"]
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                return True
-    return False

@@ -6,6 +6,7 @@ that (`costmodel.stages`). Where stages, or the table, are decided already, what
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -191,7 +192,11 @@ def _decided(program: Program, plan: Plan, pipeline: Pipeline, place: Place) -> 
         raise InfeasibleError(
             f"with {pipeline.micro} micro-batches under {pipeline.schedule}, rank {rank} needs "
             f"{size(peak)}, {size(peak - place.limit)} more than the limit of {size(place.limit)}; "
-            f"pass smaller batches, more micro-batches (micro_batches=), or a limit of at least {round(peak)} bytes"
+            f"pass smaller batches, more micro-batches (micro_batches=), or a limit of at least {round(peak)} bytes",
+            math.ceil(peak),
+            limit=place.limit,
+            step_s=timeline.makespan / steps,
+            mesh=str(place.mesh),
         )
     return _told(outer(plan, place.mesh, pipeline), timeline.makespan / steps, peak, costs, place)
 

@@ -23,6 +23,9 @@ from autopar.plan import Plan
 
 #: Where between the limit and the peak of the plan without one the rungs of the ladder are.
 RUNGS = (0.3, 0.65)
+#: Where one search takes longer than SLOW seconds, plans that compute again are not looked for if even what keeps least
+#: misses the limit by FAR: with what is done by hand, beside which the best was seen to save no more.
+SLOW, FAR = 3.0, 1.2
 #: By what part a plan must be quicker than another one to be looked at.
 LEAST_GAIN = 1e-4
 
@@ -35,6 +38,7 @@ class Budget:
         search: a search for a limit; None: without one. orders: of the mesh axes.
         again: the plan for a program whose backward computes again what the mapping says, or None.
         deadline: of `time.perf_counter`. recompute: whether anything may be computed again.
+        quick: whether a plan that fits will do, which need not be the quickest.
     """
 
     program: Program
@@ -49,15 +53,23 @@ class Budget:
     again: Callable[[Mapping[str, str]], Found | None]
     progress: Callable[[str, float], None]
     recompute: bool
+    quick: bool = False
+    _least: Found | None = None
+    _of_least: Rematerialiser | None = None
 
     def run(self, hopeful: bool) -> Found | None:
         """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
         if self.limit is None:
             return self.search(None).run(self.orders)
-        search = self.search(self.limit)
+        search, began = self.search(self.limit), time.perf_counter()
         found = search.run(self.orders) if hopeful else None
+        slow = time.perf_counter() - began > SLOW
         if not self.recompute or not hopeful or (found is not None and not search.binding):
             return found  # the last: of a limit that is no matter
+        if found is None and slow and self._far():
+            return None
+        if self.quick:
+            return found or self._keeping(self.least())
         free = self.search(None).run(self.orders)
         assert free is not None  # without a limit there is always a plan
         if found is not None and not _quicker(free, found):
@@ -84,7 +96,9 @@ class Budget:
 
     def least(self) -> Found:
         """About the least memory that placement alone needs."""
-        return self.search(self.limit).least(self.orders)
+        if self._least is None:
+            self._least = self.search(self.limit).least(self.orders)
+        return self._least
 
     def smallest(self) -> Found:
         """About the least memory that any plan needs, with what can be computed again."""
@@ -96,6 +110,14 @@ class Budget:
         except SolverError:  # what cutting alone needs is an answer, too
             return least
         return replace(least, plan=found.plan, timeline=found.timeline, price=found.price)
+
+    def _far(self) -> bool:
+        """Whether the plan of least memory, with all but what layers hand on computed again, is far above the limit."""
+        assert self.limit is not None
+        try:
+            return self._rematerialiser(self.least()).by_hand().peak > FAR * self.limit
+        except SolverError:
+            return False
 
     def _plans(self, limit: float) -> list[Found]:
         found = self.search(limit).run(self.orders)
@@ -120,9 +142,15 @@ class Budget:
         return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
 
     def _rematerialiser(self, base: Found) -> Rematerialiser:
-        return Rematerialiser(
+        """That of a base; of the least one, which is looked at twice, the same again: it knows what it has priced."""
+        if base is self._least and self._of_least is not None:
+            return self._of_least
+        made = Rematerialiser(
             self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, self.deadline
         )  # fmt: skip
+        if base is self._least:
+            self._of_least = made
+        return made
 
     def _divisible(self) -> bool:
         return any(self.orders)

@@ -57,7 +57,7 @@ def moving(
     tape = record(items, plan, specs, gloo, weights_from)
     found, at = [0.0] * count, 0
 
-    def look(event: Event, totals: Mapping[str, float]) -> None:
+    def look(event: Event, totals: Mapping[str, float], alive: Mapping[Buffer, None]) -> None:
         nonlocal at
         at = piece.get(tape.owner.get(event, -1), at)
         found[at] = max(found[at], sum(totals[kind] for kind in ("gathered", "collectives", "transient")))
@@ -66,8 +66,8 @@ def moving(
     return found
 
 
-#: What looks on while events run: bytes by kind, right behind each.
-Look = Callable[[Event, Mapping[str, float]], None]
+#: What looks on while events run: bytes by kind, and what is alive, right behind each.
+Look = Callable[[Event, Mapping[str, float], Mapping[Buffer, None]], None]
 
 
 class Steps:
@@ -146,7 +146,7 @@ def _walk(
         if now > most:
             most, best = now, dict(totals)
         if look is not None:
-            look(event, totals)
+            look(event, totals, alive)
         for buffer in dying.get(at, ()):
             if buffer in alive:
                 del alive[buffer]

@@ -34,6 +34,9 @@ from autopar.recompute import KEEP, RECOMPUTE
 _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
 #: Solves for one limit, and how near to it the peak of an answer ends them. Copies that are then tried without.
 ROUNDS, NEAR, TRIALS = 10, 0.01, 8
+#: Ops that are priced, at most, when the least is looked for: the answer must not hang on how busy the machine is, as
+#: a limit that is asked for because of it must be enough.
+WORK = 60_000
 #: By what parts of the peak less is asked for, when the least is looked for.
 STEPS = (0.1, 0.03, NEAR)
 
@@ -69,6 +72,7 @@ class Rematerialiser:
         self.fold = folded or fold(self.items)
         self.where = machine(device, plan.mesh, links)
         self.seen: dict[frozenset[int], Kept] = {}
+        self.visited: dict[frozenset[int], Kept] | None = None  # while the least is looked for, what has come by
         specs = plan_specs(self.items, plan)
         compute, comm = Compute(self.items, self.where), Comm(self.where)
         tape = record(self.items, plan, specs, self.where.device.gloo, self.where.device.weights_from)
@@ -129,30 +133,51 @@ class Rematerialiser:
         return found[0], (found[1] + rest) * part
 
     def smallest(self) -> Kept:
-        """The answer of least peak: what the backward can do again, as far as that takes less."""
+        """The answer of least peak: what the backward can do again, as far as that takes less. However late it is."""
+        self.visited = {frozenset(): self.base}
+        try:
+            return self._smallest()
+        finally:
+            self.visited = None
+
+    def _smallest(self) -> Kept:
+        assert self.visited is not None
         self._by_hand()
         for judge in (self._exactly, self._nearly):
             copied = judge(frozenset())
             for _ in range(ROUNDS):
                 answer, _ = self._answer(None, copied)
-                if answer in self.seen or self._late():
+                if answer in self.visited or self._late():
                     break
                 self.measured(answer)
                 copied = judge(answer)
-        best = min(self.seen.values(), key=lambda kept: kept.peak)
+        best = min(self.visited.values(), key=lambda kept: kept.peak)
         for step in STEPS:
             while not self._late() and (less := self.within((1 - step) * best.peak)) is not None:
                 best = less
         return best
 
+    def by_hand(self) -> Kept:
+        """All of a layer again but what it hands on."""
+        return self.measured(frozenset(self.remat.classes) - self.narrow)
+
     def _by_hand(self) -> list[Kept]:
         """What is done by hand: all of a layer but what it hands on, or but one of that. However late it is."""
         every = frozenset(self.remat.classes)
-        return [self.measured(every - kept) for kept in (self.narrow, *({z} for z in sorted(self.narrow)[:TRIALS]))]
+        found = [self.by_hand()]
+        for one in sorted(self.narrow)[:TRIALS]:
+            if self._spent():
+                break
+            found.append(self.measured(every - {one}))
+        return found
 
     def _late(self) -> bool:
         """Whether the time is up: what has been found so far is the answer."""
-        return time.perf_counter() > self.deadline
+        return time.perf_counter() > self.deadline if self.visited is None else self._spent()
+
+    def _spent(self) -> bool:
+        """Whether enough was priced for the least."""
+        return self.visited is not None and len(self.visited) * len(self.items.items) > WORK
 
     # Where a copy runs depends on what else is copied. What the next solve takes for copied, by the last answer:
 
@@ -192,6 +217,8 @@ class Rematerialiser:
             specs = plan_specs(items, made)
             timeline = run(items, made, specs, Compute(items, self.where), Comm(self.where), self.policy)
             self.seen[classes] = Kept(made, cost, timeline, classes)
+        if self.visited is not None:
+            self.visited[classes] = self.seen[classes]
         return self.seen[classes]
 
     def _room(self) -> tuple[float, float]:
