@@ -32,6 +32,8 @@ SECONDS = 20.0
 WITH_BATCH = ("activations", "inputs", "transient", "collectives", "saved", "pending")
 #: Optimizers that may be proposed in place of another one, as far as they are known and keep less.
 OTHERS = ("adamw8bit", "lion", "sgd_momentum", "adafactor")
+#: What may fit by arithmetic is solved for up to this part of the limit.
+NEAR = 1.1
 #: How often a number of devices is doubled, a batch or a sequence halved.
 TIMES = 3
 
@@ -216,11 +218,12 @@ def other_optimizers(question: Question) -> Kind:
     now = question.given["optimizer_class"] or ADAMW
     shape = (1024, 1024)
     most = OPTIMIZERS[now].state(shape) if now in OPTIMIZERS else math.inf
-    memory = question.error.memory
-    if "optimizer" in memory and question.error.least - memory["optimizer"] > question.error.limit:
-        return  # not even without any state
+    held = question.error.memory.get("optimizer")  # of stages, it is among what is static
     for name in OTHERS if question.whole.training else ():
-        if name in OPTIMIZERS and OPTIMIZERS[name].state(shape) < most:
+        if name not in OPTIMIZERS or OPTIMIZERS[name].state(shape) >= most:
+            continue
+        saved = math.inf if held is None else held * (1 - OPTIMIZERS[name].state(shape) / most)
+        if question.error.least - saved <= NEAR * question.error.limit:
             yield Candidate(f'optimizer_class="{name}"', {"optimizer_class": name}, f"--optimizer {name}")
 
 

@@ -81,7 +81,8 @@ def plan(
         choices: what ops do already, by address, one choice per axis: they keep doing it.
         recompute: whether the backward may compute again what the forward need not keep then, where that takes less
             time than cutting more; False: everything that it reads is kept.
-        quick: one order of the axes, no experts' plans, and no ladder of limits: a plan that fits, near the quickest.
+        quick: one order of the axes, no experts' plans, and no ladder of limits: a plan that fits, near the quickest;
+            and where none does, no search for the least.
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
@@ -231,7 +232,7 @@ class _Planner:
         budget = self._budget(orders[:1] if self.quick else orders)
         best = budget.run(self._hopeful())
         if best is None:
-            best = budget.smallest()
+            best = budget.least() if self.quick else budget.smallest()
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
