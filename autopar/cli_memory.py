@@ -27,13 +27,7 @@ def add_what_if(parser: argparse.ArgumentParser) -> None:
 
 
 def what_if(args: argparse.Namespace, model: Any, mesh: Any, tell: Callable[[str], None], **options: Any) -> int:
-    """Find the frontier, and print or draw it. options: of `autopar.plan`.
-
-    Raises:
-        PlanError: fewer than two points are asked for. Others: as `tradeoff.frontier`.
-    """
-    if args.points < 2:
-        raise PlanError("--points 1: a frontier has two ends; ask for 2 points or more")
+    """Find the frontier, and print or draw it. options: of `autopar.plan`. Raises as `tradeoff.frontier`."""
     found = tradeoff.frontier(model, mesh, points=args.points, progress=tell, **options)
     if args.svg is not None:
         write(args.svg, found.svg())

@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from autopar import chart, driver
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.graph import FORWARD, Program, is_op
 from autopar.options import parse_bytes
 from autopar.plan import Plan
@@ -156,8 +156,11 @@ def frontier(
             evenly apart in ratio. memory_limit: of interest: a further point, marked. progress: told what happens.
 
     Raises:
-        As `autopar.plan`, but for a limit that nothing fits, which `Frontier.refused` tells.
+        PlanError: fewer than two points. Others: as `autopar.plan`, but for a limit that nothing fits, which
+            `Frontier.refused` tells.
     """
+    if points < 2:
+        raise PlanError(f"{points} points of a frontier, which has two ends; ask for 2 or more")
     programs = Kept()
     plan_of = partial(driver.plan_model, model, mesh, programs=programs, fixes=0.0, **options)
     asked = parse_bytes(memory_limit)
