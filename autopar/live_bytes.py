@@ -117,7 +117,8 @@ class LiveBytes(TorchDispatchMode):
     def track(self, name: str, gradients: Iterable[int] = (), most: int = 12) -> Track:
         """Every event with what was alive behind it, by kind; of a traced step.
 
-        What a forward has made and a backward still finds is activations. gradients: addresses of what is known to be.
+        What a forward has made and a backward lets go of is activations (outputs outlive both). gradients: addresses of
+        storages that are known to be.
 
         Raises:
             ValueError: nothing was traced.
@@ -134,8 +135,8 @@ class LiveBytes(TorchDispatchMode):
             if not kind and self._spans.get(number, (0, 0))[0] in addresses:
                 kind = "gradients"
             elif not kind:
-                lasts = life.born < behind < (len(phases) if life.died is None else life.died)
-                kind = "activations" if lasts else "transient"
+                read = life.died is not None and life.born < behind < life.died < len(phases)
+                kind = "activations" if read else "transient"
             kinds[number] = kind
             change[life.born][kind] += life.size
             if life.died is not None:

@@ -43,10 +43,10 @@ class _Tracker:
         self.best, self.alive = -1.0, dict[Buffer, float]()
 
     def run(self, most: int) -> Track:
-        forward = set(self.steps.forward)
+        forward = len(self.steps.forward)  # some of which, moves, the backward does once more
 
         def look(event: Event, totals: Mapping[str, float], alive: Mapping[Buffer, None]) -> None:
-            self._add("forward" if event in forward else "backward", self.names.of_event(event), totals)
+            self._add("forward" if len(self.moments) < forward else "backward", self.names.of_event(event), totals)
             if self.moments[-1].total > self.best:
                 self.best, self.alive = self.moments[-1].total, {b: b.size for b in alive}
 
