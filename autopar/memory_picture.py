@@ -199,7 +199,7 @@ def _panel(panel: chart.Panel, one: Track, words: str, limit: float | None) -> I
     yield chart.dot(x, y, chart.INK, f"{peak.name}: {bytes_(one.peak_bytes)}", 3)
     yield chart.text(panel.left, panel.top - 22, words, size=13, weight=600)
     more = f"peak {bytes_(one.peak_bytes)} at {peak.name}"
-    yield chart.text(panel.left + panel.width, panel.top - 22, more, anchor="end", fill=chart.SOFT)
+    yield chart.text(panel.left, panel.top - 7, more, fill=chart.SOFT)
     if limit is not None and limit <= panel.high:
         yield chart.line(panel.left, panel.y(limit), panel.left + panel.width, panel.y(limit), chart.MARK, "6 4")
         yield chart.text(panel.left + 6, panel.y(limit) - 5, f"limit {bytes_(limit)}", fill=chart.MARK)

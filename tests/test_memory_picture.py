@@ -69,7 +69,7 @@ def test_what_is_alive_at_the_peak(measured):
 
 
 def test_words_and_picture(measured):
-    plan, found = measured
+    _, found = measured
     told = text(found.text(), 120)
     assert "predicted, every rank: peak" in told and "measured, this process: peak" in told
     assert "predicted / measured: " in told and "alive at the peak, predicted" in told
