@@ -119,8 +119,8 @@ class MemoryTimeline:
                     columns.add_column(head, overflow="fold")
                 columns.add_column("how many", justify="right")
                 columns.add_column("bytes", justify="right")
-                for one in fullest.largest:
-                    columns.add_row(one.name, one.module or "-", one.kind, str(one.count), bytes_(one.bytes))
+                for held in fullest.largest:
+                    columns.add_row(held.name, held.module or "-", held.kind, str(held.count), bytes_(held.bytes))
                 parts.append(columns)
         return parts
 

@@ -179,13 +179,10 @@ def frontier(
             plans.append(plan_of(memory_limit=round(limit)))
         except InfeasibleError:  # as near to the least as this, that it is feasible need not be found again
             continue
-    found = [_point(limit, limit == asked, plans) for limit in wanted]
-    ends = [_point(None, False, plans)]
-    best = ends[0].step_s
-    whole = programs.first
+    found = [p for limit in (*wanted, None) for p in _point(limit, limit == asked, plans)]
+    end, whole = found[-1], programs.first
     told = tuple(
-        replace(p, slower=p.step_s / best - 1, given_up=tuple(_given_up(p.plan, ends[0].plan, whole)))
-        for p in (*(p for p in found if p is not None), *ends)
+        replace(p, slower=p.step_s / end.step_s - 1, given_up=tuple(_given_up(p.plan, end.plan, whole))) for p in found
     )
     name = (options.get("target") or {}).get("text", "the model")
     return Frontier(f"{name} on {mesh}: time against memory", told, refused)
@@ -199,12 +196,12 @@ def _least(plan_of: Callable[..., Plan]) -> float:
         return error.least
 
 
-def _point(limit: float | None, asked: bool, plans: list[Plan]) -> Point | None:
-    """The quickest of the plans within a limit, and of those as quick the one that holds least."""
+def _point(limit: float | None, asked: bool, plans: list[Plan]) -> Iterator[Point]:
+    """The quickest of the plans within a limit, and of those as quick the one that holds least, if there is any."""
     fits = [p for p in plans if limit is None or p.predicted["peak_bytes"] <= limit]
-    if not fits:
-        return None
-    return Point(limit, min(fits, key=lambda p: (p.predicted["step_s"], p.predicted["peak_bytes"])), asked)
+    if fits:
+        quickest = min(fits, key=lambda p: (p.predicted["step_s"], p.predicted["peak_bytes"]))
+        yield Point(limit, quickest, asked and limit is not None)
 
 
 def _given_up(plan: Plan, free: Plan, program: Program) -> Iterator[str]:
