@@ -59,7 +59,8 @@ def compile(model: Any, mesh: Any, **options: Any) -> ParallelModule:
 def plan_model(model: Any, mesh: Any, **options: Any) -> Plan:
     """Only decide: needs no process group, no device and no weights; see `autopar.driver.plan_model`.
 
-    Options: example, loss, device, memory_limit, constraints, outputs, batch, shared.
+    Options: example, loss, device, memory_limit, constraints, outputs, batch, shared; fixes: seconds to look for what
+    would fit if nothing does.
     """
     from autopar import driver
 

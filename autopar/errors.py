@@ -71,18 +71,20 @@ class InfeasibleError(AutoparError, RuntimeError):
         limit: bytes that there are. step_s: simulated seconds of the smallest plan; 0 where none was simulated.
         stages: of a pipeline, `memory` of every stage while its rank holds most. mesh: what the smallest plan is on.
         fixes: what would fit, the quickest first. untried: kinds of changes for which there was no time.
+        way: of a pipeline, what its smallest plan is: micro-batches, pieces with which the stages begin and the end,
+            and the option of each.
     """
 
     def __init__(
         self, message: str, least: float = 0.0, memory: Mapping[str, float] | None = None, *, limit: float = 0.0,
         step_s: float = 0.0, stages: Sequence[Mapping[str, float]] = (), mesh: str = "", fixes: Sequence[Fix] = (),
-        untried: Sequence[str] = (),
+        untried: Sequence[str] = (), way: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.least, self.memory = least, dict(memory or {})
         self.limit, self.step_s, self.mesh = limit, step_s, mesh
         self.stages = tuple(dict(stage) for stage in stages)
-        self.fixes, self.untried = tuple(fixes), tuple(untried)
+        self.fixes, self.untried, self.way = tuple(fixes), tuple(untried), way
 
     @property
     def short(self) -> float:

@@ -160,7 +160,7 @@ def explained(question: Question) -> InfeasibleError:
         text += f"\n  There was no time to try all of: {', '.join(untried)} (fixes=, in seconds, gives more)."
     return InfeasibleError(
         text, error.least, error.memory, limit=error.limit, step_s=error.step_s, stages=error.stages, mesh=error.mesh,
-        fixes=fixes, untried=untried,
+        fixes=fixes, untried=untried, way=error.way,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
+from autopar.stage_bytes import by_stage
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.
@@ -153,9 +154,9 @@ def plan_pipeline(
         try:
             choice = best_choice(proposals, place.limit, judged)
             break
-        except InfeasibleError:
+        except InfeasibleError as error:
             if not more:
-                raise
+                raise by_stage(error, proposals, place.device.slack, place.mesh) from None
             like = next(iter(proposals.values())).plans[0]
             try:
                 proposals.update(proposals_of([more.pop(0)], place.alone, place.pieces, program_of, wishes, like))

@@ -23,9 +23,9 @@ from autopar.plan import Plan
 
 #: Where between the limit and the peak of the plan without one the rungs of the ladder are.
 RUNGS = (0.3, 0.65)
-#: Where one search takes longer than SLOW seconds, plans that compute again are not looked for if even what keeps least
-#: misses the limit by FAR: with what is done by hand, beside which the best was seen to save no more.
-SLOW, FAR = 3.0, 1.2
+#: Of programs of more than LARGE ops, no plans are looked for if even what keeps least misses the limit by FAR: with
+#: what is done by hand, beside which the best was seen to save no more.
+LARGE, FAR = 5000, 1.2
 #: By what part a plan must be quicker than another one to be looked at.
 LEAST_GAIN = 1e-4
 
@@ -57,16 +57,21 @@ class Budget:
     _least: Found | None = None
     _of_least: Rematerialiser | None = None
 
-    def run(self, hopeful: bool) -> Found | None:
-        """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
+    def run(self, hopeful: bool, tight: bool = False) -> Found | None:
+        """The best that fits; None if none was found.
+
+        hopeful: whether parameters and their like may fit at all. tight: whether they take most of the limit.
+        """
         if self.limit is None:
             return self.search(None).run(self.orders)
-        search, began = self.search(self.limit), time.perf_counter()
+        large = self.recompute and hopeful and len(self.fold.items.items) > LARGE
+        if large and tight and self._far():
+            return None
+        search = self.search(self.limit)
         found = search.run(self.orders) if hopeful else None
-        slow = time.perf_counter() - began > SLOW
         if not self.recompute or not hopeful or (found is not None and not search.binding):
             return found  # the last: of a limit that is no matter
-        if found is None and slow and self._far():
+        if found is None and large and self._far():
             return None
         if self.quick:
             return found or self._keeping(self.least())

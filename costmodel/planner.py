@@ -36,6 +36,8 @@ from autopar.plan import fold as fold_choices
 from autopar.rule import Choice
 from autopar.spec import R, S, Spec, local_shape
 
+#: Part of a limit of which what stays must be more, for it to be asked first whether anything fits.
+TIGHT = 0.6
 #: Part of a device's memory that the planner may fill when the user gives no limit.
 USABLE = 0.92
 
@@ -230,7 +232,9 @@ class _Planner:
         fixed = [a for a in axes if a in self.strategies]
         orders = [axes] if len(axes) < 2 else [fixed + free, fixed[::-1] + free[::-1]]
         budget = self._budget(orders[:1] if self.quick else orders)
-        best = budget.run(self._hopeful())
+        least = self._held()
+        hopeful = self.memory_limit is None or least <= self.memory_limit
+        best = budget.run(hopeful, self.memory_limit is not None and least > TIGHT * self.memory_limit)
         if best is None:
             best = budget.least() if self.quick else budget.smallest()
             if self.memory_limit is not None and best.peak > self.memory_limit:
@@ -251,14 +255,12 @@ class _Planner:
         other.deadline = self.deadline
         return other.search(self.memory_limit).run(orders)
 
-    def _hopeful(self) -> bool:
-        """Whether the limit holds parameters, gradients and optimizer state if all are cut into equal pieces."""
-        if self.memory_limit is None:
-            return True
+    def _held(self) -> float:
+        """Bytes of parameters, gradients and optimizer state on a rank if all are cut into equal pieces."""
         whole: Spec = (R,) * len(self.mesh.sizes)
         policy = self.prices.policy
         held = (policy.stored(i, whole, self.mesh.sizes) for i in self.items.items if i.kind == "param")
-        return sum(sum(kinds.values()) for kinds in held) / self.mesh.num_devices <= self.memory_limit
+        return sum(sum(kinds.values()) for kinds in held) / self.mesh.num_devices
 
     def search(self, limit: float | None) -> Search:
         """A search over what has been prepared, for a limit in bytes."""

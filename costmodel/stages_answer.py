@@ -176,6 +176,11 @@ def infeasible(pair: Pair, least: Least, limit: float, near: Mapping[str, Candid
         limit=limit,
         step_s=float(shape.makespans(numbers[None])[0]),
         stages=_by_stage(held),
+        way=(
+            pair.micro,
+            (*(pair.span(edge)[0] for edge in least.way), pair.span(least.way[-1])[1]),
+            tuple(pair.edges.option[list(least.way)].tolist()),
+        ),
     )
 
 

@@ -164,6 +164,11 @@ def test_a_constraint_that_binds(monkeypatch):
 def test_a_pipeline_says_what_its_stages_hold():
     error, again = refused(Net(depth=4), "pp=2", 28_000, micro_batches=2, schedule="gpipe")
     assert len(error.stages) == 2 and set(error.memory) == {"static", "saved", "pending", "transient"}
+    elements = sum(p.numel() for p in Net(depth=4).parameters())
+    assert sum(stage["parameters"] for stage in error.stages) == 4 * elements
+    assert all(stage["gradients"] == stage["parameters"] for stage in error.stages)
+    assert all(stage["optimizer"] >= 2 * stage["parameters"] for stage in error.stages)
+    assert re.search(r"\n  stage 0: parameters [\d.]+ kB, gradients .*\n  stage 1: ", str(error))
     assert max(sum(stage.values()) for stage in error.stages) == pytest.approx(error.least, abs=1)
     found = check(error, again, 28_000)
     assert "micro_batches left open" in found, error
