@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from autopar.plan import Plan
 from autopar.programs import Kept
 
 #: Seconds that are spent on what would fit, unless said otherwise; what is under way then is finished.
-SECONDS = 20.0
+SECONDS = 15.0
 #: Kinds of memory that grow with the batch; the last two of pipelines.
 WITH_BATCH = ("activations", "inputs", "transient", "collectives", "saved", "pending")
 #: Optimizers that may be proposed in place of another one, as far as they are known and keep less.
@@ -45,6 +45,7 @@ class Candidate:
     Attributes:
         what: in words. changes: arguments of `plan_model`. command: of `autopar plan`. share: as of `Fix`.
         more: bytes that the change needs beside the plan's. raises: it raises the limit.
+        better: than those of its kind before it of which that is said, too: if it fits, they are not told.
     """
 
     what: str
@@ -53,6 +54,7 @@ class Candidate:
     share: float = 1.0
     more: Callable[[Plan], float] = field(default=lambda plan: 0.0)
     raises: bool = False
+    better: bool = False
 
 
 #: Yields candidates; is sent what came of each: a fix, or None.
@@ -166,7 +168,7 @@ def explained(question: Question) -> InfeasibleError:
 
 def _tried(question: Question) -> tuple[list[Fix], list[str]]:
     """What fits, and names of the kinds that were not through when the time was up."""
-    found: list[Fix] = []
+    found: list[tuple[str, Fix]] = []
     turns = [(name, kind(question)) for name, kind in KINDS.items()]
     answers: dict[str, Fix | None] = {}
     while turns and question.left > 0:
@@ -181,8 +183,10 @@ def _tried(question: Question) -> tuple[list[Fix], list[str]]:
                 continue
             answers[name] = fix = question.try_out(candidate)
             if fix is not None:
-                found.append(fix)
-    return found, [name for name, _ in turns]
+                group = name if candidate.better else ""
+                found = [pair for pair in found if not group or pair[0] != group]
+                found.append((group, fix))
+    return [fix for _, fix in found], [name for name, _ in turns]
 
 
 def words(fix: Fix) -> str:
@@ -265,7 +269,7 @@ def smaller_batches(question: Question) -> Kind:
     low, high = 0, -(-rows // grain)  # in grains: fits, and does not
     at = min(max(int(guess / grain), 1), high - 1)
     while low + 1 < high and at >= 1:
-        fix = yield _batch(question, at * grain)
+        fix = yield replace(_batch(question, at * grain), better=True)
         low, high = (at, high) if fix is not None else (low, at)
         at = low + 1 if fix is not None and low == at and high - low > 1 else (low + high) // 2
     for parts in (2 << power for power in range(TIMES)):
