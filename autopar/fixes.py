@@ -236,6 +236,8 @@ def more_devices(question: Question) -> Kind:
     mesh, fix = question.mesh, None
     for power in range(1, TIMES + 1) if mesh is not None else ():
         assert mesh is not None
+        if question.error.least / (1 << power) > NEAR * question.error.limit:
+            continue  # so many devices hold, each, no less than their part
         for axis in range(len(mesh.sizes)):
             sizes = tuple(n << power if a == axis else n for a, n in enumerate(mesh.sizes))
             fix = (yield _on(Mesh(mesh.names, sizes))) or fix
