@@ -18,6 +18,7 @@ from autopar.errors import (
     BatchError,
     CaptureError,
     ConstraintError,
+    Fix,
     InfeasibleError,
     MeshError,
     PassError,
@@ -37,7 +38,9 @@ from autopar.rule import Choice, Rule
 from autopar.spec import P, Placement, R, S
 
 if TYPE_CHECKING:
+    from autopar.memory_picture import MemoryTimeline
     from autopar.runtime.module import ParallelModule
+    from autopar.tradeoff import Frontier
 
 __version__ = "0.1.0"
 
@@ -56,7 +59,8 @@ def compile(model: Any, mesh: Any, **options: Any) -> ParallelModule:
 def plan_model(model: Any, mesh: Any, **options: Any) -> Plan:
     """Only decide: needs no process group, no device and no weights; see `autopar.driver.plan_model`.
 
-    Options: example, loss, device, memory_limit, constraints, outputs, batch, shared.
+    Options: example, loss, device, memory_limit, constraints, outputs, batch, shared; fixes: seconds to look for what
+    would fit if nothing does.
     """
     from autopar import driver
 
@@ -82,6 +86,26 @@ explain: Any = explain_plan
 del _explain_capture
 
 
+def frontier(model: Any, mesh: Any, **options: Any) -> Frontier:
+    """What a step costs under less and less memory, down to the least that will do; see `autopar.tradeoff.frontier`.
+
+    Options: points, memory_limit (of interest: marked), progress; and those of `plan`.
+    """
+    from autopar import answers
+
+    return answers.frontier(model, mesh, **options)
+
+
+def memory_timeline(plan: Plan, model: Any = None, **options: Any) -> MemoryTimeline:
+    """What a rank holds over a step, by kind, predicted and measured; see `autopar.memory_picture.memory_timeline`.
+
+    Options: example, loss, measure.
+    """
+    from autopar import answers
+
+    return answers.memory_timeline(plan, model, **options)
+
+
 def register_rule(op: Any, rule: Any) -> None:
     """Give the op `op` (a `torch.ops` overload) a sharding rule; see `autopar.costmodel.rules.register`."""
     from autopar import driver
@@ -103,6 +127,7 @@ __all__ = [
     "CaptureError",
     "Choice",
     "ConstraintError",
+    "Fix",
     "InfeasibleError",
     "Mesh",
     "MeshError",
@@ -125,6 +150,8 @@ __all__ = [
     "compile",
     "explain",
     "explain_plan",
+    "frontier",
+    "memory_timeline",
     "plan",
     "plan_model",
     "register_rule",

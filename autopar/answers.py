@@ -11,7 +11,9 @@ from torch import nn
 from autopar import options, questions, report, words
 from autopar.capture import capture
 from autopar.errors import BatchError
+from autopar.memory_picture import memory_timeline
 from autopar.plan import Plan
+from autopar.tradeoff import frontier
 
 
 def explain(
@@ -44,3 +46,6 @@ def explain(
         opened = questions.open_program(capture(model, *call, loss=loss, precision=plan.computes), plan)
     found = questions.ask(opened, name, solved=not quick, everything=everything)
     return report.text(words.explanation(opened, found), width=120)
+
+
+__all__ = ["explain", "frontier", "memory_timeline"]

@@ -28,6 +28,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.traceback import get_current_meta
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 import autopar.decompose_random  # noqa: F401  (fills DECOMPOSITIONS)
 from autopar import depth, repeat

@@ -16,7 +16,18 @@ from typing import Any
 
 from rich.console import Console
 
-from autopar import cli_calibrate, cli_explain, cli_simulate, driver, options, report, report_pipeline, targets, verify
+from autopar import (
+    cli_calibrate,
+    cli_explain,
+    cli_memory,
+    cli_simulate,
+    driver,
+    options,
+    report,
+    report_pipeline,
+    targets,
+    verify,
+)
 from autopar.cli_tools import emit, positive
 from autopar.errors import AutoparError, ConstraintError, InfeasibleError, PlanError
 from autopar.mesh import Mesh
@@ -118,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--schedule", metavar="NAME", help="with an axis pp: 1f1b, zb-h1, ... or a CSV file (default: the quickest)"
     )
+    cli_memory.add_what_if(plan)
     plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan here")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON and nothing else on stdout")
     plan.set_defaults(run=_plan)
@@ -173,30 +185,35 @@ def _plan(args: argparse.Namespace) -> int:
     mesh = int(args.mesh) if args.mesh.isdecimal() else Mesh.parse(args.mesh)
     constraints = parse_constraints(args.constraints)
     target = targets.Target(args.target, args.batch, args.seq, args.dtype, targets.parse_settings(args.settings))
+    if args.what_if and args.output is not None:
+        raise PlanError("--what-if makes many plans and writes none: leave out -o, and plan with the --memory you like")
+    if args.svg is not None and not args.what_if:
+        raise PlanError("--svg draws what --what-if finds: add that; `autopar simulate` draws a plan")
     if args.output is not None and not args.output.parent.is_dir():
         raise PlanError(f"cannot write {args.output}: the folder {args.output.parent} does not exist")
     status = Console(stderr=True)
     with status.status(f"building {target.text} ...") as spinner:
         built = targets.build(target)
         spinner.update(f"capturing and planning {target.text} on {mesh} ...")
-        plan = driver.plan_model(
-            built.model,
-            mesh,
-            example=built.example,
-            loss=built.loss,
-            device=args.device,
-            memory_limit=options.parse_bytes(args.memory),
-            constraints=constraints,
-            target=target.to_dict(),
-            micro_batches=args.micro_batches,
-            schedule=args.schedule,
-            optimizer_class=args.optimizer,
-            recompute=not args.no_recompute,
-            offload=not args.no_offload,
-            compression=args.compression,
-            precision=args.precision,
-            reduce_dtype=args.reduce_dtype,
-        )
+        asked: dict[str, Any] = {
+            "example": built.example,
+            "loss": built.loss,
+            "device": args.device,
+            "memory_limit": options.parse_bytes(args.memory),
+            "constraints": constraints,
+            "target": target.to_dict(),
+            "micro_batches": args.micro_batches,
+            "schedule": args.schedule,
+            "optimizer_class": args.optimizer,
+            "recompute": not args.no_recompute,
+            "offload": not args.no_offload,
+            "compression": args.compression,
+            "precision": args.precision,
+            "reduce_dtype": args.reduce_dtype,
+        }
+        if args.what_if:
+            return cli_memory.what_if(args, built.model, mesh, spinner.update, **asked)
+        plan = driver.plan_model(built.model, mesh, **asked)
     if args.output is not None:
         plan.save(args.output)
     if args.json:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from autopar import report_pipeline
+from autopar import cli_memory, report_pipeline
 from autopar.cli_tools import emit, emit_json
 from autopar.errors import PlanError, ScheduleError
 from autopar.pipeline import draw
@@ -22,7 +22,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "simulate",
         help="the pipeline of a plan in time: utilisation, a picture, a trace",
         description="Runs the schedule of a plan with a pipeline (a mesh with an axis pp) against the clock: seconds,\n"
-        "how busy every rank is, and what it holds. --schedule adds others, with the same stages.",
+        "how busy every rank is, and what it holds. --schedule adds others, with the same stages.\n"
+        "--memory shows instead what ranks hold over a step; for that, the plan needs no pipeline.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("plan", type=Path, metavar="PLAN.json", help="a file written by `autopar plan --mesh pp=...`")
@@ -33,12 +34,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write its table, to edit and run (schedule=FILE)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the timelines, one under the other")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write them for Perfetto (ui.perfetto.dev)")
+    cli_memory.add_picture(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     plan = Plan.load(args.plan)
+    if args.measure and args.memory is None:
+        raise PlanError("--measure is for --memory: autopar simulate PLAN.json --memory --measure")
+    if args.memory is not None:
+        return cli_memory.picture(args, plan)
     table, timeline = report_pipeline.timeline_of(plan)
     assert plan.pipeline is not None
     timelines: dict[str, Timeline] = {plan.pipeline.schedule: timeline}
@@ -55,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         (args.trace, lambda: draw.perfetto(timelines)),
     ):
         if path is not None:
-            _write(path, text())
+            cli_memory.write(path, text())
     if args.json:
         emit_json(
             {
@@ -72,13 +78,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.grid:
         print(grid(table))
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise PlanError(f"cannot write {path}: {error}") from None
 
 
 __all__ = ["add"]

@@ -5,9 +5,9 @@ capture -> plan -> insert collectives and the other passes -> cut forward from b
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,31 @@ import torch
 from torch import nn
 
 from autopar.checks import refuse_old_norms
-from autopar.costmodel import planner, rules, search
+from autopar.costmodel import rules, search
 from autopar.costmodel.devices import Device
 from autopar.costmodel.measure_optimizer import optimizer_text, recipe_text
-from autopar.errors import BatchError, MeshError, PlanError
+from autopar.decide import Call, devices, plan_model, plan_one, planned, planner_options
+from autopar.errors import InfeasibleError, MeshError, PlanError
+from autopar.fixes import explained, question_of
 from autopar.given import check_given, decisions, precision_of
 from autopar.graph import Program
 from autopar.lowering import lower, quicker, target_of
 from autopar.mesh import Mesh
-from autopar.mesh_search import search_meshes
 from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, check_asked
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
-from autopar.precision import AS_IS, AUTO, SCALED, Precision
+from autopar.precision import AUTO, SCALED
 from autopar.precision_search import quickest
 from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
-from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device, running
+from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
 from autopar.runtime.pipeline import Pipelined
 from autopar.runtime.step import Lowered, check_backend
 from autopar.runtime.storage import Init, first_difference, same_fields, skeleton
 from autopar.runtime.training import Recipe
-from autopar.spec import Spec
 from autopar.stage_search import check_pipeline, fitting, plan_pipeline
 from autopar.stages import inner_place, lower_pipeline, stage_of_state, starts_again, unjoined
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def compile(
@@ -144,7 +142,7 @@ def compile(
     Warns (UserWarning): a tensor taken for a piece of a local batch is the same on every rank; `forward` draws from
     Python's or numpy's global generator; a new shape is captured and planned again.
     """
-    count = _devices(mesh)
+    count = devices(mesh)
     if count is not None:
         given = plan
         if isinstance(plan, (str, Path)):
@@ -210,113 +208,6 @@ def compile(
     return module
 
 
-def plan_model(
-    model: nn.Module,
-    mesh: Mesh | str | int,
-    *,
-    example: Example,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    device: str | Device | None = None,
-    memory_limit: float | str | None = None,
-    constraints: Mapping[str, str] | None = None,
-    outputs: str = "auto",
-    batch: str = "global",
-    shared: Sequence[str] = (),
-    training: bool = True,
-    target: Mapping[str, Any] | None = None,
-    progress: search.Progress | None = None,
-    micro_batches: int | None = None,
-    schedule: str | Path | None = None,
-    weights: str = "current",
-    optimizer_class: Stepped | None = None,
-    recompute: bool = True,
-    offload: bool = True,
-    host_state: bool | None = None,
-    compression: str | None = None,
-    precision: str | None = None,
-    reduce_dtype: str | None = None,
-) -> Plan:
-    """Only decide. Needs no processes, no device, and no weights (a model on the meta device will do).
-
-    Args: as `compile`. With a number as `mesh` the plan is the best of all shapes of so many devices, the others are in
-        `solver["meshes"]`; with `micro_batches` or `schedule` it is the best pipeline of so many.
-        host_state: whether gradients and optimizer state may lie on the host; default: as `offload`.
-        training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
-        progress: called with what is being done and the part done, 0 to 1.
-
-    Raises:
-        CaptureError, ConstraintError, InfeasibleError: as they say.
-    """
-    count = _devices(mesh)
-    if mesh == "auto":
-        raise MeshError('mesh="auto" means the processes that run; to plan, say how many devices there are: mesh=64')
-    if count is not None and batch != "global":
-        raise MeshError(
-            f"mesh={count}: local batches are pieces along axes that the search has yet to choose; name the axes "
-            f'("dp={count}"), or pass global batches'
-        )
-    shape = as_mesh(mesh)
-    asked = ask(
-        shape, device, memory_limit, constraints, outputs, batch, loss, shared, micro_batches, schedule, trains=True,
-        weights=weights, searched=count is not None, optimizer_class=optimizer_class, recompute=recompute,
-        offload=offload, host_state=offload if host_state is None else host_state, compression=compression,
-        precision=precision, reduce_dtype=reduce_dtype,
-    )  # fmt: skip
-    call = arguments(example)
-    if call is None:
-        raise BatchError("plan needs example=: the arguments of one call, for their shapes")
-
-    def planned(precision: Precision) -> Plan:
-        return _planned(replace(asked, precision=precision), model, call, training, count, progress)
-
-    found = planned(asked.precision) if asked.precision.compute != AUTO else quickest(asked.precision, planned)
-    return replace(found, target=dict(target or {}))
-
-
-def _planned(
-    asked: Asked, model: nn.Module, call: _Call, training: bool, count: int | None, progress: search.Progress | None
-) -> Plan:
-    """The plan of one call, whatever mesh is asked for."""
-    began = time.perf_counter()
-    programs = Programs()
-    captured, pieces = asked.capture(model, *call, training, programs)
-    seconds = time.perf_counter() - began
-    whole, micros = captured.program, asked.micro_programs(programs)
-
-    @functools.cache
-    def program_of(micro: int) -> Program:
-        return asked.micro(model, *call, whole, micro, micros)
-
-    if asked.pipelined:
-        found = plan_pipeline(
-            program_of, batch_rows(whole), asked, lambda program: _planner_options(program, asked), progress=progress
-        )
-    elif count is None:
-        found = _plan(whole, asked, pieces, progress=progress)
-    else:
-        tried = search_meshes(whole, count, asked, _planner_options, program_of, batch_rows(whole), progress)
-        found = search.best_plan(tried)
-    return replace(found, solver={"capture_s": seconds, **found.solver})
-
-
-def micro_program(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    loss: Callable[[Any, Any], torch.Tensor] | None,
-    micro: int,
-    precision: Precision = AS_IS,
-) -> Program:
-    """The program of one of `micro` micro-batches of a call, as a pipeline's plan is for.
-
-    Raises:
-        CaptureError: as `autopar.capture`.
-    """
-    asked = replace(ask(Mesh(("rank",), (1,)), "cpu", None, None, "auto", "global", loss, ()), precision=precision)
-    captured, _ = asked.capture(model, args, kwargs, True, Programs())
-    return asked.micro(model, args, kwargs, captured.program, micro, Programs())
-
-
 def register_rule(op: Any, rule: Any) -> None:
     """Give an op a sharding rule; see `autopar.costmodel.rules.register`."""
     rules.register(op, rule)
@@ -330,6 +221,10 @@ _NEWS = {
     "are not captured again",
     KNOWN: "",
 }
+
+
+#: Round the planning of a first call (the plan that places parameters already, or None): says what would fit.
+Explaining = Callable[[Plan | None], contextlib.AbstractContextManager[None]]
 
 
 class _Builder:
@@ -358,8 +253,9 @@ class _Builder:
             program.digest(),
             "the model's code must take the same path on every rank (no branches on the rank)",
         )
+        explaining = self._explaining(model, args, kwargs, program)
         with torch.autocast("cpu", enabled=False):  # it is in the program, and not for what follows
-            plan = self._plan(program, pieces, first, self.plans.get(captured.form))
+            plan = self._plan(program, pieces, first, self.plans.get(captured.form), explaining)
             self.plans[captured.form] = plan
             with control.together("lowering"):
                 at = grid.mesh.coordinates(grid.rank)
@@ -371,7 +267,7 @@ class _Builder:
     ) -> Pipelined:
         """What this rank runs of a pipeline; `captured`: the call with the whole batch."""
         control, grid, asked, whole = self.control, self.control.grid, self.asked, captured.program
-        rows = batch_rows(whole)
+        rows, explaining = batch_rows(whole), self._explaining(model, args, kwargs, whole)
 
         @functools.cache
         def program_of(micro: int) -> Program:
@@ -394,10 +290,10 @@ class _Builder:
             storage, saved = (inner(first).storage, first.saved) if first is not None else (None, None)
 
             def made() -> str:
-                found = plan_pipeline(
-                    program_of, rows, asked, lambda p: _planner_options(p, asked), storage, pipeline, saved
-                )
-                return found.to_json()
+                with explaining(first):
+                    return plan_pipeline(
+                        program_of, rows, asked, lambda p: planner_options(p, asked), storage, pipeline, saved
+                    ).to_json()
 
             plan = Plan.from_json(control.share("planning", made), "the plan of rank 0")
         assert plan.pipeline is not None
@@ -416,65 +312,35 @@ class _Builder:
         )
         return lowered
 
-    def _plan(self, program: Program, pieces: dict[str, Spec] | None, first: Plan | None, similar: Plan | None) -> Plan:
+    def _explaining(self, model: nn.Module, args: Any, kwargs: Any, whole: Program) -> Explaining:
+        """Has what no plan fits explained, unless parameters lie somewhere already: then nothing can be changed."""
+        cast = torch.autocast("cpu", torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"))
+
+        @contextlib.contextmanager
+        def explaining(first: Plan | None) -> Iterator[None]:
+            try:
+                yield
+            except InfeasibleError as error:
+                question = question_of(error, self.asked, model, args, kwargs, whole, plan_model)
+                if first is not None or question is None:
+                    raise
+                with cast:  # as the call itself was captured
+                    raise explained(question) from None
+
+        return explaining
+
+    def _plan(self, program: Program, pieces: Any, first: Plan | None, similar: Any, explaining: Explaining) -> Plan:
         if self.given is not None and (first is None or self.given.fingerprint == program.fingerprint):
             with self.control.together("checking the plan"):
                 check_given(self.given, program, self.asked, pieces)
             return self.given
         # One rank plans: the others would only compete for its processors, and the answer is the same by construction.
-        text = self.control.share("planning", lambda: _plan(program, self.asked, pieces, first, similar).to_json())
+        def made() -> str:
+            with explaining(first):
+                return plan_one(program, self.asked, pieces, first, similar).to_json()
+
+        text = self.control.share("planning", made)
         return Plan.from_json(text, "the plan of rank 0")
-
-
-def _plan(
-    program: Program,
-    asked: Asked,
-    pieces: dict[str, Spec] | None,
-    first: Plan | None = None,
-    similar: Plan | None = None,
-    progress: search.Progress | None = None,
-) -> Plan:
-    """Plan `program`, of which local batches come in `pieces`; with `first`, parameters stay where that stores them.
-
-    The decisions of `similar`, a plan for another batch size, are kept where they are legal and fit: a last batch that
-    is shorter than the others should not wait for a solver.
-    """
-    if similar is not None:
-        kept = planner.transfer(program, similar, device=asked.device, memory_limit=asked.memory_limit)
-        if kept is not None:
-            return kept
-    return planner.plan(
-        program,
-        asked.mesh,
-        **_planner_options(program, asked),
-        input_specs=pieces,
-        storage=first.storage if first is not None else None,
-        progress=progress,
-    )
-
-
-def _planner_options(program: Program, asked: Asked) -> dict[str, Any]:
-    """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and program.has_loss and not asked.pipelined)
-    return {
-        "device": asked.device,
-        "memory_limit": asked.memory_limit,
-        "constraints": dict(asked.constraints),
-        "optimizer": asked.optimizer_class,
-        "recompute": asked.recompute,
-        "offload": asked.offload,
-        "host_state": asked.host_state,
-        "compression": asked.compression,
-        "output_specs": "free" if free else "replicated",
-    }
-
-
-def _devices(mesh: MeshLike) -> int | None:
-    """The number of devices whose shape is to be searched; None where the mesh is given, or is one device."""
-    count = running() if mesh == "auto" else mesh
-    if isinstance(count, bool) or not isinstance(count, int):
-        return None
-    return count if mesh == "auto" or count > 1 else None
 
 
 def _flat(count: int, timeout: float, model: nn.Module) -> Control:
@@ -501,12 +367,15 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
     return Plan.from_json(text, "the plan of rank 0")
 
 
-def _in_precision(control: Control, asked: Asked, model: nn.Module, call: _Call | None) -> Plan:
+def _in_precision(control: Control, asked: Asked, model: nn.Module, call: Call | None) -> Plan:
     """The plan in the quicker precision, found by rank 0. A collective call."""
     with control.together("reading the options"):
         if call is None:
             raise PlanError("precision='auto' compares plans, which needs example=: the arguments of one call")
     training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-    plan_in = lambda p: _planned(replace(asked, precision=p), model, call, training, None, None)  # noqa: E731
+    plan_in = lambda p: planned(replace(asked, precision=p), model, call, training, None, None)  # noqa: E731
     text = control.share("choosing the precision", lambda: quickest(asked.precision, plan_in).to_json())
     return Plan.from_json(text, "the plan of rank 0")
+def _decisions(plan: Plan) -> str:
+    """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
+    return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()

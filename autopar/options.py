@@ -68,6 +68,7 @@ class Asked:
     host_state: bool = False
     compression: str | None = None
     precision: Precision = AS_IS
+    quick: bool = False  # as of `planner.plan`
 
     def text(self) -> str:
         """For comparison between ranks."""
@@ -369,6 +370,16 @@ def batch_rows(program: Program) -> int:
         if source.name in program.batch_dims:
             return int(program.node(source.node).meta["val"].shape[program.batch_dims[source.name]])
     return 0
+
+
+def has_loss(program: Program) -> bool:
+    """Whether a scalar floating-point output, a loss, is among the outputs."""
+    for sink in program.sinks:
+        if sink.kind == "output" and sink.node is not None:
+            value = program.node(sink.node).meta["val"]
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+                return True
+    return False
 
 
 def arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

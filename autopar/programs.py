@@ -102,3 +102,34 @@ class Programs:
             known = capture(model, args, kwargs, **options)
             same = batches.at(size)
         return batches if same is not None and same.digest() == known.digest() else None
+
+
+class Kept(Programs):
+    """As Programs, with every call's program kept: for questions that ask about the same call again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[Hashable, Captured] = {}
+
+    def capture(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        loss: Callable[[Any, Any], torch.Tensor] | None = None,
+        training: bool = True,
+        precision: Precision = AS_IS,
+    ) -> Captured:
+        """As `autopar.capture.capture`; of a call that has come before, the program of then."""
+        key = (input_key(model, args, kwargs, loss=loss), training, precision)
+        if key not in self._known:
+            self._known[key] = super().capture(
+                model, args, kwargs, loss=loss, training=training, precision=precision
+            )  # fmt: skip
+        return self._known[key]
+
+    @property
+    def first(self) -> Program:
+        """The program of the first call."""
+        return next(iter(self._known.values())).program

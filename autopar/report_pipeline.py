@@ -16,7 +16,7 @@ from autopar.pipeline.schedules import schedule
 from autopar.pipeline.table import Table, homes
 from autopar.pipeline.tables import table_of, timed, with_updates
 from autopar.plan import Pipeline, Plan
-from autopar.report import again_text, bytes_, plain_table, seconds
+from autopar.report import bytes_, kept_text, plain_table, seconds
 
 
 def costs_of(plan: Plan) -> Costs:
@@ -123,7 +123,7 @@ def stages(plan: Plan) -> list[RenderableType]:
         )  # fmt: skip
     parts.append(columns)
     for stage, again in enumerate(plan.solver.get("again", ())):
-        text = again_text(replace(plan, saved=again["saved"]))
+        text = kept_text(replace(plan, saved=again["saved"]))
         parts.append(Text(f"stage {stage}, {seconds(again['seconds'])} of every micro-batch: {text}"))
     told = plan.solver.get("stages", [])
     if isinstance(told, Sequence) and len(told) > 1:

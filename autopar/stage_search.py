@@ -6,6 +6,7 @@ that (`costmodel.stages`). Where stages, or the table, are decided already, what
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
 from autopar.recompute import present
+from autopar.stage_bytes import by_stage
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.
@@ -174,9 +176,9 @@ def plan_pipeline(
         try:
             choice = best_choice(proposals, place.limit, judged, place.means(_may_repeat(asked)))
             break
-        except InfeasibleError:
+        except InfeasibleError as error:
             if not more:
-                raise
+                raise by_stage(error, proposals, place.device.slack, place.mesh) from None
             like = next(iter(proposals.values())).plans[0]
             try:
                 proposals.update(proposals_of([more.pop(0)], place.alone, place.pieces, program_of, wishes, like))
@@ -219,7 +221,11 @@ def _decided(program: Program, plan: Plan, pipeline: Pipeline, place: Place) -> 
         raise InfeasibleError(
             f"with {pipeline.micro} micro-batches under {pipeline.schedule}, rank {rank} needs "
             f"{size(peak)}, {size(peak - place.limit)} more than the limit of {size(place.limit)}; "
-            f"pass smaller batches, more micro-batches (micro_batches=), or a limit of at least {round(peak)} bytes"
+            f"pass smaller batches, more micro-batches (micro_batches=), or a limit of at least {round(peak)} bytes",
+            math.ceil(peak),
+            limit=place.limit,
+            step_s=timeline.makespan / steps,
+            mesh=str(place.mesh),
         )
     return _told(outer(plan, place.mesh, pipeline), timeline.makespan / steps, peak, costs, place)
 

@@ -21,14 +21,12 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from rich import box
-from rich.console import RenderableType
-from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from autopar import driver, shrink, targets
 from autopar.capture import capture
+from autopar.certificate import Certificate, Row, table
 from autopar.costmodel.adapt import Adapted, adapt
 from autopar.errors import AutoparError, PlanError
 from autopar.given import check_plan
@@ -39,62 +37,12 @@ from autopar.plan import Plan
 from autopar.verify_stages import adapt_stages, micro_on, stages_on
 
 STEPS = 3
-#: Largest relative error that float64 rounding explains: of a tensor's largest element, or of a millionth of the
-#: largest gradient where a gradient is zero but for rounding.
-LIMIT = 1e-9
 PRELOAD = ["autopar.verify", "transformers"]
 SMALL_BATCH, SMALL_SEQ, LAYERS = 8, 32, 2
 
 
 class VerifyError(AutoparError, RuntimeError):
     """The comparison could not be run."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the certificate: the worst tensor of a kind."""
-
-    what: str
-    error: float
-    where: str
-
-    @property
-    def equal(self) -> bool:
-        """Whether the error is what rounding explains."""
-        return self.error <= LIMIT
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What was compared, and how far it is off.
-
-    Attributes:
-        target: the model, as given to `autopar plan`.
-        plan_mesh: mesh of the plan.
-        mesh: mesh that was run.
-        parameters: number of parameter elements of the small model.
-        kept: decisions of the plan that were run as they are.
-        total: all decisions of the plan that concern the small model.
-        changed: where the small model does not allow the decision.
-        reference: what the plan was compared with.
-        seconds: of the whole comparison.
-    """
-
-    target: str
-    plan_mesh: str
-    mesh: str
-    parameters: int
-    kept: int
-    total: int
-    changed: tuple[str, ...]
-    reference: str
-    rows: tuple[Row, ...]
-    seconds: float
-
-    @property
-    def equal(self) -> bool:
-        """Whether everything agrees."""
-        return all(row.equal for row in self.rows)
 
 
 @dataclass
@@ -483,25 +431,6 @@ def _worst(what: str, got: Mapping[str, torch.Tensor | None], want: Mapping[str,
 def _any(tensor: torch.Tensor | None) -> bool:
     """Whether a gradient says anything: none at all and all zeros are the same."""
     return tensor is not None and bool(tensor.any())
-
-
-def table(certificate: Certificate) -> list[RenderableType]:
-    """The certificate as text and a table."""
-    c = certificate
-    head = [
-        f"{c.target}: the plan for {c.plan_mesh}, run on {c.mesh} "
-        f"with a model of {c.parameters:,} parameters in float64",
-        f"compared with {c.reference}; {c.kept} of {c.total} decisions run as planned, {c.seconds:.0f} s",
-    ]
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    rows.add_column("what")
-    rows.add_column("max relative error", justify="right")
-    rows.add_column("worst at", overflow="fold")
-    rows.add_column("verdict")
-    for row in c.rows:
-        rows.add_row(row.what, f"{row.error:.1e}", row.where, "equal" if row.equal else "DIFFERENT")
-    verdict = "equal to one device" if c.equal else f"NOT equal to one device (limit {LIMIT:.0e})"
-    return ["\n".join(head), rows, verdict]
 
 
 __all__ = ["Certificate", "Row", "VerifyError", "Widen", "compare", "table", "verify"]

@@ -24,6 +24,9 @@ from autopar.plan import Plan
 
 #: Where between the limit and the peak of the plan without one the rungs of the ladder are.
 RUNGS = (0.3, 0.65)
+#: Of programs of more than LARGE ops, no plans are looked for if even what keeps least misses the limit by FAR: with
+#: what is done by hand, beside which the best was seen to save no more.
+LARGE, FAR = 5000, 1.2
 #: By what part a plan must be quicker than another one to be looked at.
 LEAST_GAIN = 1e-4
 
@@ -38,6 +41,7 @@ class Budget:
         deadline: of `time.perf_counter`. recompute, offload: whether anything may be computed again, and wait on the
             host.
         binding: whether the limit keeps out what may be quicker. bases: placements that have been looked at then.
+        quick: whether a plan that fits will do, which need not be the quickest.
     """
 
     program: Program
@@ -53,6 +57,9 @@ class Budget:
     progress: Callable[[str, float], None]
     recompute: bool
     offload: bool
+    quick: bool = False
+    _least: Found | None = None
+    _of_least: Rematerialiser | None = None
     binding: bool = False
     bases: list[Found] = field(default_factory=list)
 
@@ -63,15 +70,26 @@ class Budget:
         assert found is not None  # without a limit there is always a plan
         return found
 
-    def run(self, hopeful: bool) -> Found | None:
-        """The best that fits; None if none was found. hopeful: whether parameters and their like may fit at all."""
+    def run(self, hopeful: bool, tight: bool = False) -> Found | None:
+        """The best that fits; None if none was found.
+
+        hopeful: whether parameters and their like may fit at all. tight: whether they take most of the limit.
+        """
         if self.limit is None:
             return self.search(None).run(self.orders)
+        large = self.keeps_less and hopeful and len(self.fold.items.items) > LARGE
+        self.binding = True
+        if large and tight and self._far():
+            return None
         search = self.search(self.limit)
         found = search.run(self.orders) if hopeful else None
         self.binding = found is None or search.binding
         if not self.keeps_less or not hopeful or not self.binding:
             return found  # the last: of a limit that is no matter
+        if found is None and large and self._far():
+            return None
+        if self.quick:
+            return found or self._keeping(self.least())
         if found is not None and not quicker(self.free, found):
             self.binding = False
             return found
@@ -97,7 +115,9 @@ class Budget:
 
     def least(self) -> Found:
         """About the least memory that placement alone needs."""
-        return self.search(self.limit).least(self.orders)
+        if self._least is None:
+            self._least = self.search(self.limit).least(self.orders)
+        return self._least
 
     def smallest(self) -> Found:
         """About the least memory that any plan needs, with what can be computed again."""
@@ -109,6 +129,14 @@ class Budget:
         except SolverError:  # what cutting alone needs is an answer, too
             return least
         return replace(least, plan=found.plan, timeline=found.timeline, price=found.price)
+
+    def _far(self) -> bool:
+        """Whether the plan of least memory, with all but what layers hand on computed again, is far above the limit."""
+        assert self.limit is not None
+        try:
+            return self._rematerialiser(self.least()).by_hand().peak > FAR * self.limit
+        except SolverError:
+            return False
 
     def _plans(self, limit: float) -> list[Found]:
         found = self.search(limit).run(self.orders)
@@ -133,10 +161,16 @@ class Budget:
         return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
 
     def _rematerialiser(self, base: Found) -> Rematerialiser:
-        return Rematerialiser(
+        """That of a base; of the least one, which is looked at twice, the same again: it knows what it has priced."""
+        if base is self._least and self._of_least is not None:
+            return self._of_least
+        made = Rematerialiser(
             self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, self.deadline,
             self.recompute, self.offload,
         )  # fmt: skip
+        if base is self._least:
+            self._of_least = made
+        return made
 
     @property
     def keeps_less(self) -> bool:

@@ -22,7 +22,7 @@ from autopar.costmodel.host_search import HostSearch
 from autopar.costmodel.ilp import Solution
 from autopar.costmodel.items import Item, items_of
 from autopar.costmodel.layouts import candidates
-from autopar.costmodel.legal import check_plan
+from autopar.costmodel.legal import check_plan, plan_specs
 from autopar.costmodel.lower import Prices
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
@@ -31,17 +31,17 @@ from autopar.costmodel.rules import report
 from autopar.costmodel.shuffle import random_plan
 from autopar.costmodel.simulate import Timeline, simulate
 from autopar.costmodel.sweep import Found, Search, experts
-from autopar.errors import ConstraintError, InfeasibleError, PlanError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.offload import COPIES
 from autopar.plan import DEVICE, HOST, Plan, Storage
 from autopar.plan import fold as fold_choices
 from autopar.rule import Choice
-from autopar.spec import R, S, Spec
+from autopar.spec import R, S, Spec, local_shape
 
-#: Kinds of memory that grow with the batch.
-_WITH_BATCH = ("activations", "inputs", "transient", "collectives")
+#: Part of a limit of which what stays must be more, for it to be asked first whether anything fits.
+TIGHT = 0.6
 #: Part of a device's memory that the planner may fill when the user gives no limit.
 USABLE = 0.92
 
@@ -69,6 +69,7 @@ def plan(
     offload: bool = True,
     host_state: bool = False,
     compression: str | None = None,
+    quick: bool = False,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -93,11 +94,14 @@ def plan(
         host_state: whether gradients and optimizer state may lie on the host, where that takes less time than what else
             makes it fit: the module must step the optimizer itself then (`train_step`).
         compression: of gradients that are reduced, as text (`autopar.compression`).
+        quick: one order of the axes, no experts' plans, and no ladder of limits: a plan that fits, near the quickest;
+            and where none does, no search for the least.
         time_limit: seconds for all solves together.
         progress: called with what is being done and the part done, 0 to 1.
 
     Raises:
-        InfeasibleError: no plan found fits the memory limit; says by how much and of what kind.
+        InfeasibleError: no plan found fits the memory limit; says by how much and of what kind. What else would fit
+            `autopar.fixes` looks for.
         ConstraintError: a constraint names nothing or cannot be met.
         SolverError: the solver ended without a usable answer.
     """
@@ -119,6 +123,7 @@ def plan(
             recompute,
             offload,
             host_state,
+            quick,
             time_limit,
             progress or (lambda what, done: None),
             compression,
@@ -171,6 +176,7 @@ class _Planner:
     recompute: bool
     offload: bool
     host_state: bool
+    quick: bool
     time_limit: float
     progress: Progress
     compression: str | None
@@ -214,7 +220,7 @@ class _Planner:
                 Comm(self.where, Compression.parse(self.compression)),
                 Policy(self.program.training, self.optimizer_bytes, self.optimizer),
             )
-            self.experts = experts(self.prices, wishes)
+            self.experts = [] if self.quick else experts(self.prices, wishes)
 
     def _kept(self, item: Item) -> Storage | tuple[Choice, ...] | None:
         if item.kind == "op":
@@ -246,14 +252,15 @@ class _Planner:
         free = [a for a in axes if a not in self.strategies]
         fixed = [a for a in axes if a in self.strategies]
         orders = [axes] if len(axes) < 2 else [fixed + free, fixed[::-1] + free[::-1]]
-        budget = self._budget(orders)
-        best = budget.run(self._hopeful())
+        budget = self._budget(orders[:1] if self.quick else orders)
+        least = self._held()
+        best = budget.run(self._below(least), self.memory_limit is not None and least > TIGHT * self.memory_limit)
         aside: HostSearch | None = None
         if self.host_state and self.program.training and not self.storage:  # else it is decided where parameters lie
             aside = HostSearch(budget, lambda: self._hosting().search(self.memory_limit))
-            best = aside.run(best) if self._hopeful(hosts=True) else best
+            best = aside.run(best) if self._below(self._held(HOST)) else best
         if best is None:
-            best = budget.smallest() if aside is None else aside.smallest()
+            best = (budget.least if self.quick else budget.smallest if aside is None else aside.smallest)()
             if self.memory_limit is not None and best.peak > self.memory_limit:
                 raise self._infeasible(best)
         return best
@@ -262,7 +269,7 @@ class _Planner:
         return Budget(
             self.program, self.where.device, self.links, self.prices.policy, self.fold, self.memory_limit,
             self.deadline, orders, self.search, lambda like: self._again(like, orders), self.progress,
-            self.recompute, self.offload,
+            self.recompute, self.offload, self.quick,
         )  # fmt: skip
 
     def _again(self, like: Plan, orders: list[list[int]]) -> Found | None:
@@ -282,21 +289,22 @@ class _Planner:
         other.deadline = self.deadline
         return other
 
-    def _hopeful(self, hosts: bool = False) -> bool:
-        """Whether the limit holds parameters, gradients and optimizer state if all are cut into equal pieces.
+    def _below(self, size: float) -> bool:
+        """Whether it is within the limit."""
+        return self.memory_limit is None or size <= self.memory_limit
 
-        hosts: but for what could lie on the host.
+    def _held(self, state: str = DEVICE) -> float:
+        """Bytes of parameters, gradients and optimizer state on a rank if all are cut into equal pieces.
+
+        state: where that lies which is not said.
         """
-        if self.memory_limit is None:
-            return True
         whole: Spec = (R,) * len(self.mesh.sizes)
-        policy, state = self.prices.policy, HOST if hosts else DEVICE
-        params = (i for i in self.items.items if i.kind == "param")
-        held = (
-            policy.stored(i, whole, self.mesh.sizes, self.space.pins.state.get(self.fold.of[i.index], state))
-            for i in params
-        )
-        return sum(sum(kinds.values()) for kinds in held) / self.mesh.num_devices <= self.memory_limit
+        policy, total = self.prices.policy, 0.0
+        for item in self.items.items:
+            if item.kind == "param":
+                own = self.space.pins.state.get(self.fold.of[item.index], state)
+                total += sum(policy.stored(item, whole, self.mesh.sizes, own).values())
+        return total / self.mesh.num_devices
 
     def search(self, limit: float | None) -> Search:
         """A search over what has been prepared, for a limit in bytes."""
@@ -395,61 +403,35 @@ class _Planner:
         )
 
     def _infeasible(self, least: Found) -> InfeasibleError:
-        """What the plan of least memory needs, by kind, and what would fit."""
+        """What the plan of least memory needs, by kind; what would fit is looked for by whoever asked."""
         assert self.memory_limit is not None and least.price is not None
         kinds = ", ".join(f"{k} {_gb(v)}" for k, v in least.price.memory.items() if v >= 0.5)
         need = least.peak
         pinned = " under these constraints" if self.constraints else ""
         return InfeasibleError(
             f"no plan fits {_gb(self.memory_limit)} per device on mesh {self.mesh}{pinned}; the best found needs "
-            f"{_gb(need)}, {_gb(need - self.memory_limit)} more\n  ({kinds}).\n"
-            f"  Give at least {math.ceil(need)} bytes (memory_limit){self._alternatives(least.price)}.",
+            f"{_gb(need)}, {_gb(need - self.memory_limit)} more\n  ({kinds}).{self._too_large(least.plan)}\n"
+            f"  Give at least {math.ceil(need)} bytes (memory_limit).",
             math.ceil(need),
             least.price.memory,
+            limit=self.memory_limit,
+            step_s=least.timeline.step_s,
+            mesh=str(self.mesh),
         )
 
-    def _alternatives(self, least: Price) -> str:
-        """What else would fit, priced: fewer constraints, a smaller batch, more devices."""
+    def _too_large(self, plan: Plan) -> str:
+        """Of what alone is larger than the limit: words about the largest; else nothing."""
         assert self.memory_limit is not None
-        found = []
-        if self.constraints and (other := self._least_of(self.mesh, {})) is not None:
-            found.append(f"drop the constraints {self.constraints} ({other})")
-        moving = sum(least.memory.get(k, 0.0) for k in _WITH_BATCH)
-        for part in (2, 4, 8, 16, 32, 64):
-            rest = least.peak_bytes - moving * (1 - 1 / part)
-            if rest <= self.memory_limit and self.program.batch_dims:
-                found.append(f"a smaller batch (1/{part}: about {_gb(rest)})")
-                break
-        for more in (2, 4, 8):
-            wider = Mesh(self.mesh.names, (self.mesh.sizes[0] * more, *self.mesh.sizes[1:]))
-            other = self._least_of(wider, self.constraints)
-            if other is not None:
-                found.append(f"a bigger mesh ({wider}: {other})")
-                break
-        return "".join(f",\n  or {f}" for f in found) or ", a smaller batch, or a bigger mesh"
-
-    def _least_of(self, mesh: Mesh, constraints: dict[str, str]) -> str | None:
-        """Bytes and step of about the least memory elsewhere; None if that does not fit or is not possible."""
-        fresh = dict.fromkeys(self.seconds, 0.0)
-        try:
-            other = replace(
-                self,
-                mesh=mesh,
-                where=machine(self.where.device, mesh, self.links),
-                constraints=constraints,
-                progress=lambda what, done: None,
-                seconds=fresh,
-                solves=[],
-                notes=[],
-            )
-            other.prepare()
-            least = other._budget([[a for a, n in enumerate(mesh.sizes) if n > 1]]).least()
-        except (PlanError, ConstraintError):  # nothing to offer there
-            return None
-        assert self.memory_limit is not None
-        if least.peak > self.memory_limit:
-            return None
-        return f"{_gb(least.peak)}, {1e3 * least.timeline.step_s:.4g} ms a step"
+        items = items_of(self.program, plan.saved)
+        specs, most = plan_specs(items, plan), (0.0, "")
+        for item in items.items:
+            for meta, spec in zip(item.outs, specs.outs[item.index]):
+                if meta is not None:
+                    size = float(math.prod(local_shape(meta.shape, spec, self.mesh.sizes)) * meta.itemsize)
+                    most = max(most, (size, item.name))
+        if most[0] <= self.memory_limit:
+            return ""
+        return f"\n  {most[1]} alone makes {_gb(most[0])} on a rank, as finely as it can be cut here."
 
     def _inputs(self, wishes: Wishes) -> dict[str, Spec]:
         whole: Spec = (R,) * len(self.mesh.sizes)

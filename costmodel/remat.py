@@ -110,7 +110,7 @@ class Remat:
         self.sizes = plan.mesh.sizes
         self.walk = Steps(tape)
         self.totals: list[float] = []
-        self.walk.peak(0.0, lambda event, totals: self.totals.append(sum(totals.values())))
+        self.walk.peak(0.0, lambda event, totals, alive: self.totals.append(sum(totals.values())))
         self.split = len(self.walk.forward)  # moments before it are the forward's
         events = [*self.walk.forward, *self.walk.backward]
         self.at = self._places(events)

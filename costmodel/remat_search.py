@@ -38,6 +38,9 @@ _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
 ROUNDS, NEAR, TRIALS = 10, 0.01, 8
 #: How many copies to and from the host may be under way, that are tried besides: more than most plans need.
 FLIGHTS = (4, 8)
+#: Ops that are priced, at most, when the least is looked for: the answer must not hang on how busy the machine is, as
+#: a limit that is asked for because of it must be enough.
+WORK = 60_000
 #: By what parts of the peak less is asked for, when the least is looked for.
 STEPS = (0.1, 0.03, NEAR)
 
@@ -78,6 +81,7 @@ class Rematerialiser:
         self.fold = folded or fold(self.items)
         self.where = machine(device, plan.mesh, links)
         self.seen: dict[tuple[Chosen, int], Kept] = {}
+        self.visited: dict[tuple[Chosen, int], Kept] | None = None  # while the least is looked for, what has come by
         specs = plan_specs(self.items, plan)
         compute, comm = Compute(self.items, self.where), Comm(self.where)
         tape = record(self.items, plan, specs, self.where.device.gloo, self.where.device.weights_from)
@@ -165,34 +169,57 @@ class Rematerialiser:
         return found[0], (found[1] + rest) * part
 
     def smallest(self) -> Kept:
-        """The answer of least peak: all that need not be kept, as far as that takes less."""
+        """The answer of least peak: all that need not be kept, as far as that takes less. However late it is."""
+        self.visited = {(Chosen(), COPIES): self.base}
+        try:
+            return self._smallest()
+        finally:
+            self.visited = None
+
+    def _smallest(self) -> Kept:
+        assert self.visited is not None
         self._by_hand()
         for judge in (self._exactly, self._nearly):
             copied = judge(Chosen())
             for _ in range(ROUNDS):
                 answer, _ = self._answer(None, copied, self.hosts)
-                if (answer, 1 if answer.away else COPIES) in self.seen or self._late():
+                if (answer, 1 if answer.away else COPIES) in self.visited or self._late():
                     break
                 self.measured(answer, 1)
                 copied = judge(answer)
-        best = min(self.seen.values(), key=lambda kept: kept.peak)
+        best = min(self.visited.values(), key=lambda kept: kept.peak)
         for step in STEPS:
             while not self._late() and (less := self.within((1 - step) * best.peak)) is not None:
                 best = less
         return best
 
+    def by_hand(self) -> Kept:
+        """What layers hand on is kept, or waits on the host; all else is computed again, or waits there."""
+        return min(self._tried(self.narrow), key=lambda kept: kept.peak)
+
+    def _tried(self, handed: frozenset[int]) -> list[Kept]:
+        every = frozenset(self.remat.classes)
+        tried = [Chosen(every - handed)] if self.recompute else []
+        if self.hosts:
+            tried.append(Chosen(every - handed, handed) if self.recompute else Chosen(away=every))
+        return [self.measured(chosen, 1) for chosen in tried]
+
     def _by_hand(self) -> list[Kept]:
         """What is done by hand: all of a layer but what it hands on, or but one of that. However late it is."""
-        every = frozenset(self.remat.classes)
-        kept = [self.narrow, *(frozenset({z}) for z in sorted(self.narrow)[:TRIALS])]
-        tried = [Chosen(every - some) for some in kept] if self.recompute else []
-        if self.hosts:
-            tried += [Chosen(every - some, some) for some in kept] if self.recompute else [Chosen(away=every)]
-        return [self.measured(chosen, 1) for chosen in tried]
+        found = self._tried(self.narrow)
+        for one in sorted(self.narrow)[:TRIALS]:
+            if self._spent():
+                break
+            found += self._tried(frozenset({one}))
+        return found
 
     def _late(self) -> bool:
         """Whether the time is up: what has been found so far is the answer."""
-        return time.perf_counter() > self.deadline
+        return time.perf_counter() > self.deadline if self.visited is None else self._spent()
+
+    def _spent(self) -> bool:
+        """Whether enough was priced for the least."""
+        return self.visited is not None and len(self.visited) * len(self.items.items) > WORK
 
     # Where a copy runs depends on what else is copied. What the next solve takes for copied, by the last answer:
 
@@ -234,6 +261,8 @@ class Rematerialiser:
             specs = plan_specs(items, made)
             timeline = run(items, made, specs, Compute(items, self.where), Comm(self.where), self.policy)
             self.seen[chosen, copies] = Kept(made, cost, timeline, chosen, copies)
+        if self.visited is not None:
+            self.visited[chosen, copies] = self.seen[chosen, copies]
         return self.seen[chosen, copies]
 
     def _room(self) -> tuple[float, float]:

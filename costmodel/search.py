@@ -8,6 +8,7 @@ all shapes of one and two axes are planned, then the finer ones of the best few.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ def search(
     found = ranked(tried.values())
     if not found or found[0].plan is None:
         if errors:
-            raise min(errors, key=lambda e: isinstance(e, ConstraintError))
+            raise min(errors, key=lambda e: e.least if isinstance(e, InfeasibleError) else math.inf)
         raise ConstraintError(f"no shape of {count} devices has all axes that the constraints {constraints} name")
     tell("done", 1.0)
     return found

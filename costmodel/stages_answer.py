@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopar.costmodel.stages_chain import PENDING, SAVED, SEND_B, SEND_F, STATIC, TRANSIENT, Option
 from autopar.costmodel.stages_pairs import Pair
 from autopar.costmodel.stages_search import Least, Way
@@ -166,7 +169,28 @@ def infeasible(pair: Pair, least: Least, limit: float, near: Mapping[str, Candid
     lines += [f"  or {words}: {other}" for words, other in near.items()]
     if not near:
         lines[-1] += ", or smaller micro-batches, or many more ranks: neither another schedule fits nor twice the ranks"
-    return InfeasibleError("\n".join(lines))
+    return InfeasibleError(
+        "\n".join(lines),
+        math.ceil(least.value),
+        {name: float(held[moment][:, column].sum()) for column, name in KINDS.items()},
+        limit=limit,
+        step_s=float(shape.makespans(numbers[None])[0]),
+        stages=_by_stage(held),
+        way=(
+            pair.micro,
+            (*(pair.span(edge)[0] for edge in least.way), pair.span(least.way[-1])[1]),
+            tuple(pair.edges.option[list(least.way)].tolist()),
+        ),
+    )
+
+
+def _by_stage(held: NDArray[np.float64]) -> list[dict[str, float]]:
+    """Of every stage, bytes by kind at the moment at which it holds most. held: [moments, stages, columns]."""
+    found = []
+    for stage in range(held.shape[1]):
+        moment = int(held[:, stage].sum(1).argmax())
+        found.append({name: float(held[moment, stage, column]) for column, name in KINDS.items()})
+    return found
 
 
 def duration(seconds: float) -> str:

@@ -28,8 +28,8 @@ MAX_LINES = 500
 BASE = {
     f"autopar.{m}"
     for m in (
-        "collector", "errors", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree", "recompute",
-        "offload", "compression", "precision", "pipeline",
+        "collector", "errors", "moments", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree",
+        "recompute", "offload", "compression", "precision", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.
@@ -48,37 +48,64 @@ FRONT = {
     "autopar.driver": {
         f"autopar.{m}"
         for m in (
-            "checks", "given", "lowering", "options", "programs", "costmodel", "runtime", "mesh_search", "stages",
+            "checks", "decide", "fixes", "given", "lowering", "options", "programs", "costmodel", "runtime", "stages",
             "stage_search", "precision_search",
         )
     },
     "autopar.given": {"autopar.costmodel", "autopar.options"},
     "autopar.precision_search": set(),
+    "autopar.decide": {
+        f"autopar.{m}"
+        for m in (
+            "costmodel", "fixes", "mesh_search", "options", "precision_search", "programs", "runtime", "stage_search",
+        )
+    },
+    "autopar.fixes": {f"autopar.{m}" for m in ("call", "costmodel", "options", "programs")},
     "autopar.lowering": {f"autopar.{m}" for m in ("capture", "costmodel", "passes", "runtime")},
     "autopar.mesh_search": {f"autopar.{m}" for m in ("costmodel", "options", "stages", "stage_search")},
     "autopar.stages": {"autopar.capture", "autopar.costmodel", "autopar.passes", "autopar.runtime"},
     "autopar.proposals": {"autopar.costmodel"},
-    "autopar.stage_search": {"autopar.options", "autopar.costmodel", "autopar.proposals"},
+    "autopar.stage_bytes": {"autopar.costmodel", "autopar.proposals"},
+    "autopar.stage_search": {f"autopar.{m}" for m in ("options", "costmodel", "proposals", "stage_bytes")},
     "autopar.report": set(),
     "autopar.report_pipeline": {"autopar.report"},
     "autopar.targets": set(),
     "autopar.shrink": {"autopar.targets"},
+    "autopar.certificate": set(),
     "autopar.verify": {
-        f"autopar.{m}" for m in ("targets", "shrink", "driver", "given", "capture", "costmodel", "verify_stages")
+        f"autopar.{m}"
+        for m in (
+            "certificate", "targets", "shrink", "driver", "given", "capture", "costmodel", "verify_stages",
+        )
     },
     "autopar.verify_stages": {"autopar.costmodel", "autopar.stage_search"},
     "autopar.questions": {f"autopar.{m}" for m in ("capture", "costmodel", "driver", "given", "targets")},
     "autopar.words": {"autopar.costmodel", "autopar.questions", "autopar.report"},
-    "autopar.answers": {f"autopar.{m}" for m in ("capture", "options", "questions", "report", "words")},
+    "autopar.answers": {
+        f"autopar.{m}"
+        for m in ("capture", "memory_picture", "options", "questions", "report", "tradeoff", "words")
+    },
+    "autopar.chart": set(),
+    "autopar.live_bytes": {"autopar.capture", "autopar.runtime"},
+    "autopar.memory_picture": {
+        f"autopar.{m}"
+        for m in (
+            "capture", "chart", "costmodel", "driver", "live_bytes", "options", "questions", "report",
+            "report_pipeline", "targets",
+        )
+    },
+    "autopar.tradeoff": {f"autopar.{m}" for m in ("chart", "driver", "options", "programs", "report")},
+    "autopar.cli_memory": {f"autopar.{m}" for m in ("cli_tools", "memory_picture", "tradeoff")},
     "autopar.cli_tools": {"autopar.report"},
     "autopar.cli_explain": {
         f"autopar.{m}" for m in ("cli_tools", "questions", "report", "report_pipeline", "words")
     },
     "autopar.cli_calibrate": {"autopar.costmodel", "autopar.runtime"},
-    "autopar.cli_simulate": {"autopar.cli_tools", "autopar.report_pipeline"},
+    "autopar.cli_simulate": {"autopar.cli_memory", "autopar.cli_tools", "autopar.report_pipeline"},
     "autopar.cli": {
         "autopar.cli_calibrate",
         "autopar.cli_explain",
+        "autopar.cli_memory",
         "autopar.cli_simulate",
         "autopar.cli_tools",
         "autopar.driver",
