@@ -20,6 +20,7 @@ from autopar import chart, driver, options, questions, report_pipeline, targets
 from autopar.capture import capture
 from autopar.costmodel.track import track
 from autopar.errors import BatchError, PlanError
+from autopar.given import check_plan
 from autopar.live_bytes import LiveBytes
 from autopar.moments import Moment, Track
 from autopar.pipeline.clock import Costs, Timeline
@@ -390,8 +391,12 @@ def memory_timeline(
     if plan.pipeline is not None:
         predicted = pipeline_tracks(plan)
     else:
-        program = questions.rebuild(plan, tell) if model is None else capture(model, args, kwargs, loss=loss)
-        driver.check_plan(program, plan)
+        program = (
+            questions.rebuild(plan, tell)
+            if model is None
+            else capture(model, args, kwargs, loss=loss, precision=plan.computes)
+        )
+        check_plan(program, plan)
         predicted = (track(program, plan, questions.device_of(plan)),)
     measured: tuple[Track, ...] = ()
     if measure:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from autopar import driver, targets
+from autopar import decide, targets
 from autopar.capture import capture
 from autopar.costmodel import planner, profile
 from autopar.costmodel.constraints import STRATEGIES
@@ -119,7 +119,7 @@ def rebuild(plan: Plan, tell: Tell = silent) -> Program:
     tell(f"capturing {target.text} ...")
     if plan.pipeline is not None:  # its decisions are about a micro-batch
         micro = plan.pipeline.micro
-        return driver.micro_program(built.model, built.args, built.kwargs, built.loss, micro, plan.computes)
+        return decide.micro_program(built.model, built.args, built.kwargs, built.loss, micro, plan.computes)
     return capture(built.model, built.args, built.kwargs, loss=built.loss, precision=plan.computes)
 
 

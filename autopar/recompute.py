@@ -130,7 +130,7 @@ def _rewritten(program: Program, again: Collection[fx.Node], away: Collection[fx
             picked = not is_op(top)
             maker: fx.Node = top.args[0] if picked else top  # type: ignore[assignment]
             if maker in away and isinstance(top.meta["val"], torch.Tensor):
-                copies[top] = fetched(top, maker, int(top.args[1]) if picked else 0)  # type: ignore[call-overload]
+                copies[top] = fetched(top, maker, int(top.args[1]) if picked else 0)  # type: ignore[arg-type]
                 stack.pop()
                 continue
             if top in early:

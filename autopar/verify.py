@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from autopar import driver, shrink, targets
+from autopar import decide, driver, shrink, targets
 from autopar.capture import capture
 from autopar.certificate import Certificate, Row, table
 from autopar.costmodel.adapt import Adapted, adapt
@@ -169,7 +169,7 @@ def _check(plan: Plan, target: targets.Target) -> None:
         program = capture(whole.model, whole.args, whole.kwargs, loss=whole.loss, precision=plan.computes)
         check_plan(program, plan)
         return
-    micro = driver.micro_program(
+    micro = decide.micro_program(
         whole.model, whole.args, whole.kwargs, whole.loss, plan.pipeline.micro, plan.computes
     )  # fmt: skip
     check_plan(micro, inner(plan))
@@ -185,7 +185,7 @@ def _adapted(
         program = capture(model, args, kwargs, loss=loss)
         return adapt(program, plan, mesh), program
     micro = micro_on(pipeline, mesh.sizes[mesh.axis(pipeline.axis)], small.target.batch)
-    program = driver.micro_program(model, args, kwargs, loss, micro)
+    program = decide.micro_program(model, args, kwargs, loss, micro)
     return adapt_stages(program, plan, mesh, stages_on(pipeline, plan, mesh), micro), program
 
 

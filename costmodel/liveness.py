@@ -44,14 +44,18 @@ def peak(
     for buffer in tape.placeholders:
         if buffer.held != "parameters":
             found[buffer.held] += buffer.size
-    behind = works(items, plan, specs)
-    found["optimizer"] += sum(work.state_bytes for work in behind)
-    scratch = policy.temporaries(_trained(items, plan, specs), gpu=not gloo)
-    rest = Steps(tape).peak(max(scratch, tail_bytes(behind)))
+    found["optimizer"] += sum(work.state_bytes for work in works(items, plan, specs))
+    rest = Steps(tape).peak(scratch(items, plan, specs, policy, gloo))
     for kind, size in rest.items():
         found[kind] += size
     found["slack"] = slack * sum(found.values())
     return found
+
+
+def scratch(items: Items, plan: Plan, specs: Specs, policy: Policy, gloo: bool) -> float:
+    """Bytes of temporaries behind the backward: of the update, or of what compresses gradients before."""
+    update = policy.temporaries(_trained(items, plan, specs), gpu=not gloo)
+    return max(update, tail_bytes(works(items, plan, specs)))
 
 
 def _trained(items: Items, plan: Plan, specs: Specs) -> list[tuple[int, int]]:
@@ -412,4 +416,4 @@ def _arrive(x: Buffer, out: list[Event]) -> Buffer:
     return arrived
 
 
-__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "Steps", "moving", "peak"]
+__all__ = ["AHEAD_BYTES", "BUCKET_BYTES", "PENDING_BYTES", "Steps", "moving", "peak", "scratch"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from autopar.costmodel.devices import Device
 from autopar.costmodel.items import Item, Items, Tensor, items_of
 from autopar.costmodel.legal import Specs, plan_specs
-from autopar.costmodel.liveness import BUCKET_BYTES, PENDING_BYTES, Steps
+from autopar.costmodel.liveness import BUCKET_BYTES, PENDING_BYTES, Steps, scratch
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.stage_plans import stage_plans
 from autopar.costmodel.stages_chain import Option
@@ -145,7 +145,7 @@ class _Stage:
             i for i in self.items.items if i.kind == "grad" and any(p.kind == "P" for p in self.specs.ins[i.index][0])
         )
         small = sum(size for size in map(self._sunk, unreduced) if size < BUCKET_BYTES)
-        return max(min(small, PENDING_BYTES), self.policy.scratch * self.tape.largest)
+        return max(min(small, PENDING_BYTES), scratch(self.items, self.plan, self.specs, self.policy, self.device.gloo))
 
 
 def _deferred(items: Items, plan: Plan) -> tuple[Specs, Plan]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from autopar.costmodel.compress import works
 from autopar.costmodel.devices import Device, machine
 from autopar.costmodel.items import Item, Items, items_of
-from autopar.costmodel.legal import Specs, plan_specs
-from autopar.costmodel.liveness import Steps
+from autopar.costmodel.legal import Specs, plan_specs, storage_of
+from autopar.costmodel.liveness import Steps, scratch
 from autopar.costmodel.memory import KINDS, Policy
 from autopar.costmodel.tape import Buffer, Event, Tape, record
 from autopar.graph import Program, pattern
@@ -50,15 +51,15 @@ class _Tracker:
             if self.moments[-1].total > self.best:
                 self.best, self.alive = self.moments[-1].total, {b: b.size for b in alive}
 
-        self.steps.peak(self.policy.scratch, look)
+        behind = scratch(self.items, self.plan, self.specs, self.policy, self.device.gloo)
+        self.steps.peak(behind, look)
         if self.tape.backward:
             grads = {b.base for b in self.tape.grads}
-            scratch = self.policy.scratch * self.tape.largest
-            self._add(UPDATE, "optimizer", {"gradients": sum(b.size for b in grads), "transient": scratch})
+            self._add(UPDATE, "optimizer", {"gradients": sum(b.size for b in grads), "transient": behind})
             if self.moments[-1].total > self.best:
                 self.best, self.alive = self.moments[-1].total, {b: b.size for b in grads}
-                if scratch:
-                    self.alive[Buffer(scratch)] = scratch
+                if behind:
+                    self.alive[Buffer(behind)] = behind
         if not self.moments:  # nothing runs at all
             self._add("forward", "", {})
         return Track("every rank", tuple(self.moments), "ops", self._largest(most))
@@ -71,13 +72,15 @@ class _Tracker:
                 stored = self._stored(item)
                 found["parameters"] += stored["parameters"]
                 found["optimizer"] += stored["optimizer"]
+        found["optimizer"] += sum(work.state_bytes for work in works(self.items, self.plan, self.specs))
         for buffer in self.tape.placeholders:
             if buffer.held != "parameters":
                 found[buffer.held] += buffer.size
         return found
 
     def _stored(self, item: Item) -> dict[str, float]:
-        return self.policy.stored(item, self.specs.outs[item.index][0], self.plan.mesh.sizes)
+        state = storage_of(self.plan, item).state
+        return self.policy.stored(item, self.specs.outs[item.index][0], self.plan.mesh.sizes, state)
 
     def _add(self, phase: str, name: str, totals: Mapping[str, float]) -> None:
         held = {kind: self.held[kind] + totals.get(kind, 0.0) for kind in KINDS}

@@ -129,7 +129,7 @@ def _bound(node: fx.Node) -> None:
             raise PassError(f"{node.name} ({_title(node)}) is waited for {len(node.users)} times: {names}")
     if node.target is WAIT and node.args[0].target not in starts:  # type: ignore[union-attr, operator]
         raise PassError(f"{node.name} waits for {node.args[0]}, which is no collective")
-    if node.target is ARRIVED and node.args[0].target not in COPIES:  # type: ignore[union-attr]
+    if node.target is ARRIVED and node.args[0].target not in COPIES:  # type: ignore[union-attr, operator]
         raise PassError(f"{node.name} waits for {node.args[0]}, which is no copy to or from the host")
 
 

@@ -75,11 +75,11 @@ FRONT = {
     "autopar.verify": {
         f"autopar.{m}"
         for m in (
-            "certificate", "targets", "shrink", "driver", "given", "capture", "costmodel", "verify_stages",
+            "certificate", "targets", "shrink", "decide", "driver", "given", "capture", "costmodel", "verify_stages",
         )
     },
     "autopar.verify_stages": {"autopar.costmodel", "autopar.stage_search"},
-    "autopar.questions": {f"autopar.{m}" for m in ("capture", "costmodel", "driver", "given", "targets")},
+    "autopar.questions": {f"autopar.{m}" for m in ("capture", "costmodel", "decide", "given", "targets")},
     "autopar.words": {"autopar.costmodel", "autopar.questions", "autopar.report"},
     "autopar.answers": {
         f"autopar.{m}"
@@ -90,7 +90,7 @@ FRONT = {
     "autopar.memory_picture": {
         f"autopar.{m}"
         for m in (
-            "capture", "chart", "costmodel", "driver", "live_bytes", "options", "questions", "report",
+            "capture", "chart", "costmodel", "driver", "given", "live_bytes", "options", "questions", "report",
             "report_pipeline", "targets",
         )
     },

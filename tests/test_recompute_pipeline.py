@@ -20,7 +20,7 @@ from autopar.costmodel.remat_levels import BETWEEN, PARTS, levels
 from autopar.costmodel.stage_memory import held
 from autopar.costmodel.stages_chain import COLUMNS
 from autopar.costmodel.stages_table import shape
-from autopar.driver import micro_program
+from autopar.decide import micro_program
 from autopar.errors import InfeasibleError, PlanError
 from autopar.graph import Program
 from autopar.mesh import Mesh
