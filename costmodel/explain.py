@@ -145,8 +145,7 @@ class Bench:
             ConstraintError: a constraint names nothing.
         """
         items = program if isinstance(program, Items) else items_of(program, plan.saved)
-        plan_specs(items, plan)
-        plan = spelled_out(items, plan)
+        plan = spelled_out(items, plan, plan_specs(items, plan))
         wishes = Wishes.parse(dict(constraints or {}), items, plan.mesh)
         # What the plan treats differently is never one class, so that a class has one decision.
         folded = fold(items, small=0, mark=lambda item: (wishes.mark(item), _decided(plan, item)))

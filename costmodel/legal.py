@@ -132,12 +132,9 @@ def row_of(items: Items, plan: Plan, specs: Specs, item: Item) -> tuple[Choice, 
     return tuple(c if n > 1 else WHOLE for c, n in zip(row, plan.mesh.sizes))
 
 
-def spelled_out(items: Items, plan: Plan) -> Plan:
+def spelled_out(items: Items, plan: Plan, specs: Specs) -> Plan:
     """The plan with the choices of what waits on the host, which follow from where that is made, among its own."""
     hosted = [i for i in items.items if i.node is not None and i.node.target in HOSTED and plan.named(i.name) is None]
-    if not hosted:
-        return plan
-    specs = plan_specs(items, plan)
     return replace(plan, choices={**plan.choices, **{i.name: row_of(items, plan, specs, i) for i in hosted}})
 
 

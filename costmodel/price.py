@@ -81,11 +81,15 @@ def price(
         MeshError: unknown device or axis.
     """
     items = program if isinstance(program, Items) else items_of(program, plan.saved)
-    specs = plan_specs(items, plan)
     where = machine(device, plan.mesh, links)
     policy = Policy(items.program.training, optimizer_bytes, plan.optimizer)
-    comm = Comm(where, Compression.parse(plan.compression))
-    return _Pricer(items, plan, specs, Compute(items, where), comm, policy).run()
+    return priced(items, plan, plan_specs(items, plan), Compute(items, where), policy)
+
+
+def priced(items: Items, plan: Plan, specs: Specs, compute: Compute, policy: Policy) -> Price:
+    """`price` with everything looked up already, for callers that simulate as well."""
+    comm = Comm(compute.machine, Compression.parse(plan.compression))
+    return _Pricer(items, plan, specs, compute, comm, policy).run()
 
 
 @dataclass
@@ -144,4 +148,4 @@ class _Pricer:
         return total, counts
 
 
-__all__ = ["Price", "price"]
+__all__ = ["Price", "price", "priced"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import accumulate
 
 from autopar.costmodel.comm import Comm
@@ -22,7 +23,7 @@ from autopar.costmodel.legal import plan_specs, spelled_out
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.pieces import candidates
-from autopar.costmodel.price import Price, price
+from autopar.costmodel.price import Price, priced
 from autopar.costmodel.remat import USABLE, Chosen, Remat
 from autopar.costmodel.simulate import Timeline, run
 from autopar.costmodel.tape import record
@@ -54,9 +55,14 @@ class Kept:
 
     plan: Plan
     price: Price
-    timeline: Timeline
+    simulated: Callable[[], Timeline]
     chosen: Chosen
     copies: int = COPIES
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The simulated step; of what does not fit, nobody asks."""
+        return self.simulated()
 
     @property
     def peak(self) -> float:
@@ -98,7 +104,7 @@ class Rematerialiser:
         judges = (self._exactly, self._nearly)
         found = [self._within(limit, judge, hosts) for hosts in self._ways() for judge in judges]
         if not any(found):
-            found += [kept for kept in self._by_hand() if kept.peak <= limit]
+            found.append(self._first_by_hand(limit))
         best = min((k for k in found if k is not None), key=_seconds, default=None)
         return None if best is None else self._improved(best, limit)
 
@@ -178,7 +184,8 @@ class Rematerialiser:
 
     def _smallest(self) -> Kept:
         assert self.visited is not None
-        self._by_hand()
+        for _ in self._by_hand():
+            pass
         for judge in (self._exactly, self._nearly):
             copied = judge(Chosen())
             for _ in range(ROUNDS):
@@ -197,21 +204,30 @@ class Rematerialiser:
         """What layers hand on is kept, or waits on the host; all else is computed again, or waits there."""
         return min(self._tried(self.narrow), key=lambda kept: kept.peak)
 
-    def _tried(self, handed: frozenset[int]) -> list[Kept]:
+    def _tried(self, handed: frozenset[int]) -> Iterator[Kept]:
         every = frozenset(self.remat.classes)
         tried = [Chosen(every - handed)] if self.recompute else []
         if self.hosts:
             tried.append(Chosen(every - handed, handed) if self.recompute else Chosen(away=every))
-        return [self.measured(chosen, 1) for chosen in tried]
+        return (self.measured(chosen, 1) for chosen in tried)
 
-    def _by_hand(self) -> list[Kept]:
-        """What is done by hand: all of a layer but what it hands on, or but one of that. However late it is."""
-        found = self._tried(self.narrow)
+    def _by_hand(self) -> Iterator[Kept]:
+        """What is done by hand: all of a layer but what it hands on, or but one of that."""
+        yield from self._tried(self.narrow)
         for one in sorted(self.narrow)[:TRIALS]:
             if self._spent():
                 break
-            found += self._tried(frozenset({one}))
-        return found
+            yield from self._tried(frozenset({one}))
+
+    def _first_by_hand(self, limit: float) -> Kept | None:
+        """The quickest of what is done by hand that fits; the first, if it is late already."""
+        best: Kept | None = None
+        for kept in self._by_hand():
+            if kept.peak <= limit and (best is None or _seconds(kept) < _seconds(best)):
+                best = kept
+            if best is not None and self._late():
+                break
+        return best
 
     def _late(self) -> bool:
         """Whether the time is up: what has been found so far is the answer."""
@@ -254,13 +270,11 @@ class Rematerialiser:
         if (chosen, copies) not in self.seen:
             made = replace(self.plan, saved=self._saved(chosen), copies=copies)
             items = self.items if not any(chosen) else items_of(self.program, made.saved)
-            made = spelled_out(items, made)
-            cost = price(
-                items, made, self.where.device, optimizer_bytes=self.policy.optimizer_bytes, links=self.links
-            )  # fmt: skip
-            specs = plan_specs(items, made)
-            timeline = run(items, made, specs, Compute(items, self.where), Comm(self.where), self.policy)
-            self.seen[chosen, copies] = Kept(made, cost, timeline, chosen, copies)
+            specs, compute = plan_specs(items, made), Compute(items, self.where)
+            made = spelled_out(items, made, specs)
+            simulated = partial(run, items, made, specs, compute, Comm(self.where), self.policy)
+            cost = priced(items, made, specs, compute, self.policy)
+            self.seen[chosen, copies] = Kept(made, cost, simulated, chosen, copies)
         if self.visited is not None:
             self.visited[chosen, copies] = self.seen[chosen, copies]
         return self.seen[chosen, copies]
