@@ -97,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--no-recompute", action="store_true", help="compute nothing twice")
     plan.add_argument("--no-offload", action="store_true", help="let nothing wait on the host")
     plan.add_argument(
+        "--no-host-state", action="store_true",
+        help="keep gradients and optimizer state on the devices, as gradients that are added up over several batches, "
+        "and loops of your own, need it",
+    )  # fmt: skip
+    plan.add_argument(
         "--precision", choices=PRECISIONS, metavar="NAME",
         help="compute in bf16 or fp16 what is quicker so, weights staying as they are; auto: bf16 if its step is "
         "shorter (default: fp32, all as --dtype says)",
@@ -207,6 +212,7 @@ def _plan(args: argparse.Namespace) -> int:
             "optimizer_class": args.optimizer,
             "recompute": not args.no_recompute,
             "offload": not args.no_offload,
+            "host_state": False if args.no_host_state else None,
             "compression": args.compression,
             "precision": args.precision,
             "reduce_dtype": args.reduce_dtype,
@@ -233,6 +239,10 @@ def _show(args: argparse.Namespace) -> int:
             "target": dict(plan.target),
             **({"precision": dict(plan.precision)} if plan.precision else {}),
             **({"pipeline": asdict(plan.pipeline)} if plan.pipeline is not None else {}),
+            "optimizer": plan.optimizer,
+            "compression": plan.compression,
+            "saved": dict(plan.saved),
+            "copies": plan.copies,
             "layers": [asdict(layer) for layer in report.layers(plan)],
             "predicted": dict(plan.predicted),
             "solver": dict(plan.solver),

@@ -191,7 +191,10 @@ def _diff(args: argparse.Namespace) -> int:
             opened = [questions.open_program(p, plan, device=device) for p, plan in ((program, a), (again, b))]
             bills = (questions.bill(opened[0]), questions.bill(opened[1]))
     if args.json:
-        data: dict[str, Any] = {"modules": diff_data(a, b)}
+        data: dict[str, Any] = {
+            "modules": diff_data(a, b),
+            "plan": {name: {"a": x, "b": y} for name, x, y in words.plan_changes(a, b)},
+        }
         if bills is not None:
             data |= {"a": bill_data(bills[0]), "b": bill_data(bills[1])}
         else:

@@ -97,16 +97,18 @@ def plan_model(
     programs = given["programs"] = programs or Kept()
 
     def found(precision: Precision) -> Plan:
-        own = replace(asked, precision=precision)
-        try:
-            return planned(own, model, call, training, count, progress, programs)
-        except InfeasibleError as error:
-            if fixes <= 0:
-                raise
-            whole = own.capture(model, *call, training, programs)[0].program
-            raise explained(Question(error, given, plan_model, whole, time.perf_counter() + fixes)) from None
+        return planned(replace(asked, precision=precision), model, call, training, count, progress, programs)
 
-    plan = found(asked.precision) if asked.precision.compute != AUTO else quickest(asked.precision, found)
+    open_ = asked.precision.compute == AUTO
+    try:
+        plan = quickest(asked.precision, found) if open_ else found(asked.precision)
+    except InfeasibleError as error:
+        if fixes <= 0:
+            raise
+        # Rows and phases are the same in every precision.
+        own = replace(asked, precision=AS_IS) if open_ else asked
+        whole = own.capture(model, *call, training, programs)[0].program
+        raise explained(Question(error, given, plan_model, whole, time.perf_counter() + fixes)) from None
     return replace(plan, target=dict(target or {}))
 
 
@@ -184,7 +186,6 @@ def plan_one(
 
 def planner_options(program: Program, asked: Asked) -> dict[str, Any]:
     """What does not depend on the mesh."""
-    free = asked.outputs == "sharded" or (asked.outputs == "auto" and program.has_loss and not asked.pipelined)
     free = asked.outputs == "sharded" or (asked.outputs == "auto" and program.has_loss and not asked.pipelined)
     return {
         "device": asked.device,

@@ -29,9 +29,9 @@ from autopar.mesh import Mesh
 from autopar.options import Asked, Example, Stepped, arguments, ask, batch_rows, check_asked
 from autopar.pipeline.plans import inner
 from autopar.plan import Plan
-from autopar.precision import AUTO, SCALED
+from autopar.precision import AUTO, SCALED, Precision
 from autopar.precision_search import quickest
-from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Programs
+from autopar.programs import KNOWN, TRACED, TRACED_BATCHES, Captured, Kept, Programs
 from autopar.runtime.groups import MeshLike, as_mesh, connect, default_device
 from autopar.runtime.handshake import Control
 from autopar.runtime.module import Options, ParallelModule
@@ -153,7 +153,7 @@ def compile(
                 count, timeout, model, example=example, loss=loss, device=device, memory_limit=memory_limit,
                 constraints=constraints, outputs=outputs, batch=batch, shared=shared, micro_batches=micro_batches,
                 schedule=schedule, weights=weights, optimizer_class=optimizer_class or recipe_text(optimizer),
-                recompute=recompute, offload=offload, host_state=offload and optimizer is not None,
+                recompute=recompute, offload=offload, host_state=None if optimizer is not None else False,
                 compression=compression, precision=precision, reduce_dtype=reduce_dtype,
             )  # fmt: skip
         mesh, plan = given.mesh, given
@@ -197,10 +197,10 @@ def compile(
         "the plan", given and decisions(given), "give every rank the same plan file", lambda a, b: "other contents"
     )
     if asked.precision.compute == AUTO:
-        given = _in_precision(control, asked, model, call)
+        given = _in_precision(control, asked, model, call, recipe is not None)
         asked = replace(asked, precision=given.computes)
     # passes/fuse.py and inplace.py stay off: gradients that are views of one bucket cannot be deep-copied.
-    build = _Builder(control, asked, given, eager=backend == "eager")
+    build = _Builder(control, asked, given, eager=backend == "eager", steps=recipe is not None)
     options = Options(check, backend, asked.data_axes, init, asked.shared, recipe, asked.precision.compute in SCALED)
     module = ParallelModule(model, empty, grid, control, build, options)
     if call is not None:
@@ -230,8 +230,8 @@ Explaining = Callable[[Plan | None], contextlib.AbstractContextManager[None]]
 class _Builder:
     """Makes the lowered program of one call, in step with the other ranks."""
 
-    def __init__(self, control: Control, asked: Asked, given: Plan | None, eager: bool) -> None:
-        self.control, self.asked, self.given, self.eager = control, asked, given, eager
+    def __init__(self, control: Control, asked: Asked, given: Plan | None, eager: bool, steps: bool) -> None:
+        self.control, self.asked, self.given, self.eager, self.steps = control, asked, given, eager, steps
         self.programs = Programs()
         self.micros = asked.micro_programs(self.programs)
         self.plans: dict[Hashable, Plan] = {}  # the last one of every form of call
@@ -321,7 +321,7 @@ class _Builder:
             try:
                 yield
             except InfeasibleError as error:
-                question = question_of(error, self.asked, model, args, kwargs, whole, plan_model)
+                question = question_of(error, self.asked, model, args, kwargs, whole, plan_model, steps=self.steps)
                 if first is not None or question is None:
                     raise
                 with cast:  # as the call itself was captured
@@ -367,15 +367,24 @@ def _searched(count: int, timeout: float, model: nn.Module, example: Example | N
     return Plan.from_json(text, "the plan of rank 0")
 
 
-def _in_precision(control: Control, asked: Asked, model: nn.Module, call: Call | None) -> Plan:
-    """The plan in the quicker precision, found by rank 0. A collective call."""
+def _in_precision(control: Control, asked: Asked, model: nn.Module, call: Call | None, steps: bool) -> Plan:
+    """The plan in the quicker precision, found by rank 0. A collective call. steps: as of `question_of`."""
     with control.together("reading the options"):
         if call is None:
             raise PlanError("precision='auto' compares plans, which needs example=: the arguments of one call")
     training = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-    plan_in = lambda p: planned(replace(asked, precision=p), model, call, training, None, None)  # noqa: E731
-    text = control.share("choosing the precision", lambda: quickest(asked.precision, plan_in).to_json())
-    return Plan.from_json(text, "the plan of rank 0")
-def _decisions(plan: Plan) -> str:
-    """What of a plan changes graphs, and plans to come; seconds and notes differ where every rank plans by itself."""
-    return replace(plan, predicted={}, solver={}, target={}, notes=()).to_json()
+    programs = Kept()
+
+    def plan_in(precision: Precision) -> Plan:
+        return planned(replace(asked, precision=precision), model, call, training, None, None, programs)
+
+    def made() -> str:
+        try:
+            return quickest(asked.precision, plan_in).to_json()
+        except InfeasibleError as error:
+            question = question_of(error, asked, model, *call, programs.first, plan_model, steps=steps)
+            if question is None:
+                raise
+            raise explained(question) from None
+
+    return Plan.from_json(control.share("choosing the precision", made), "the plan of rank 0")

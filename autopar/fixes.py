@@ -122,9 +122,12 @@ class Question:
 
 def question_of(
     error: InfeasibleError, asked: Asked, model: nn.Module, args: Any, kwargs: Any, whole: Program,
-    again: Callable[..., Plan], seconds: float = SECONDS,
+    again: Callable[..., Plan], seconds: float = SECONDS, steps: bool = False,
 ) -> Question | None:  # fmt: skip
-    """The question about a call of a compiled module; None for a call that `plan_model` has no words for."""
+    """The question about a call of a compiled module; None for a call that `plan_model` has no words for.
+
+    steps: the module steps its optimizer itself. Only then may optimizer state lie on the host, if `offload` allows it.
+    """
     if (args and kwargs) or asked.table:
         return None
     given = {
@@ -133,7 +136,7 @@ def question_of(
         "batch": f"local:{','.join(asked.data_axes)}" if asked.data_axes else "global", "shared": asked.shared,
         "training": whole.training, "micro_batches": asked.micro_batches, "schedule": asked.schedule,
         "weights": asked.weights, "optimizer_class": asked.optimizer_class, "recompute": asked.recompute,
-        "offload": asked.offload, "host_state": asked.host_state, "compression": asked.compression,
+        "offload": asked.offload, "host_state": None if steps else False, "compression": asked.compression,
         "precision": asked.precision.compute, "reduce_dtype": asked.precision.reduce, "programs": Kept(),
     }  # fmt: skip
     return Question(error, given, again, whole, time.perf_counter() + seconds)
@@ -378,13 +381,19 @@ def _batch(question: Question, rows: int) -> Candidate:
 
 
 def _accumulated(question: Question, parts: int) -> Candidate:
-    """A part of the batch at a time. Gradients of the parts before are held while one runs: as much as parameters."""
+    """A part of the batch at a time. Gradients of the parts before are held while one runs: as much as parameters.
+
+    Optimizer state on the host takes one backward for each step: where that is allowed, it is given up.
+    """
     rows, held = question.rows // parts, question.error.memory.get("parameters", 0.0)
     part = _batch(question, rows)
     room = readable(max(1.0, question.error.limit - held), down=True)
     what = f"{parts} batches of {rows} whose gradients are added up before the optimizer steps"
-    changes = {**part.changes, "memory_limit": room}
-    return Candidate(what, changes, f"{part.command} --memory {room}", part.share, _parameters)
+    changes, command = {**part.changes, "memory_limit": room}, f"{part.command} --memory {room}"
+    host_state = question.given["host_state"]
+    if question.given["offload"] if host_state is None else host_state:
+        changes, command = {**changes, "host_state": False}, f"{command} --no-host-state"
+    return Candidate(what, changes, command, part.share, _parameters)
 
 
 def _parameters(plan: Plan) -> float:

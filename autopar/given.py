@@ -61,6 +61,8 @@ def precision_of(plan: Plan, compute: str | None, reduce: str | None) -> Precisi
     """
     own = plan.computes
     for option, asked, planned in (("precision", compute, own.compute), ("reduce_dtype", reduce, own.reduce)):
+        if option == "reduce_dtype" and compute == AUTO and own.dtype is None:
+            continue  # it was said for the low precision, which was not the quicker one
         if asked not in (None, AUTO, planned):
             raise PlanError(
                 f"{option}={asked} is asked for, and the plan was made for {planned}; leave it out, or plan again"

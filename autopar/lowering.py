@@ -10,10 +10,8 @@ from autopar import linear, passes
 from autopar.capture import compiled
 from autopar.costmodel import rules
 from autopar.costmodel.devices import Device
-from autopar.errors import PlanError
 from autopar.graph import Program
 from autopar.plan import HOST, Plan
-from autopar.precision import SCALED
 from autopar.runtime.groups import Grid
 from autopar.runtime.powersgd import left_of
 from autopar.runtime.step import Lowered
@@ -48,17 +46,8 @@ def lower(
     if eager:
         names = [s.name for s in program.sinks if s.kind == "grad"]
         backward = passes.boxed(backward, taken={i: name for i, name in enumerate(names) if name in hosted})
-    if hosted and plan.computes.compute in SCALED:
-        raise PlanError(
-            f"the plan has gradients on the host and computes in {plan.computes.compute}, whose gradients are scaled "
-            "until all are known to be finite; plan again with offload=False, or in bf16"
-        )
     homes = {s.name: spec for s, spec in zip(local.program.sinks, local.sink_specs) if s.kind == "grad" and s.node}
     left = left_of(plan, homes)
-    if both := sorted(hosted & left.keys()):
-        raise PlanError(
-            f"the plan has the gradient of {both[0]} on the host and compresses it by {plan.compression}; leave one out"
-        )
     return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler, left=left, hosted=frozenset(hosted))
 
 

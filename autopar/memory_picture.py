@@ -286,8 +286,8 @@ def measured_track(
     """One step of training of the plan in this process, with every op watched. Needs the model's values.
 
     Raises:
-        PlanError: the plan is for more than this process, for an optimizer that is not known here, or holds more than
-            this machine has. BatchError: positional and named arguments together.
+        PlanError: the plan is for more than this process, for an optimizer that is not known here, has some of its
+            state on the host, or holds more than this machine has. BatchError: positional and named arguments together.
     """
     if plan.mesh.num_devices != 1 or plan.pipeline is not None:
         raise PlanError(
@@ -298,6 +298,12 @@ def measured_track(
         raise PlanError(
             f"no optimizer here is {plan.optimizer!r}, for which the plan was made; to measure, plan for one of "
             f"{', '.join(STEPPERS)}"
+        )
+    if plan.on_host:  # which is this process's memory, too: it would count as the device's
+        raise PlanError(
+            f"the plan keeps gradients and optimizer state of {len(plan.on_host)} parameters on the host, which is no "
+            "memory apart from the device's where it is measured; to measure, plan with host_state=False "
+            "(--no-host-state)"
         )
     need = float(plan.predicted.get("peak_bytes", 0.0))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,7 +10,8 @@ On a rank (`passes/hosted.py`) each is a start and an end, between which the cop
     autopar::offload_start(x), autopar::fetch_start(x, device), autopar::arrived(x)
 
 `arrived` gives what the start gave, when the stream of computation may read it, and lets go of what the start has read.
-On a GPU the host's memory is pinned, and there is one stream for each way; nothing waits on the host. Without a GPU a
+On a GPU the host's memory is pinned, and there is one stream for each way; the host waits for nothing, but for pinned
+memory when that is allocated first, and for tensors with gaps between their elements. Without a GPU a
 copy is made at once, and what it has read is held as long.
 """
 
@@ -99,6 +100,15 @@ def _arrived(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def abandon() -> None:
+    """Let go of copies whose end will not come, because what runs has failed: behind them, on every stream."""
+    for event, source in _flying.values():
+        if event is not None:
+            for gpu in {t.device for t in (source,) if t.is_cuda} or set(_streams):
+                torch.cuda.current_stream(gpu).wait_event(event)
+    _flying.clear()
+
+
 def _offload(x: torch.Tensor) -> torch.Tensor:
     return _arrived(_offload_start(x))
 
@@ -129,6 +139,6 @@ for _name in ("fetch", "fetch_start"):
 torch.library.register_fake("autopar::arrived", lambda x: torch.ops.aten.alias.default(x))
 
 __all__ = [
-    "ARRIVED", "COPIES", "FETCH", "FETCH_START", "HOSTED", "OFFLOAD", "OFFLOAD_START", "STARTS", "host_empty",
-    "on_host",
+    "ARRIVED", "COPIES", "FETCH", "FETCH_START", "HOSTED", "OFFLOAD", "OFFLOAD_START", "STARTS", "abandon",
+    "host_empty", "on_host",
 ]  # fmt: skip

@@ -80,7 +80,8 @@ class Asked:
             f"{'with' if self.loss else 'without'} loss=, "
             f"micro_batches {self.micro_batches}, schedule {self.schedule} {self.table}, "
             f"optimizer_class {self.optimizer_class}, recompute {self.recompute}, offload {self.offload}, "
-            f"host_state {self.host_state}, compression {self.compression}"
+            f"host_state {self.host_state}, weights {self.weights}, precision {self.precision}, "
+            f"compression {self.compression}"
         )
 
     @property

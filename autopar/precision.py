@@ -26,7 +26,7 @@ SCALED = frozenset({"fp16"})
 
 @dataclass(frozen=True)
 class Precision:
-    """compute: one of PRECISIONS. reduce: FULL, or the same as `compute`."""
+    """compute: one of PRECISIONS. reduce: FULL, or the same as `compute` ("bf16" for AUTO, which does not try fp16)."""
 
     compute: str = FULL
     reduce: str = FULL
@@ -34,7 +34,7 @@ class Precision:
     def __post_init__(self) -> None:
         if self.compute not in PRECISIONS:
             raise ConstraintError(f"precision={self.compute!r} does not exist; choose one of {', '.join(PRECISIONS)}")
-        known = (FULL,) if self.compute == FULL else (FULL, *LOW) if self.compute == AUTO else (FULL, self.compute)
+        known = (FULL,) if self.compute == FULL else (FULL, "bf16") if self.compute == AUTO else (FULL, self.compute)
         if self.reduce not in known:
             raise ConstraintError(
                 f"reduce_dtype={self.reduce!r} with precision={self.compute!r}: gradients are added up in "
@@ -55,9 +55,15 @@ class Precision:
         """Inverse of `record`.
 
         Raises:
-            ConstraintError: it names a precision that does not exist.
+            ConstraintError: it names a precision that does not exist, or leaves it open.
         """
-        return cls(**record)
+        found = cls(**record)
+        if found.compute == AUTO:
+            raise ConstraintError(
+                f"precision={AUTO!r} is none that a program computes in; name one of {', '.join((FULL, *LOW))}, "
+                "or plan again"
+            )
+        return found
 
     def __str__(self) -> str:
         """For messages and reports."""

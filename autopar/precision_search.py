@@ -25,7 +25,7 @@ def quickest(asked: Precision, plan_in: Callable[[Precision], Plan]) -> Plan:
     failed: list[InfeasibleError] = []
     for compute in _TRIED:
         # What partial sums are added up in is said for the low precision.
-        reduce = compute if asked.reduce in LOW and compute in LOW else FULL
+        reduce = asked.reduce if compute in LOW else FULL
         try:
             found[compute] = plan_in(Precision(compute, reduce))
         except InfeasibleError as error:

@@ -343,7 +343,7 @@ def predicted_text(predicted: Mapping[str, Any]) -> str:
     host = predicted.get("host", {})
     if host:
         kinds = ", ".join(f"{kind} {bytes_(value)}" for kind, value in host.items() if value)
-        lines.append(f"on the host, for the optimizer: {bytes_(sum(host.values()))} ({kinds})")
+        lines.append(f"on the host: {bytes_(sum(host.values()))} ({kinds})")
     collectives = predicted.get("collectives", {})
     if collectives:
         lines.append("collectives per step: " + ", ".join(f"{n} {kind}" for kind, n in collectives.items()))

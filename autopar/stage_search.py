@@ -32,8 +32,9 @@ from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
 from autopar.proposals import UNLIMITED, best_choice, proposals_of
-from autopar.recompute import present
+from autopar.recompute import RECOMPUTE, present
 from autopar.stage_bytes import by_stage
+from autopar.together import check_together
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.
@@ -325,16 +326,13 @@ def check_pipeline(plan: Plan, program_of: Callable[[int], Program], rows: int, 
             f"the plan is for another model or micro-batch (fingerprint {plan.fingerprint[:12]}, this one has "
             f"{program.fingerprint[:12]}); plan again"
         )
+    check_together(plan)
     planner.check_plan(program, inner(plan))
-    if plan.on_host:
-        raise PlanError(
-            f"the plan keeps the optimizer state of {plan.on_host[0]} on the host, which pipelines cannot do yet; "
-            'take "host" out of its storage, or plan again'
-        )
     known = SCHEDULES.get(plan.pipeline.schedule)
-    if plan.saved and known is not None and known.asynchronous and asked.weights != "stashed":
+    again = next((address for address, how in plan.saved.items() if how == RECOMPUTE), None)
+    if again is not None and known is not None and known.asynchronous and asked.weights != "stashed":
         raise PlanError(
-            f"the plan computes {next(iter(plan.saved))} again in the backward, and with {plan.pipeline.schedule} the "
+            f"the plan computes {again} again in the backward, and with {plan.pipeline.schedule} the "
             "weights may have changed since the forward: its results would be others than those that the gradients "
             'are for; pass weights="stashed", or take "saved" out of the plan'
         )

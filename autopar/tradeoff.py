@@ -20,7 +20,7 @@ from autopar.graph import FORWARD, Program, is_op
 from autopar.options import parse_bytes
 from autopar.plan import Plan
 from autopar.programs import Kept
-from autopar.recompute import RECOMPUTE
+from autopar.recompute import OFFLOADED, RECOMPUTE
 from autopar.report import bytes_, plain_table, seconds
 
 #: Points of a frontier unless asked otherwise, the ends included.
@@ -116,7 +116,8 @@ class Frontier:
             *self._steps(panel),
         ]
         for point in self.points:
-            words = f"{bytes_(point.peak_bytes)}, {seconds(point.step_s)}: {', '.join(point.given_up) or 'no limit'}"
+            given_up = ", ".join(point.given_up) or ("no limit" if point.limit is None else "nothing is given up")
+            words = f"{bytes_(point.peak_bytes)}, {seconds(point.step_s)}: {given_up}"
             fill = chart.MARK if point.asked else "#3f7fd9"
             parts.append(chart.dot(panel.x(point.peak_bytes), panel.y(point.step_s), fill, words))
             if point.slower >= 0.0005:
@@ -209,13 +210,18 @@ def _given_up(plan: Plan, free: Plan, program: Program) -> Iterator[str]:
     now, then = (p.predicted.get("memory", {}).get("parameters", 0.0) for p in (plan, free))
     if now < _TOLD * then:
         yield f"parameters cut finer ({bytes_(now)} in place of {bytes_(then)})"
-    again = sum(
-        plan.how_saved(n.meta["address"]) == RECOMPUTE
+    saved = [
+        plan.how_saved(n.meta["address"])
         for n in program.gm.graph.nodes
         if is_op(n) and n.meta.get("phase", FORWARD) == FORWARD and "address" in n.meta
-    )
+    ]
+    again, waiting, hosted = saved.count(RECOMPUTE), saved.count(OFFLOADED), len(plan.on_host)
     if again:
         yield f"{again} ops done again"
+    if waiting:
+        yield f"results of {waiting} ops wait on the host"
+    if hosted:
+        yield f"optimizer state of {hosted} parameters on the host"
     if plan.optimizer != free.optimizer:
         yield f"{plan.optimizer} in place of {free.optimizer}"
     mine, whole = plan.pipeline, free.pipeline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -324,7 +324,7 @@ def saved(value: float, words: Any, whole: float) -> str:
 
 
 def diff_table(a: Plan, b: Plan, names: tuple[str, str]) -> list[RenderableType]:
-    """By module, what two plans do differently: splits per axis and storage."""
+    """By module, what two plans do differently: splits per axis and storage; then `plan_changes`."""
     left, right = ({row.module: row for row in flat_layers(plan)} for plan in (a, b))
     table = plain_table()
     table.add_column("module", overflow="fold", ratio=3)
@@ -340,9 +340,39 @@ def diff_table(a: Plan, b: Plan, names: tuple[str, str]) -> list[RenderableType]
         for number, (what, x, y) in enumerate(lines):
             table.add_row("\n".join(modules) if number == 0 else "", what, x, y)
     rows: list[RenderableType] = [table] if grouped else []
-    if dict(a.saved) != dict(b.saved):
+    changed = [name for name, _, _ in plan_changes(a, b)]
+    if "saved" in changed:
         rows += [Text(f"{name} {kept_text(plan)}") for name, plan in zip(names, (a, b))]
+    rest = plain_table()
+    for column in ("of all modules", *names):
+        rest.add_column(column, overflow="fold")
+    for name in changed:
+        if name in _WHOLE:
+            label, told = _WHOLE[name]
+            rest.add_row(label, told(a), told(b))
+    if rest.row_count:
+        rows.append(rest)
     return rows or [Text("the same decisions in every module")]
+
+
+#: Decisions about a plan as a whole: field -> what it is called, and what a plan has, in words. `saved` has its own.
+_WHOLE: dict[str, tuple[str, Callable[[Plan], str]]] = {
+    "copies": ("copies to and from the host under way", lambda plan: str(plan.copies)),
+    "optimizer": ("optimizer", lambda plan: plan.optimizer),
+    "compression": ("compression of gradients", lambda plan: plan.compression or "none"),
+    "precision": ("precision", lambda plan: str(plan.computes)),
+}
+
+
+def plan_changes(a: Plan, b: Plan) -> list[tuple[str, Any, Any]]:
+    """(field of a plan, in a, in b) of what is decided of no module by itself, where two plans differ in it."""
+    found = [(name, _plain(getattr(a, name)), _plain(getattr(b, name))) for name in ("saved", *_WHOLE)]
+    return [(name, x, y) for name, x, y in found if x != y]
+
+
+def _plain(value: Any) -> Any:
+    """A field of a plan as JSON takes it."""
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def flat_layers(plan: Plan) -> list[Layer]:

@@ -17,9 +17,10 @@ from autopar.costmodel.legal import op_fits, op_specs, valid
 from autopar.errors import RuleError
 from autopar.graph import Program, pattern
 from autopar.mesh import Mesh
+from autopar.offload import HOSTED
 from autopar.plan import Plan, Storage
 from autopar.recompute import present
-from autopar.rule import WHOLE, Choice
+from autopar.rule import WHOLE, Choice, following
 from autopar.spec import R, Spec
 
 _Row = tuple[Choice, ...]
@@ -70,7 +71,11 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
                     changed.append(name)
 
     for item in items.items:
-        if item.kind == "op":
+        if item.kind == "op" and item.node is not None and item.node.target in HOSTED and plan.named(item.name) is None:
+            (operand,) = item.ins  # it lies on the host as it was made, here too: the small plan need not say so
+            rule = items.rule(item)
+            outs.append(op_specs(rule, following(rule, outs[operand.item][operand.index]))[1])
+        elif item.kind == "op":
             want = plan.choice(item.name)
             row = _nearest(items, item, want, offered[folded.of[item.index]], outs, mesh.sizes)
             count(item.name, want, row, WHOLE)
@@ -102,6 +107,7 @@ def adapt(program: Program, plan: Plan, mesh: Mesh) -> Adapted:
         outputs={s.name: whole for s in program.sinks if s.kind == "output" and s.node is not None},
         optimizer=plan.optimizer,
         saved=saved,
+        copies=plan.copies,
         precision=program.precision,
     )
     return Adapted(small, kept, total, tuple(dict.fromkeys(changed)))

@@ -27,6 +27,8 @@ RUNGS = (0.3, 0.65)
 #: Of programs of more than LARGE ops, no plans are looked for if even what keeps least misses the limit by FAR: with
 #: what is done by hand, beside which the best was seen to save no more.
 LARGE, FAR = 5000, 1.2
+#: Seconds to look for what one plan need not keep, however late it is.
+GRACE = 6.0
 #: By what part a plan must be quicker than another one to be looked at.
 LEAST_GAIN = 1e-4
 
@@ -77,11 +79,12 @@ class Budget:
         """
         if self.limit is None:
             return self.search(None).run(self.orders)
-        large = self.keeps_less and hopeful and len(self.fold.items.items) > LARGE
+        large = self.keeps_less and hopeful and self._large
         self.binding = True
         if large and tight and self._far():
             return None
         search = self.search(self.limit)
+        search.hasty = self.keeps_less
         found = search.run(self.orders) if hopeful else None
         self.binding = found is None or search.binding
         if not self.keeps_less or not hopeful or not self.binding:
@@ -95,9 +98,11 @@ class Budget:
             return found
         self.bases = bases = [self.free]
         for rung in RUNGS if self._divisible() else ():
+            limit = self.limit + rung * max(0.0, self.free.peak - self.limit)
             if self._late():
                 break
-            bases += self._plans(self.limit + rung * max(0.0, self.free.peak - self.limit))
+            if self._least is None or self._least.peak < limit:
+                bases += self._plans(limit)
         if found is None:
             bases.append(self.least())
         for base in different(bases):
@@ -107,7 +112,9 @@ class Budget:
             kept = self._keeping(base)
             if kept is not None and (found is None or quicker(kept, found)):
                 found = kept
-        if found is not None and found.plan.saved and self._divisible() and not self._late():
+        if found is None:
+            return search.labour(self.orders)
+        if found.plan.saved and self._divisible() and not self._late():
             better = self._again(found.plan)
             if better is not None and better.peak <= self.limit and quicker(better, found):
                 found = better
@@ -139,7 +146,9 @@ class Budget:
             return False
 
     def _plans(self, limit: float) -> list[Found]:
-        found = self.search(limit).run(self.orders)
+        search = self.search(limit)
+        search.hasty = True
+        found = search.run(self.orders)
         return [] if found is None else [found]
 
     def _again(self, like: Plan) -> Found | None:
@@ -153,7 +162,10 @@ class Budget:
         """A plan that keeps less, within the limit; None if none was found, or not in time."""
         assert self.limit is not None
         try:
-            found = self._rematerialiser(base).within(self.limit)
+            search = self._rematerialiser(base)
+            if self._large and search.by_hand().peak > FAR * self.limit:
+                return None
+            found = search.within(self.limit)
         except SolverError:
             return None
         if found is None:
@@ -162,10 +174,12 @@ class Budget:
 
     def _rematerialiser(self, base: Found) -> Rematerialiser:
         """That of a base; of the least one, which is looked at twice, the same again: it knows what it has priced."""
+        deadline = max(self.deadline, time.perf_counter() + GRACE)
         if base is self._least and self._of_least is not None:
+            self._of_least.deadline = deadline
             return self._of_least
         made = Rematerialiser(
-            self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, self.deadline,
+            self.program, base.plan, self.device, self.links, self.policy, self.fold.items, self.fold, deadline,
             self.recompute, self.offload,
         )  # fmt: skip
         if base is self._least:
@@ -176,6 +190,11 @@ class Budget:
     def keeps_less(self) -> bool:
         """Whether anything need not be kept."""
         return self.program.training and (self.recompute or (self.offload and self.device.host is not None))
+
+    @property
+    def _large(self) -> bool:
+        """Whether it takes long to price anything."""
+        return len(self.fold.items.items) > LARGE
 
     def _divisible(self) -> bool:
         return any(self.orders)

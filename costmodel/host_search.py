@@ -33,16 +33,18 @@ class HostSearch:
     """Looks for quicker plans within the limit of `budget`, which has been searched already.
 
     Attributes:
-        everything: makes a search in which the state of every parameter is on the host.
+        everything: makes a search in which the state of every parameter is on the host, but for those in `given`.
+        given: parameters whose storage has been said already: their state stays where it is.
     """
 
     budget: Budget
     everything: Callable[[], Search]
+    given: frozenset[str] = frozenset()
 
     def run(self, found: Found | None) -> Found | None:
         """The quickest that fits: `found`, which needs no host, or one that does."""
         budget, limit = self.budget, self.budget.limit
-        if limit is None or not budget.binding:
+        if limit is None or not budget.binding or not self._open:
             return found
         tried: list[tuple[Found, Found | None]] = []  # a placement, and with the fewest on the host that make it fit
         for number, base in enumerate(self._bases(found)):
@@ -71,6 +73,8 @@ class HostSearch:
         """About the least memory that any plan needs, with what can go to the host and what can be computed again."""
         budget = self.budget
         best = budget.smallest()
+        if not self._open:
+            return best
         bases = [budget.least()]
         if self._apart:
             bases.append(self._bare(self._search.least(budget.orders)))
@@ -113,7 +117,7 @@ class HostSearch:
         small = 0.0 if host is None else host.link.latency * host.link.bandwidth
         found = []
         for item in self.budget.fold.items.items:
-            if item.kind != "param":
+            if item.kind != "param" or item.name in self.given:
                 continue
             spec = storage_of(plan, item).spec
             cut = any(p.kind != "R" and n > 1 for p, n in zip(spec, sizes))
@@ -123,9 +127,12 @@ class HostSearch:
         return [name for *_, name in sorted(found)]
 
     def measured(self, base: Found, names: Sequence[str]) -> Found:
-        """The placement with these parameters on the host, priced and simulated."""
+        """The placement with these parameters on the host, and no others but those `given`, priced and simulated."""
         budget, items, there = self.budget, self.budget.fold.items, frozenset(names)
-        storage = {n: replace(s, state=HOST if n in there else DEVICE) for n, s in base.plan.storage.items()}
+        storage = {
+            n: s if n in self.given else replace(s, state=HOST if n in there else DEVICE)
+            for n, s in base.plan.storage.items()
+        }
         plan = replace(base.plan, storage=storage)
         cost = price(
             items, plan, budget.device, optimizer_bytes=budget.policy.optimizer_bytes, links=budget.links
@@ -137,6 +144,11 @@ class HostSearch:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     @property
+    def _open(self) -> bool:
+        """Whether there is a parameter of which it is still to be said where its state lies."""
+        return any(i.kind == "param" and i.name not in self.given for i in self.budget.fold.items.items)
+
+    @property
     def _apart(self) -> bool:
         """Whether pieces of a parameter can be stepped by themselves."""
         return optimizer_of(self.budget.policy.optimizer).name.lower() in ELEMENT_WISE
@@ -146,7 +158,7 @@ class HostSearch:
         return self.everything()
 
     def _bases(self, found: Found | None) -> list[Found]:
-        """Placements, with nothing on the host, the quickest first."""
+        """Placements, with nothing on the host but what is `given`, the quickest first."""
         budget = self.budget
         bases = [budget.free, *budget.bases]
         if self._apart and not self._late():
@@ -165,7 +177,7 @@ class HostSearch:
         if alone is None:
             yield self.measured(base, order)
             return
-        needed = len(alone.plan.on_host)
+        needed = sum(name not in self.given for name in alone.plan.on_host)
         for count in sorted({round(part * needed) for part in RUNGS} - {0, needed}):
             yield self.measured(base, order[:count])
 

@@ -15,8 +15,10 @@ from autopar.graph import Program, pattern
 from autopar.offload import HOSTED
 from autopar.plan import DEVICE, GATHER, REDUCE, STATE, Plan, Storage, storage_shards
 from autopar.precision import ADDED, FULL
+from autopar.recompute import original, traveller
 from autopar.rule import WHOLE, BoundRule, Choice, following
 from autopar.spec import Placement, R, Shape, Spec, format_placements, is_valid, layout
+from autopar.together import check_together
 
 valid = lru_cache(maxsize=1 << 18)(is_valid)
 
@@ -77,6 +79,7 @@ def plan_specs(items: Items, plan: Plan, like: Sequence[int] | None = None) -> S
     sizes = plan.mesh.sizes
     whole: Spec = (R,) * len(sizes)
     _check_names(items, plan)
+    check_together(plan)
     try:
         optimizer_of(plan.optimizer)
     except ConstraintError as error:
@@ -244,9 +247,11 @@ def _check_wide(item: Item, spec: Spec, outs: list[tuple[Spec, ...]], plan: Plan
 def _check_names(items: Items, plan: Plan) -> None:
     ops = {i.name for i in items.items if i.kind == "op"}
     others = [address for address in plan.choices if address not in ops]
-    patterns = {pattern(name) for name in ops} if others else ()
+    patterns = {pattern(name) for name in ops} if others else set()
     for address in others:
-        if address not in patterns:
+        # What was said of a copy, or of a way to the host, stays when `saved` does not have it any more.
+        made = original(address) or (traveller(address) or ("",))[0]
+        if address not in patterns and made not in ops and made not in patterns:
             raise PlanError(
                 f"the plan names the op {address!r}, which the program does not have; was it made for another model?"
             )

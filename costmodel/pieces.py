@@ -27,9 +27,11 @@ from autopar.costmodel.simulate import run
 from autopar.costmodel.stages_chain import Additive, Option, Twice
 from autopar.costmodel.tasks import Tasks
 from autopar.graph import VIEWS, Program, Value, resolve
+from autopar.offload import OFFLOAD
 from autopar.pipeline.assign import Assignment, assign
 from autopar.pipeline.regions import Regions, nbytes, regions_of
 from autopar.plan import Plan
+from autopar.recompute import traveller
 from autopar.spec import local_shape
 
 #: A gap with so much more bytes than the least in the neighbourhood is as good.
@@ -278,6 +280,8 @@ class _Pieces:
                 if base.node in sent:
                     waits.setdefault((base.node, base.index), set()).add(at)
         for (source, index), places in saved.items():
+            if source.target is OFFLOAD:
+                continue  # that is on the host
             table.add_once(places, saved_bytes=self._bytes(Value(source, index)))
         for (source, index), places in waits.items():
             table.add_once(places, pending_bytes=self._bytes(Value(source, index)))
@@ -287,7 +291,11 @@ class _Pieces:
         given; and bytes of what is gathered and kept from forward to backward."""
         at = {n.meta["address"]: p for n, p in (*where.forward.items(), *where.backward.items()) if "address" in n.meta}
         copies = self.again.of if self.again else {}
-        names = ((i.index, copies.get(i.name, i.name)) for i in self.items.items if i.kind == "op")
+        names = (
+            (i.index, copies.get(i.name) or (traveller(i.name) or (i.name,))[0])
+            for i in self.items.items
+            if i.kind == "op"
+        )
         piece = {index: at[name] for index, name in names if name in at}
         device = self.where.device
         moving, kept = liveness.moving(

@@ -256,8 +256,8 @@ class _Planner:
         least = self._held()
         best = budget.run(self._below(least), self.memory_limit is not None and least > TIGHT * self.memory_limit)
         aside: HostSearch | None = None
-        if self.host_state and self.program.training and not self.storage:  # else it is decided where parameters lie
-            aside = HostSearch(budget, lambda: self._hosting().search(self.memory_limit))
+        if self.host_state and self.program.training:
+            aside = HostSearch(budget, lambda: self._hosting().search(self.memory_limit), frozenset(self.storage))
             best = aside.run(best) if self._below(self._held(HOST)) else best
         if best is None:
             best = (budget.least if self.quick else budget.smallest if aside is None else aside.smallest)()

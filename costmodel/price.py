@@ -6,6 +6,7 @@ Seconds are computation + communication + optimizer update, one after the other 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from autopar.costmodel.lower import bring_seconds
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.graph import Program
+from autopar.offload import OFFLOAD
 from autopar.plan import DEVICE, Plan
-from autopar.spec import R
+from autopar.spec import R, local_shape
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,20 @@ class _Pricer:
 
     def run(self) -> Price:
         sizes = self.plan.mesh.sizes
-        compute = 0.0
+        compute, host = 0.0, Counter[str]()
         for item in self.items.items:
             if item.kind == "op":
                 compute += self.compute.seconds(item, row_of(self.items, self.plan, self.specs, item))
+                if item.node is not None and item.node.target is OFFLOAD:
+                    meta, spec = item.in_meta[0], self.specs.outs[item.index][0]
+                    host["activations"] += math.prod(local_shape(meta.shape, spec, sizes)) * meta.itemsize
         comm, counts = self._comm()
         for work in works(self.items, self.plan, self.specs):
             compute += sum(work.compute(self.compute.machine))
             comm += work.sent(self.compute.machine)
             counts["all_reduce"] += 2 * len(work.axes)
         device = self.compute.machine.device
-        update, host = 0.0, Counter[str]()
+        update = 0.0
         for item in self.items.items:
             if item.kind == "param":
                 spec, state = self.specs.outs[item.index][0], storage_of(self.plan, item).state

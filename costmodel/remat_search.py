@@ -220,9 +220,9 @@ class Rematerialiser:
             yield from self._tried(frozenset({one}))
 
     def _first_by_hand(self, limit: float) -> Kept | None:
-        """The quickest of what is done by hand that fits; the first, if it is late already."""
+        """The quickest of what is done by hand that fits; if it is late already, the first of what is done mostly."""
         best: Kept | None = None
-        for kept in self._by_hand():
+        for kept in self._tried(self.narrow) if self._late() else self._by_hand():
             if kept.peak <= limit and (best is None or _seconds(kept) < _seconds(best)):
                 best = kept
             if best is not None and self._late():

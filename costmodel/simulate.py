@@ -13,7 +13,7 @@ Independent of the integer program and its assumptions on overlap: the local pro
   output reads is pending, within a window of bytes, until the end of its phase;
 * the optimizer's update comes after the backward; what the host does for it, as `costmodel/host_state.py`;
 * where computation and communication take the same cores, computation loses a part of every second in which the other
-  runs beside it (`Device.beside`), which counts as waiting.
+  runs beside it (`Device.beside`), which counts as waiting; copies to and from the host take none.
 
 Axes with the same link share one stream: two collectives cannot both have all of a link. Buckets are packed when they
 are issued, and unpacked when they are waited for. Linear in the program.
@@ -59,11 +59,12 @@ class Timeline:
 
     Attributes:
         compute_s: the stream of computation is busy (slices included). comm_s: sum over all collectives.
-        exposed_s: the stream of computation waits for collectives, or is slowed down by them. update_s: the optimizer's
-            update, from the end of the backward on.
+        exposed_s: the stream of computation waits for collectives or for copies to and from the host, or is slowed down
+            by collectives. update_s: the optimizer's update, from the end of the backward on.
         copies_s: of `compute_s`, what packs and unpacks buckets.
-        streams: busy seconds of every stream of communication, by the names of its axes.
-        host_s: busy seconds of the copies to and from the host.
+        streams: busy seconds of every stream of communication, by the names of its axes; and of what waits on the host,
+            "to host" and "from host", if anything does and the device has one.
+        host_s: busy seconds of all copies to and from the host: of what waits there, and for its part of the update.
         spans: what ran when, if asked for; as if nothing slowed down.
     """
 
@@ -135,8 +136,13 @@ def run(
         for i in items.items
         if i.kind == "param" and storage_of(plan, i).state == DEVICE
     )
-    now = max(clock.now, *clock.free) if clock.free else clock.now
-    hidden = max(sum(clock.carried) - (now - clock.busy), 0.0)
+    links = [i for i, name in enumerate(tasks.streams) if name not in (DOWN, UP)]
+    ways = [i for i, name in enumerate(tasks.streams) if name in (DOWN, UP)]
+    carried = sum(clock.carried[i] for i in links)
+    talked = max([clock.now, *(clock.free[i] for i in links)])
+    now = max([talked, *clock.free])
+    # Of collectives, what computation has not waited for runs beside it.
+    hidden = max(carried - (talked - clock.busy - clock.host_waits), 0.0)
     lost = device.beside * min(hidden, clock.busy)
     aside = Aside(device)
     for item, made in tasks.hosted:
@@ -148,12 +154,12 @@ def run(
     return Timeline(
         step_s=now + lost + update,
         compute_s=clock.busy,
-        comm_s=sum(clock.carried),
+        comm_s=carried,
         exposed_s=now - clock.busy + lost,
         update_s=update,
         copies_s=clock.copies,
         streams=dict(zip(tasks.streams, clock.carried)),
-        host_s=aside.carried,
+        host_s=sum(clock.carried[i] for i in ways) + aside.carried,
         spans=tuple(clock.spans),
     )
 
@@ -169,6 +175,7 @@ class _Clock:
         self.now = 0.0  # the stream of computation
         self.busy = 0.0
         self.copies = 0.0  # of that, in and out of buckets
+        self.host_waits = 0.0  # seconds waited for copies to and from the host
         self.free = [0.0] * len(tasks.streams)
         self.carried = [0.0] * len(tasks.streams)
         self.steps = 0  # ops that have run
@@ -243,6 +250,8 @@ class _Clock:
             self.held += task.before
 
     def _wait(self, task: Task) -> None:
+        if task.kind in (DOWN, UP):
+            self.host_waits += max(task.end - self.now, 0.0)
         self.now = max(self.now, task.end)
         self._copy(f"unpack {task.name}", task.unpack)
         task.done, task.at = True, self.now

@@ -99,6 +99,7 @@ class Search:
         self.tight = False  # a plan without regard to the limit did not fit
         self.binding = False  # nor did something that may have been quicker
         self.patient = False  # nothing fits so far: no short cuts
+        self.hasty = False  # there are other ways to make it fit
         self.short = math.inf  # bytes by which the stand-in counts less than the price, the least that was seen
         self.share = 1
         self.serial: dict[float | None, float] = {}  # limit -> seconds of the best sweep without overlap
@@ -135,8 +136,12 @@ class Search:
                     self.binding = True
             if best is None or not self._late():
                 best = self._order(orders[0], seed.state, 1, 2, beat) or best
-        self.patient = True
-        for order in orders if best is None else ():
+        return best or (None if self.hasty else self.labour(orders))
+
+    def labour(self, orders: list[list[int]]) -> Found | None:
+        """As `run` when nothing has fitted: without short cuts."""
+        self.patient, best = True, None
+        for order in orders:
             best = best or self._order(order, self.space.start())
         return best
 

@@ -68,7 +68,6 @@ class Buffer:
     product: bool = False  # of matrices: written where it is wanted
     #: What travels to make it: held until it has arrived, at its first reader.
     sent: tuple[Buffer, ...] = field(default=(), repr=False)
-    host: float = 0.0  # bytes on the host, of what takes none on the device
 
     @property
     def base(self) -> Buffer:
@@ -253,7 +252,7 @@ class _Recorder:
             out.dense = target in _DENSE or (_dense(target, ins, out) and not strided)
             out.product = target is aten.mm.default and not apart
             if target is OFFLOAD:
-                out.size, out.host, out.sent = 0.0, out.size, (ins[0].base,)
+                out.size, out.sent = 0.0, (ins[0].base,)  # on the device it takes nothing
             self.made[Tensor(item.index, index)] = out
             outs.append(out)
             if free and ins and all(x in self.stored for x in ins):

@@ -14,7 +14,7 @@ from autopar.costmodel.memory import KINDS, Policy
 from autopar.costmodel.tape import Buffer, Event, Tape, record
 from autopar.graph import Program, pattern
 from autopar.moments import Alive, Moment, Track
-from autopar.plan import Plan
+from autopar.plan import DEVICE, Plan
 
 UPDATE = "update"
 
@@ -40,7 +40,7 @@ class _Tracker:
         self.steps = Steps(self.tape)
         self.held = self._held()
         self.moments: list[Moment] = []
-        self.names = _Names(items, self.tape)
+        self.names = _Names(items, plan, self.tape)
         self.best, self.alive = -1.0, dict[Buffer, float]()
 
     def run(self, most: int) -> Track:
@@ -125,14 +125,14 @@ def _sources(items: Items) -> list[Item]:
 class _Names:
     """What events and buffers are, in words: the op or parameter that they come from."""
 
-    def __init__(self, items: Items, tape: Tape) -> None:
+    def __init__(self, items: Items, plan: Plan, tape: Tape) -> None:
         self.items, self.tape = items, tape
         self.known: dict[Buffer, Alive] = {}
         for tensor, buffer in tape.made.items():
             self._learn(buffer, items.items[tensor.item], "")
         for (tensor, _, _), buffer in tape.brought.items():
             self._learn(buffer, items.items[tensor.item], "brought: ")
-        for item, buffer in zip(_grads(items), tape.grads):
+        for item, buffer in zip(_grads(items, plan), tape.grads):
             name = f"gradient of {item.name}"
             self.known[buffer.base] = Alive(name, item.name.rpartition(".")[0], "", 0.0)
 
@@ -158,11 +158,11 @@ class _Names:
         return next((self.of_buffer(x, 0.0).name for x in (*event.outs, *event.ins)), "")
 
 
-def _grads(items: Items) -> list[Item]:
-    """Gradients in the order in which the tape brings them home: right behind what makes them."""
+def _grads(items: Items, plan: Plan) -> list[Item]:
+    """Gradients in the order in which the tape brings them home: right behind what makes them. None of the host's."""
     sinks: dict[int, list[Item]] = {}
     for item in items.items:
-        if item.kind == "grad":
+        if item.kind == "grad" and storage_of(plan, items.items[items.param[item.name]]).state == DEVICE:
             sinks.setdefault(item.ins[0].item, []).append(item)
     return [sink for item in items.items for sink in sinks.get(item.index, ())]
 

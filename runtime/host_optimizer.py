@@ -3,14 +3,16 @@
 Of this rank's piece of such a parameter the host has a master copy, which the user's optimizer steps there. A gradient
 is copied down as soon as the backward has made it, and the device lets go of it; behind the step the parameter is
 copied up. On CUDA host tensors are pinned, and copies down run on a stream of their own, beside the rest of the
-backward; copies up are waited for by what comes next on the device, not by the host. The optimizer of the other
-parameters is launched first, so that the device works while the host steps.
+backward; copies up are waited for by what comes next on the device. The host waits only before it reads or writes what
+is copied: to clip, to step, to show gradients, and to take over parameters that somebody else has written to. The
+optimizer of the other parameters is launched first, so that the device works while the host steps.
 
 Where the device is the CPU the same happens within one memory: the numbers are the same, and nothing is saved.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from autopar.errors import RuntimeUseError
+from autopar.offload import host_empty
 from autopar.runtime.groups import Grid
 from autopar.runtime.local_step import ELEMENTWISE
 from autopar.runtime.step import local_of
@@ -31,13 +34,6 @@ _ASTRAY = (
     "optimizer= has made an optimizer of other tensors than the parameters that it was given: of those whose state "
     "lies on the host it is given the copies there; make it of its argument alone, or plan with offload=False"
 )
-
-
-def host_empty(like: torch.Tensor) -> torch.Tensor:
-    """Host memory for a copy of `like`: pinned, if that is on a GPU. All that lies on the host comes from here, but
-    for the state that the optimizer makes of it."""
-    pinned = like.device.type == "cuda"
-    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=pinned)
 
 
 class HostOptimizer:
@@ -152,8 +148,7 @@ class HostOptimizer:
         return {n: rewrap(p)(g) if isinstance(p := like[n], DTensor) else g for n, g in found.items()}
 
     def forget(self) -> None:
-        """Drop gradients; their memory is kept for the next ones."""
-        self.wait()
+        """Drop gradients; their memory is kept for the next ones, which come down behind them."""
         for master in self.masters.values():
             master.grad = None
 
@@ -169,11 +164,11 @@ class HostOptimizer:
     def follow(self) -> None:
         """Take over parameters that somebody else has written to, as load_state_dict does.
 
-        What is written past torch's version counters (`param.data`) is not seen.
+        What is written past torch's version counters (`param.data`) is not seen. If nobody has, nothing is waited for.
         """
-        self.wait()
         for name, param in self.params.items():
             if self._versions.get(name) != _version(param):
+                self.wait()  # the master may still be on its way up
                 with torch.no_grad():
                     self.masters[name].copy_(local_of(param))
                 self._versions[name] = _version(param)
@@ -202,7 +197,8 @@ class HostOptimizer:
     def clip(self, others: Sequence[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale the gradients here and those of `others`, on the device, by the norm of all together; that norm.
 
-        As torch.nn.utils.clip_grad_norm_ does it. A collective call.
+        As torch.nn.utils.clip_grad_norm_ does it, the norm on the device in the dtype of the gradients. A collective
+        call.
         """
         self.wait()
         there = [p.grad for p in others if p.grad is not None]
@@ -212,10 +208,12 @@ class HostOptimizer:
             parts.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to("cpu", torch.float64))
         total = torch.linalg.vector_norm(torch.stack(parts), norm_type)
         scale = float((max_norm / (total + 1e-6)).clamp(max=1.0))
-        for grad in (*there, *(m.grad for m in self.masters.values() if m.grad is not None)):
+        grads = [*there, *(m.grad for m in self.masters.values() if m.grad is not None)]
+        for grad in grads:
             local = grad.to_local() if isinstance(grad, DTensor) else grad
             local.mul_(scale)
-        return total
+        dtype = functools.reduce(torch.promote_types, (g.dtype for g in grads)) if grads else torch.float32
+        return total.to(self.grid.device, dtype)
 
     def _norm(self, norm_type: float) -> torch.Tensor:
         """The norm of the gradients here, of all ranks together: what several ranks have counts once."""
@@ -250,4 +248,4 @@ def _version(param: nn.Parameter) -> tuple[int, int]:
     return param._version, local_of(param)._version
 
 
-__all__ = ["HostOptimizer", "host_empty"]
+__all__ = ["HostOptimizer"]

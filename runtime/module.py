@@ -98,8 +98,8 @@ class ParallelModule(Trainable):
     def memory_per_rank(self) -> list[dict[str, int]]:
         """Bytes held on every rank, by kind; a collective call.
 
-        `parameters`, `gradients`, `buffers` as they lie now; `activations` saved for backward by the last step; `peak`
-        of the process (device memory on CUDA, resident on CPU); `host`: what a plan keeps there for the optimizer.
+        `parameters`, `gradients`, `buffers` as they lie now; `activations` saved there for backward by the last
+        step; `peak` of the process (device memory on CUDA, resident on CPU); `host`: optimizer and activations there.
         """
         state, last = self._state, self._state.last
         grads = [local_of(p.grad) for p in self.parameters() if p.grad is not None]
@@ -112,7 +112,7 @@ class ParallelModule(Trainable):
             "gradients": sum(t.nbytes for t in grads),
             "buffers": sum(t.nbytes for t in self.buffers()),
             "activations": last.saved_bytes if last else 0,
-            **({"host": state.host_bytes} if state.plan is not None and state.plan.on_host else {}),
+            "host": state.host_bytes + (last.waiting_bytes if isinstance(last, Step) else 0),
             "peak": peak,
         }
         return [dict(zip(row, values)) for values in state.control.rows(list(row.values()))]

@@ -17,7 +17,7 @@ first, from the same inputs, parameters and buffers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import PlanError, RuntimeUseError
 from autopar.graph import Program, Sink
+from autopar.offload import abandon, on_host
 from autopar.plan import Plan
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
@@ -96,7 +97,7 @@ class Step:
         self.values = [s for s in program.sinks if s.kind != "grad"]
         self.grads = [s.name for s in program.sinks if s.kind == "grad"]
         self.uses_seed = bool(program.of_kind("seed"))
-        self.saved_bytes = 0
+        self.saved_bytes = self.waiting_bytes = 0  # of what the last forward has saved: on the device, on the host
         self.wraps: dict[str, Callable[[torch.Tensor], DTensor]] = {}  # gradients of parameters that are DTensors
         places = {s.node: s for s in program.sources}
         names = _result_names(lowered.forward)
@@ -241,8 +242,12 @@ class Step:
         """The graph says itself where it casts: autocast is off. A rank that is gone is told from a bad value."""
         kind = self.grid.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with off, answered(self.grid):
-            return graph(box)
+        try:
+            with off, answered(self.grid):
+                return graph(box)
+        except BaseException:
+            abandon()  # copies to and from the host whose end will not come
+            raise
 
     def _shape(self, sink: Sink) -> tuple[int, ...]:
         value = self.program.node(str(sink.node)).meta["val"]
@@ -343,8 +348,9 @@ class _Run(torch.autograd.Function):
         # DTensors too, which know that they were changed since, as an optimizer step before the backward does.
         read = [feed.params[s.name] for s in (step.sources[i] for i in step.saved_inputs) if s.kind == "param"]
         ctx.save_for_backward(*others, *read, *ctx.again.take())
-        if not step.saved_bytes:  # of every call the same
-            step.saved_bytes = sum({t.data_ptr(): t.nbytes for t in done.saved}.values())
+        if not step.saved_bytes + step.waiting_bytes:  # of every call the same
+            step.waiting_bytes = _distinct(t for t in done.saved if on_host(t))
+            step.saved_bytes = _distinct(t for t in done.saved if not on_host(t))
         wanted = {s.name for s in step.tangents}
         ctx.sinks = [s for s in step.values if s.kind == "output" and s.node is not None]
         ctx.mark_non_differentiable(*(o for s, o in zip(ctx.sinks, outputs) if s.name not in wanted and not s.cut))
@@ -383,6 +389,11 @@ def _divide(done: _Done) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]
     foreign = done.given | {_memory(t) for t in done.values if t is not None}
     own = [None if _memory(t) in foreign else t for t in done.saved]
     return own, [t for t, mine in zip(done.saved, own) if mine is None]
+
+
+def _distinct(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors, those at one address once."""
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -106,6 +106,30 @@ def test_verify_proves_a_plan(capsys, mlp, tmp_path):
     assert all(row["error"] < 1e-12 for row in certificate["rows"])
 
 
+def test_what_is_decided_of_whole_plans_is_told(capsys, mlp, tmp_path):
+    """In `diff`, where nothing else differs, and in `show --json`."""
+    one, two = str(tmp_path / "one.json"), str(tmp_path / "two.json")
+    assert run(capsys, "plan", mlp, "--mesh", "dp=2", "--batch", "4", "-o", one)[0] == 0
+    low, saved = {"compute": "bf16", "reduce": "fp32"}, {"fwd:up/mm#0": "offload"}
+    changed = {"compression": "bf16", "copies": 5, "optimizer": "lion", "precision": low, "saved": saved}
+    before = {"compression": None, "copies": 2, "optimizer": "adamw", "precision": {}, "saved": {}}
+    replace(Plan.load(one), **changed).save(two)
+    code, out, _ = run(capsys, "diff", one, two, "--no-model", "--json")
+    data = json.loads(out)
+    assert code == 0 and not data["modules"]
+    assert data["plan"] == {name: {"a": before[name], "b": value} for name, value in changed.items()}
+    code, out, _ = run(capsys, "diff", one, two, "--no-model")
+    told = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0 and "same decisions" not in out and "two.json waits on the host: up: mm" in told
+    for line in ("copies to and from the host under way 2 5", "optimizer adamw lion",
+                 "compression of gradients none bf16", "precision as the model is bf16, gradients added up in fp32"):
+        assert line in told, out  # fmt: skip
+    code, out, _ = run(capsys, "diff", one, one, "--no-model", "--json")
+    assert json.loads(out)["plan"] == {}
+    code, out, _ = run(capsys, "show", two, "--json")
+    assert {name: json.loads(out)[name] for name in changed} == changed
+
+
 # ---- questions about a plan ----------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import nn
 
 import autopar
 from autopar import cli
+from autopar.capture import capture
 from autopar.errors import InfeasibleError, PlanError
+from autopar.graph import is_op
+from autopar.plan import HOST
 from autopar.report import text
-from autopar.tradeoff import Frontier, frontier
+from autopar.tradeoff import Frontier, Point, _given_up, frontier
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -95,6 +99,21 @@ def test_a_mesh_that_cuts_and_a_pipeline():
     stages = frontier(Deep(), "pp=2", **pinned, schedule="gpipe")
     assert stages.points[0].peak_bytes < stages.points[-1].peak_bytes
     assert re.match(r"gpipe with \d+ micro-batches", stages.points[0].given_up[0])
+
+
+def test_what_lies_on_the_host_is_told():
+    """And a point that gives nothing up has a limit all the same."""
+    model, program = Deep(), capture(Deep(), (), EXAMPLE)
+    free = autopar.plan(model, "dp=1", example=EXAMPLE, device="cpu")
+    away = [n.meta["address"] for n in program.gm.graph.nodes if is_op(n) and n.meta["phase"] == "fwd"][:2]
+    hosted = {name: replace(s, state=HOST) for name, s in list(free.storage.items())[:3]}
+    plan = replace(free, saved=dict.fromkeys(away, "offload"), storage={**free.storage, **hosted})
+    told = tuple(_given_up(plan, free, program))
+    assert told == ("results of 2 ops wait on the host", "optimizer state of 3 parameters on the host")
+    points = (Point(500_000.0, plan, given_up=told), Point(600_000.0, free), Point(None, free))
+    picture = ElementTree.fromstring(Frontier("host", points).svg())
+    ends = [dot.find(f"{SVG}title").text.partition(": ")[2] for dot in picture.iter(f"{SVG}circle")]
+    assert ends == [", ".join(told), "nothing is given up", "no limit"]
 
 
 NET = """

@@ -20,6 +20,7 @@ from autopar.capture import capture
 from autopar.costmodel import planner
 from autopar.errors import PlanError, RuntimeUseError
 from autopar.mesh import Mesh
+from autopar.offload import on_host
 from autopar.plan import HOST, Plan
 from tests.live_bytes import LiveBytes
 from tests.widen import widen_to_float64
@@ -209,6 +210,39 @@ def test_weights_written_between_steps_are_taken_over():
         assert differences(pm, [], (model.state_dict(), [])) < 1e-12
 
 
+def test_the_host_waits_only_for_what_it_reads_and_writes(monkeypatch):
+    """Not for parameters that are on their way up when the next step begins, unless somebody has written to one."""
+    pm = net(optimizer=OPTIMIZERS["sgd"])
+    x = torch.randn(4, 4)
+    pm.train_step(x, target=x)
+    host, waits = pm._state.trainer.host, []
+    monkeypatch.setattr(host, "wait", lambda: waits.append(1))
+    host.forget()
+    host.follow()
+    assert not waits
+    with torch.no_grad():
+        pm.weight.mul_(0.5)
+    host.follow()
+    assert waits and torch.equal(host.masters["weight"], pm.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_is_as_torch_gives_it(dtype):
+    x, found = torch.randn(4, 4, dtype=dtype), []
+    model = nn.Linear(4, 4, dtype=dtype)
+    nn.functional.mse_loss(model(x), x).backward()
+    want = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    for part in ("all", "some"):
+        given: dict[str, Any] = {"example": {"input": x, "target": x}, "loss": nn.functional.mse_loss, "device": "cpu"}
+        plan = hosted(autopar.compile(model, "dp=1", **given).plan, part)
+        pm = autopar.compile(model, "dp=1", **given, plan=plan, optimizer=OPTIMIZERS["sgd"])
+        pm.optimizers[0].register_step_pre_hook(lambda *_, pm=pm: found.append(pm.clip_grad_norm_(0.1)))
+        pm.train_step(x, target=x)
+    for norm in found:
+        torch.testing.assert_close(norm, want)  # dtype and device too
+    assert len(found) == 2
+
+
 def test_evaluation_between_steps():
     plan = hosted(Plan.from_json(planned("llama", "dp=1")), "all")
     with widen_to_float64():
@@ -269,26 +303,31 @@ def test_compiled_graphs_hand_over_too():
 class OnDevice(LiveBytes):
     """Live bytes of the device alone, on a machine where the host's memory is the same.
 
-    What lies on the host when a step begins is known; of that, and of nothing else, ops make more of it. An op that
-    reads both could not run on a GPU, unless it copies or the host's is one number.
+    Masters and memory of gradients say so themselves; of them, and of the state that optimizers have made of them
+    before, ops make more that lies there. An op that reads both could not run on a GPU, unless it copies or the host's
+    is one number.
     """
 
-    def __init__(self, device: Any, host: Any) -> None:
+    def __init__(self, device: Any, state: Any) -> None:
         super().__init__(device)
-        self.host: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in host)
+        self.made: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in state)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        there = [t.untyped_storage() in self.host for t in given]
+        there = [on_host(t) or t.untyped_storage() in self.made for t in given]
         if given and all(there):
             out = func(*args, **(kwargs or {}))
-            self.host.update(t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            self.made.update(t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
             return out
         large = any(t.numel() > 1 for t, host in zip(given, there) if host)
         assert not large or func is torch.ops.aten.copy_.default, f"{func} reads device and host"
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def state_of(optimizers: Any) -> list[torch.Tensor]:
+    return [v for o in optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
 
 
 def peaks(text: str) -> tuple[int, int]:
@@ -302,9 +341,8 @@ def peaks(text: str) -> tuple[int, int]:
     for _ in range(3):
         pm.train_step(**batch)
         host = pm._state.trainer.host
-        mine = [o for o in pm.optimizers if o not in host.optimizers]
-        state = [v for o in mine for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        with OnDevice([*pm.parameters(), *pm.buffers(), *batch.values(), *state], host.held) as live:
+        mine = state_of([o for o in pm.optimizers if o not in host.optimizers])
+        with OnDevice([*pm.parameters(), *pm.buffers(), *batch.values(), *mine], state_of(host.optimizers)) as live:
             pm.train_step(**batch)
         found.append(live.peak)
     return min(found), host.nbytes
@@ -337,6 +375,28 @@ def test_every_rank_holds_what_is_predicted(two, strategy):
     for device, host in two.run(peaks, plan.to_json()):
         assert plan.predicted["peak_bytes"] == pytest.approx(device, rel=0.05)
         assert sum(plan.predicted["host"].values()) == host
+
+
+def test_what_waits_on_the_host_is_told_apart():
+    """Of what the forward has saved, and from what the optimizer has there."""
+    plan, (_, batch) = Plan.from_json(planned("llama", "dp=1")), example("llama")
+    with widen_to_float64():
+        program = capture(example("llama")[0], (), batch)
+        saved = {a: "offload" for a in plan.choices if a.startswith("fwd:") and "/mm#" in a}
+        away = hosted(replace(plan, saved=saved), "some")
+        rows = []
+        for text in (plan, away):
+            pm = compiled("llama", text, "adamw")
+            pm.train_step(**batch)
+            rows.append(pm.memory_per_rank()[0])
+    plain, row = rows
+    waits = planner.price(program, replace(away, storage=plan.storage)).host["activations"]
+    host = pm._state.trainer.host
+    assert plain["host"] == 0 < waits
+    assert row["host"] == host.nbytes + waits
+    assert row["activations"] <= plain["activations"] - 0.9 * waits
+    assert all(on_host(t) for t in (*host.masters.values(), *host._grads.values()))
+    assert not any(on_host(p) for p in host.params.values())
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

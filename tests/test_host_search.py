@@ -157,6 +157,28 @@ def test_optimizers_of_whole_parameters_leave_pieces_where_they_are():
         assert (least[1] < least[0]) == less, optimizer
 
 
+@pytest.mark.parametrize("state", ["device", HOST])
+def test_the_state_of_what_is_given_stays_where_it_is(state):
+    """As `autopar resolve --keep` gives it; of the others the fewest go that make it fit."""
+    size = parts(64)
+    limit = round(size["parameters"] + size["gradients"] + 0.3 * size["optimizer"])
+    free = planner.plan(program(64), ONE, device="h100")
+    last = list(free.storage)[-1]
+    given = {last: replace(free.storage[last], state=state)}
+    options: Any = {"device": "h100", "memory_limit": limit, "host_state": True, **ALONE}
+    plan = planner.plan(program(64), ONE, storage=given, **options)
+    assert plan.storage[last].state == state and set(plan.on_host) - {last}
+    assert plan.predicted["peak_bytes"] <= limit
+    fewer = on_host(
+        replace(plan, storage={n: replace(s, state="device") for n, s in plan.storage.items()} | given),
+        [n for n in plan.on_host if n != last][1:],
+    )
+    assert planner.price(program(64), fewer, "h100").peak_bytes > limit, "no more than it takes"
+    if state == "device":  # of all, nothing is left to be said
+        with pytest.raises(InfeasibleError):
+            planner.plan(program(64), ONE, storage=free.storage, **options)
+
+
 # ---- time ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,8 +231,10 @@ def test_a_limit_is_held_by_the_module_that_is_asked_for_it():
     size = sum(p.nbytes for p in model.parameters())
     options["memory_limit"] = round(2.8 * size)  # parameters and optimizer state are 3
     for more in ({}, {"optimizer": adamw, "offload": False}):
-        with pytest.raises(InfeasibleError):
+        with pytest.raises(InfeasibleError) as caught:
             autopar.compile(model, "dp=1", **options, **more)
+    # Proposed is what is then planned: with optimizer=, what waits on the host may be its state.
+    assert [fix.what for fix in caught.value.fixes if "offload" in fix.changes] == ["offload=True"]
     pm = autopar.compile(model, "dp=1", **options, optimizer=adamw)
     assert pm.plan.on_host and pm.plan.predicted["peak_bytes"] <= options["memory_limit"]
     optimizer = adamw(model.parameters())

@@ -29,7 +29,7 @@ BASE = {
     f"autopar.{m}"
     for m in (
         "collector", "errors", "moments", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree",
-        "recompute", "offload", "compression", "precision", "pipeline",
+        "recompute", "offload", "compression", "precision", "together", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.

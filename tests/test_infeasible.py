@@ -46,9 +46,12 @@ class Wide(nn.Module):
 def refused(
     model: nn.Module, mesh: str, limit: float, rows: int = 64, width: int = 16, quick: bool = True, **options: Any
 ) -> Any:
-    """The error, and how to plan again with a fix; quick: for a plan that fits, which need not be the quickest."""
+    """The error, and how to plan again with a fix; quick: for a plan that fits, which need not be the quickest.
+
+    Of optimizer state on the host so much could be had that little would be refused.
+    """
     example = {"x": torch.randn(rows, width)}
-    asked = {"mesh": mesh, "example": example, "memory_limit": limit, "device": "cpu", **options}
+    asked = {"mesh": mesh, "example": example, "memory_limit": limit, "device": "cpu", "host_state": False, **options}
     with pytest.raises(InfeasibleError) as caught:
         autopar.plan(model, **{"fixes": 300.0, **asked})
 
@@ -112,7 +115,7 @@ def test_the_largest_batch_that_fits(few):
     assert 32 < rows < 64 and batch.share == rows / 64 and batch.command == f"--batch {rows}"
     asked = {"mesh": "dp=1", "memory_limit": error.limit, "device": "cpu", "fixes": 0.0, "quick": True}
     with pytest.raises(InfeasibleError):
-        autopar.plan(Net(), **asked, example={"x": torch.randn(rows + 1, 16)})
+        autopar.plan(Net(), **asked, host_state=False, example={"x": torch.randn(rows + 1, 16)})
 
 
 def test_gradients_that_are_added_up_leave_room_for_themselves(few):
@@ -121,6 +124,17 @@ def test_gradients_that_are_added_up_leave_room_for_themselves(few):
     assert halves.changes["example"]["x"].shape[0] == 32 and halves.share == 0.5
     room = autopar.options.parse_bytes(halves.changes["memory_limit"])
     assert room + error.memory["parameters"] <= error.limit
+
+
+def test_gradients_that_are_added_up_keep_optimizer_state_here(monkeypatch):
+    """With it on the host every backward is a step: that is for smaller batches only."""
+    monkeypatch.setattr(fixes, "KINDS", {"a smaller batch": fixes.smaller_batches})
+    error, again = refused(Net(), "dp=1", 22_000, host_state=None)
+    check(error, again, 22_000)
+    (smaller,) = [fix for fix in error.fixes if "a batch of" in fix.what]
+    (parts,) = [fix for fix in error.fixes if "added up" in fix.what]
+    assert again(smaller).on_host and not again(parts).on_host
+    assert parts.changes["host_state"] is False and parts.command.endswith(" --no-host-state")
 
 
 def test_less_than_the_parameters(monkeypatch):
@@ -145,10 +159,12 @@ def test_recomputation_that_was_forbidden(monkeypatch):
     monkeypatch.setattr(fixes, "KINDS", {"keeping less": fixes.keeping_less})
     model, batch = ZOO["gpt2"](seed=0)
     free = autopar.plan(model, "dp=1", example=batch, device="cpu").predicted["peak_bytes"]
+    kept = {"recompute": False, "host_state": False, "offload": False}
     with pytest.raises(InfeasibleError) as caught:
-        autopar.plan(model, "dp=1", example=batch, device="cpu", memory_limit=int(0.9 * free), recompute=False)
+        autopar.plan(model, "dp=1", example=batch, device="cpu", memory_limit=int(0.9 * free), **kept)
     (fix,) = [fix for fix in caught.value.fixes if "recompute" in fix.changes]
-    found = autopar.plan(model, "dp=1", example=batch, device="cpu", memory_limit=int(0.9 * free), **fix.changes)
+    kept.update(fix.changes)
+    found = autopar.plan(model, "dp=1", example=batch, device="cpu", memory_limit=int(0.9 * free), **kept)
     assert found.saved and found.predicted["peak_bytes"] <= 0.9 * free
 
 
@@ -227,7 +243,8 @@ def test_a_kind_of_change_is_one_function(monkeypatch):
     assert sent[0] is None and sent[1] in error.fixes and sent[1].peak_bytes > 30_000
 
 
-def test_compile_proposes_too():
+def test_compile_proposes_too(monkeypatch):
+    monkeypatch.setattr(fixes, "KINDS", {"another optimizer": fixes.other_optimizers})
     example = {"x": torch.randn(64, 16)}
     with pytest.raises(InfeasibleError) as caught:
         autopar.compile(Net(), "dp=1", example=example, memory_limit=30_000, device="cpu")
@@ -238,7 +255,7 @@ def test_compile_proposes_too():
 
 def test_the_command_line_says_what_to_type(capsys, tmp_path):
     (tmp_path / "net.py").write_text(MLP)
-    plan = ["plan", f"{tmp_path / 'net.py'}:build", "--mesh", "dp=1", "--json"]
+    plan = ["plan", f"{tmp_path / 'net.py'}:build", "--mesh", "dp=1", "--json", "--no-host-state"]
     assert cli.main([*plan, "--memory", "4kB"]) == 1
     told = capsys.readouterr().err
     (typed,) = re.findall(r'memory_limit="\S+" \(.*?; (--memory \S+?)\)', told)

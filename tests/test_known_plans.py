@@ -43,7 +43,7 @@ def looser(llama) -> Plan:
 def _under(llama: Program, limit: int) -> Plan:
     mesh = Mesh.parse("dp=4,tp=8")  # with time enough on a busy machine, too
     options = {"memory_limit": limit, "output_specs": "free", "time_limit": 120.0, "recompute": False}
-    return plan(llama, mesh, device="h100", **options)
+    return plan(llama, mesh, device="h100", offload=False, **options)
 
 
 def _factors(found: Plan, axis: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from torch import nn
 
 import autopar
 from autopar import cli
+from autopar.capture import capture
+from autopar.costmodel import track as tracking
 from autopar.errors import BatchError, PlanError
 from autopar.live_bytes import LiveBytes
 from autopar.memory_picture import MemoryTimeline, pipeline_tracks
 from autopar.moments import Alive, Moment, Track
+from autopar.plan import HOST
 from autopar.report import text
 from autopar.report_pipeline import step_of
 from tests.test_cli import MLP
@@ -99,6 +103,18 @@ def test_ranks_of_a_mesh_are_alike(constraints):
     assert track.peak_bytes == pytest.approx(plan.predicted["peak_bytes"], abs=1)
 
 
+def test_gradients_on_the_host_are_not_alive_here():
+    """The others keep their names."""
+    model = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 16, bias=False), nn.Linear(16, 4, bias=False))
+    program = capture(model, (torch.randn(2, 8),), {}, loss=None)
+    plan = autopar.plan(model, "dp=1", example=(torch.randn(2, 8),), device="cpu")
+    there = replace(plan, storage={**plan.storage, "1.weight": replace(plan.stored("1.weight"), state=HOST)})
+    for one, hosted in ((plan, 0), (there, 1)):
+        found = {a.name: a.bytes for a in tracking.track(program, one, most=100).largest if a.kind == "gradients"}
+        want = {"gradient of 0.weight": 4 * 8 * 32, "gradient of 1.weight": 4 * 32 * 16, "gradient of 2.weight": 4 * 64}
+        assert found == {name: size for name, size in want.items() if not (hosted and "1.weight" in name)}
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
@@ -153,6 +169,11 @@ def test_what_cannot_be_measured_is_refused(stages):
     plan = autopar.plan(model, "dp=1", example=batch, device="cpu", quick=True, optimizer_class="lion")
     with pytest.raises(PlanError, match="no optimizer here is 'lion'"):
         autopar.memory_timeline(plan, model, example=batch, measure=True)
+    plan = autopar.plan(model, "dp=1", example=batch, device="cpu", quick=True)
+    name = next(iter(plan.storage))
+    hosted = replace(plan, storage={**plan.storage, name: replace(plan.stored(name), state=HOST)})
+    with pytest.raises(PlanError, match=r"of 1 parameters on the host.*host_state=False"):
+        autopar.memory_timeline(hosted, model, example=batch, measure=True)
     with pytest.raises(BatchError, match="needs example="):
         autopar.memory_timeline(plan, model)
     with pytest.raises(PlanError, match="made in Python"):

@@ -124,7 +124,13 @@ def four():
         yield started
 
 
-@pytest.mark.parametrize("hows", [("offload",), BOTH], ids=["offload", "both"])
+#: What waits on the host alone, and with copies besides; the first in the slow sweep.
+HOWS = pytest.mark.parametrize(
+    "hows", [pytest.param(("offload",), marks=pytest.mark.slow), BOTH], ids=["offload", "both"]
+)
+
+
+@HOWS
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("place", list(PLACES))
 def test_four_processes(four, name, place, hows):
@@ -134,8 +140,8 @@ def test_four_processes(four, name, place, hows):
         assert not failures
 
 
-@pytest.mark.parametrize("hows", [("offload",), BOTH], ids=["offload", "both"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@HOWS
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_stages(four, name, hows):
     for failures in four.run(in_stages, name, 4, hows):
         assert not failures
@@ -207,7 +213,7 @@ def large() -> Program:
     return capture(model, (), {"input_ids": ids, "labels": ids})
 
 
-@pytest.mark.parametrize("part", [0.8, 0.6])
+@pytest.mark.parametrize("part", [0.8, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_it_is_chosen_where_it_is_quicker(large, part):
     free = wide(large)
     limit = round(part * free.predicted["peak_bytes"])
@@ -241,3 +247,32 @@ def test_it_can_be_explained():
     away = [a for a, row in bench.plan.choices.items() if traveller(a) and any(c.factor for c in row)]
     assert len(away) > 20, "it lies on the host as it was made: split"
     assert Plan.from_json(bench.plan.to_json()).choices.keys() >= set(away)
+
+
+def test_what_failed_is_let_go():
+    x = torch.randn(4)
+    start = offload.OFFLOAD_START(x)
+    assert offload._flying
+    offload.abandon()
+    assert not offload._flying
+    assert torch.equal(offload.ARRIVED(start), x)
+
+
+def test_saved_may_be_taken_out_of_a_plan():
+    """What the planner has said of copies and of ways to the host does not stand in the way."""
+    program = traced("llama")[0]
+    plan = planner.plan(program, Mesh.parse("dp=2,tp=2"), device="h100", constraints={"dp": "ddp", "tp": "tp"})
+    plan = replace(plan, saved=dict.fromkeys(computing(program), "offload"))
+    spelled = Bench.open(program, plan, "h100").plan
+    assert any(map(traveller, spelled.choices))
+    planner.check_plan(program, replace(spelled, saved={}))
+    with pytest.raises(PlanError, match="which the program does not have"):
+        planner.check_plan(program, replace(spelled, saved={}, choices={**spelled.choices, "fwd:x/mm#0>0": ()}))
+
+
+def test_what_the_host_holds_is_told():
+    program = traced("llama")[0]
+    plain = planner.plan(program, Mesh.parse("dp=1"), device="h100")
+    away = replace(plain, saved=dict.fromkeys(computing(program), "offload"))
+    assert planner.price(program, away, "h100").host["activations"] > 0
+    assert not planner.price(program, plain, "h100").host

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
-from autopar import casting, cli
+from autopar import casting, cli, decide, fixes
 from autopar.capture import capture
 from autopar.costmodel.price import price
 from autopar.costmodel.shuffle import random_plan
-from autopar.errors import ConstraintError, PlanError
+from autopar.errors import ConstraintError, InfeasibleError, PlanError
 from autopar.given import check_plan
 from autopar.graph import Program, is_op, op_name, pattern
 from autopar.mesh import Mesh
@@ -26,6 +26,7 @@ from autopar.precision import ADDED, Precision
 from autopar.rule import WHOLE
 from tests import parity
 from tests.pipeline_runs import example
+from tests.test_infeasible import Net
 from tests.trained import full
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -307,6 +308,8 @@ def test_files_of_plans():
     assert plan.fingerprint != autopar.plan(model, "dp=2", example=batch, precision="fp16").fingerprint
     with pytest.raises(PlanError, match="damaged at precision: precision='fp8' does not exist"):
         Plan.from_json(plan.to_json().replace('"compute": "bf16"', '"compute": "fp8"'))
+    with pytest.raises(PlanError, match="damaged at precision: precision='auto' is none that a program computes in"):
+        Plan.from_json(json.dumps({**json.loads(plan.to_json()), "precision": {"compute": "auto"}}))
     with pytest.raises(PlanError, match="precision=fp32 is asked for, and the plan was made for bf16"):
         autopar.compile(model, 1, example=batch, plan=autopar.plan(model, 1, example=batch, precision="bf16"),
                         precision="fp32")  # fmt: skip
@@ -328,12 +331,41 @@ def test_auto_takes_the_quicker_and_tells_both():
     assert pm.plan.solver["precisions"].keys() == {"bf16", "fp32"}
 
 
+def test_auto_on_a_searched_mesh_may_end_in_fp32():
+    """What is said of sums of low precision says nothing of fp32; of a low precision it does."""
+    small, batch = example("mlp_dropout", double=False)
+    pm = autopar.compile(small, "auto", example=batch, precision="auto", reduce_dtype="bf16", device="cpu")
+    assert not pm.plan.precision and pm.plan.solver["precisions"].keys() == {"bf16", "fp32"}
+    low = autopar.plan(small, 1, example=batch, device="cpu", precision="bf16")
+    with pytest.raises(PlanError, match="reduce_dtype=bf16 is asked for, and the plan was made for fp32"):
+        autopar.compile(small, 1, example=batch, plan=low, precision="auto", reduce_dtype="bf16")
+
+
+def test_what_fits_in_no_precision_is_explained_once(monkeypatch):
+    told = []
+    monkeypatch.setattr(decide, "explained", lambda question: told.append(question) or fixes.explained(question))
+    monkeypatch.setattr(fixes, "KINDS", {"a smaller batch": fixes.smaller_batches})
+    model = Net()
+    asked = {"example": {"x": torch.randn(64, 16)}, "device": "cpu", "precision": "auto", "memory_limit": 20_000}
+    with pytest.raises(InfeasibleError, match="Nearest that fit") as caught:
+        autopar.plan(model, "dp=1", **asked)
+    (question,) = told
+    assert question.given["precision"] == "auto"
+    batch = next(fix for fix in caught.value.fixes if "example" in fix.changes)
+    again = autopar.plan(model, "dp=1", **{**asked, **batch.changes})
+    assert again.predicted["peak_bytes"] <= asked["memory_limit"] and len(told) == 1
+    with pytest.raises(InfeasibleError, match="Nearest that fit"):
+        autopar.compile(model, "dp=1", **asked)
+
+
 def test_options_that_do_not_go_together():
     model, batch = example("mlp_dropout", double=False)
     with pytest.raises(ConstraintError, match="precision='int8' does not exist; choose one of fp32, bf16, fp16, auto"):
         autopar.plan(model, 1, example=batch, precision="int8")
     with pytest.raises(ConstraintError, match=r"reduce_dtype='fp16' with precision='bf16'.*fp32 or bf16"):
         autopar.plan(model, 1, example=batch, precision="bf16", reduce_dtype="fp16")
+    with pytest.raises(ConstraintError, match=r"reduce_dtype='fp16' with precision='auto'.*fp32 or bf16"):
+        autopar.plan(model, 1, example=batch, precision="auto", reduce_dtype="fp16")
     with pytest.raises(ConstraintError, match=r"precision='fp16' with schedule 'paci'.*bf16"):
         autopar.plan(model, "pp=2", example=batch, precision="fp16", schedule="paci", micro_batches=2)
     with pytest.raises(PlanError, match="precision='auto' compares plans, which needs example="):

@@ -152,6 +152,7 @@ def test_a_limit_that_is_no_matter_changes_nothing():
     assert free.solver["stage_costs"] == loose.solver["stage_costs"]
 
 
+@pytest.mark.slow
 def test_without_recomputation_nothing_is_computed_again():
     limit = 0.8 * max(peaks_of("llama", planned("llama", "pp=2")))
     assert planned("llama", "pp=2", limit).saved
@@ -159,6 +160,7 @@ def test_without_recomputation_nothing_is_computed_again():
         planned("llama", "pp=2", limit, recompute=False)
 
 
+@pytest.mark.slow
 def test_weights_that_have_moved_on_are_not_computed_with():
     """An asynchronous backward may compute again only if it has the weights of its forward."""
     free = planned("llama", "pp=2", schedule="paci", weights="stashed")
@@ -230,7 +232,9 @@ def measured(name: str, text: str) -> int:
     return min(found)
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("gpt2", "pp=2"), ("llama", "pp=2,dp=2")])
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("gpt2", "pp=2"), pytest.param("llama", "pp=2,dp=2", marks=pytest.mark.slow)]
+)
 def test_a_limit_is_held_on_every_rank(two, four, name, mesh):
     free = planned(name, mesh)
     limit = 0.75 * max(peaks_of(name, free))
@@ -267,7 +271,9 @@ def trains(name: str, texts: list[str], options: dict[str, Any]) -> list[str]:
     return [f"{where} {error:.2g}" for error, where in found if error > 1e-9]
 
 
-@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("gpt2", {"dropout": 0.2})])
+@pytest.mark.parametrize(
+    ("name", "options"), [pytest.param("llama", {}, marks=pytest.mark.slow), ("gpt2", {"dropout": 0.2})]
+)
 def test_the_same_numbers(four, name, options):
     """Over several steps: what a limit makes of a pipeline with ZeRO-3 in its stages, and one that keeps everything."""
     model, batch = example(name, **options)
@@ -301,6 +307,7 @@ def limited(name: str, part: float) -> list[str]:
     return [] if saved and again else [f"computes again: {saved}, of a smaller batch {again}"]
 
 
+@pytest.mark.slow
 def test_other_batches_compute_again_what_the_first_does(two):
     for failures in two.run(limited, "llama", 0.8):
         assert not failures

@@ -76,7 +76,7 @@ def test_shapes_without_a_constrained_axis_are_left_out(program):
 
 def test_nothing_fits(program):
     with pytest.raises(InfeasibleError):
-        search.search(program, 4, device=PAIRS, memory_limit=1000)
+        search.search(program, 4, device=PAIRS, memory_limit=1000, offload=False)
 
 
 @pytest.mark.slow

@@ -162,3 +162,26 @@ def test_numbers_of_the_passes():
     parameters = inspect.signature(overlap).parameters
     assert parameters["ahead_bytes"].default == simulator.AHEAD_BYTES
     assert parameters["pending_bytes"].default == simulator.PENDING_BYTES
+
+
+def test_copies_to_the_host_are_no_communication():
+    """They have streams of their own, take no time from computation, and count with what the optimizer copies."""
+    program = zoo("llama").program
+    made = plan(program, Mesh.parse("dp=2,tp=2"), device="h100", constraints={"dp": "ddp", "tp": "tp"})
+    here = simulate(program, made, "h100")
+    ops = [i.name for i in zoo("llama").items if i.kind == "op" and i.name.startswith("fwd:")]
+    away = dataclasses.replace(made, saved=dict.fromkeys(ops, "offload"))
+    found = simulate(program, away, "h100")
+    ways = found.streams["to host"] + found.streams["from host"]
+    assert here.host_s == 0 < ways == pytest.approx(found.host_s)
+    assert 0 < found.comm_s == pytest.approx(sum(found.streams.values()) - ways)
+    serial = simulate(program, away, "h100", overlap=False)
+    assert serial.step_s == pytest.approx(price(program, away, "h100").step_s)
+    there = {n: dataclasses.replace(s, state="host") for n, s in away.storage.items()}
+    assert simulate(program, dataclasses.replace(away, storage=there), "h100").host_s > found.host_s
+    alone = dataclasses.replace(plan(program, Mesh.parse("dp=1"), device="h100"), saved=away.saved)
+    quiet, loud = (simulate(program, alone, dataclasses.replace(DEVICES["h100"], beside=b)) for b in (0.0, 1.0))
+    assert quiet == loud and quiet.comm_s == 0 < quiet.host_s
+    # On a mesh it is lost beside collectives, and beside them alone.
+    quiet, loud = (simulate(program, away, dataclasses.replace(DEVICES["h100"], beside=b)) for b in (0.0, 1.0))
+    assert 0 <= loud.exposed_s - quiet.exposed_s <= found.comm_s

@@ -204,6 +204,8 @@ def _random() -> list[Case]:
     return [
         Case(torch.ops.autopar.uniform.default, (seed, 1, [4, 12])),
         Case(torch.ops.autopar.normal.default, (seed, 2, [8, 2, 6])),
+        Case(torch.ops.autopar.offload.default, (num(4, 8),)),
+        Case(torch.ops.autopar.fetch.default, (num(4, 8),)),
     ]
 
 
