@@ -9,6 +9,7 @@ from typing import Any
 from autopar.costmodel import stages
 from autopar.costmodel.stage_memory import Held
 from autopar.costmodel.stages_measured import Measured
+from autopar.errors import InfeasibleError
 from autopar.graph import Program
 from autopar.plan import Plan
 
@@ -88,8 +89,24 @@ def fitted(among: Mapping[int, Measurable], limit: float, judged: Mapping[str, A
             _learn(choice.best, range(len(among[place[0]].plans)), among, means)
         elif not new or (found is not None and choice.best.seconds >= found.best.seconds and not fits):
             break
-    # Where nothing was found, the error says what the least is, by what is known now.
-    return found or stages.choose(chains, limit=limit, **judged)
+    return found or _least(among, limit, judged, means)
+
+
+def _least(among: Mapping[int, Measurable], limit: float, judged: Mapping[str, Any], means: Means) -> stages.Choice:
+    """What adds up may be less than what is held: the least is measured until it is known.
+
+    Raises:
+        InfeasibleError: with the least, unless what was measured last does fit.
+    """
+    chains = {micro: of.chain for micro, of in among.items()}
+    while True:
+        try:
+            return measured(stages.choose(chains, limit=limit, **judged), among, means, judged["ranks"])
+        except InfeasibleError as error:
+            least = stages.possible(chains, limit=error.least, **judged) if error.least > 0 else None
+            if least is None or not among[least.best.micro].chain.unknown(least.best):
+                raise
+            measured(least, among, means, judged["ranks"])
 
 
 __all__ = ["Means", "Measurable", "fitted", "measured"]

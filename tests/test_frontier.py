@@ -98,7 +98,8 @@ def test_a_mesh_that_cuts_and_a_pipeline():
     assert found.points[0].peak_bytes < found.points[-1].peak_bytes and found.points[0].given_up
     stages = frontier(Deep(), "pp=2", **pinned, schedule="gpipe")
     assert stages.points[0].peak_bytes < stages.points[-1].peak_bytes
-    assert re.match(r"gpipe with \d+ micro-batches", stages.points[0].given_up[0])
+    told = stages.points[0].given_up
+    assert any(re.match(r"gpipe with \d+ micro-batches|\d+ ops done again", words) for words in told)
 
 
 def test_what_lies_on_the_host_is_told():
