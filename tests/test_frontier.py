@@ -91,6 +91,7 @@ def test_a_limit_below_the_least_is_told_as_such():
     ElementTree.fromstring(found.svg())
 
 
+@pytest.mark.slow
 def test_a_mesh_that_cuts_and_a_pipeline():
     """Cutting finer is told in bytes of parameters; of a pipeline, its micro-batches and schedule."""
     pinned = {"device": "cpu", "example": EXAMPLE, "quick": True, "points": 2}

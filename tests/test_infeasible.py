@@ -126,6 +126,7 @@ def test_gradients_that_are_added_up_leave_room_for_themselves(few):
     assert room + error.memory["parameters"] <= error.limit
 
 
+@pytest.mark.slow
 def test_gradients_that_are_added_up_keep_optimizer_state_here(monkeypatch):
     """With it on the host every backward is a step: that is for smaller batches only."""
     monkeypatch.setattr(fixes, "KINDS", {"a smaller batch": fixes.smaller_batches})

@@ -131,7 +131,7 @@ HOWS = pytest.mark.parametrize(
 
 
 @HOWS
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 @pytest.mark.parametrize("place", list(PLACES))
 def test_four_processes(four, name, place, hows):
     mesh, constraints = PLACES[place]

@@ -341,6 +341,7 @@ def test_auto_on_a_searched_mesh_may_end_in_fp32():
         autopar.compile(small, 1, example=batch, plan=low, precision="auto", reduce_dtype="bf16")
 
 
+@pytest.mark.slow
 def test_what_fits_in_no_precision_is_explained_once(monkeypatch):
     told = []
     monkeypatch.setattr(decide, "explained", lambda question: told.append(question) or fixes.explained(question))

@@ -204,7 +204,7 @@ def with_copies(
     return [f"{where} {error:.2g}" for error, where in found if error > 1e-9]
 
 
-@pytest.mark.parametrize("name", ["llama", "resnet", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "resnet", "gpt2"])
 @pytest.mark.parametrize("place", list(PLACES))
 def test_four_processes(four, name, place):
     mesh, constraints = PLACES[place]
@@ -250,7 +250,7 @@ def test_a_limit_is_held(name):
     assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_the_least_that_is_told_is_enough(name):
     """Asked for a byte: what the error says is needed is less than without copies, and a plan for that is found."""
     program = traced(name)[0]

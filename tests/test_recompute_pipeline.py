@@ -174,6 +174,7 @@ def test_weights_that_have_moved_on_are_not_computed_with():
         assert not found.saved
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_by_stage_and_kind():
     with pytest.raises(InfeasibleError, match=r"on rank \d, stage \d") as caught:
         planned("llama", "pp=2", 1000)

@@ -74,6 +74,7 @@ def test_shapes_without_a_constrained_axis_are_left_out(program):
     assert [str(t.mesh) for t in tried] == ["dp=2,tp=2"]
 
 
+@pytest.mark.slow
 def test_nothing_fits(program):
     with pytest.raises(InfeasibleError):
         search.search(program, 4, device=PAIRS, memory_limit=1000, offload=False)

@@ -159,6 +159,7 @@ def test_numbers_of_micro_batches_divide_the_batch(rows, ranks, counts):
     assert micro_choices(rows, ranks, options()) == counts
 
 
+@pytest.mark.slow
 def test_more_micro_batches_are_tried_where_nothing_fits():
     assert more_choices(256, [4, 8, 16, 32], options()) == [64, 128, 256]
     assert more_choices(256, [8], options(micro_batches=8)) == []
