@@ -39,9 +39,12 @@ _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
 ROUNDS, NEAR, TRIALS = 10, 0.01, 8
 #: How many copies to and from the host may be under way, that are tried besides: more than most plans need.
 FLIGHTS = (4, 8)
-#: Ops that are priced, at most, when the least is looked for: the answer must not hang on how busy the machine is, as
-#: a limit that is asked for because of it must be enough.
-WORK = 60_000
+#: Plans that are priced, at most, when the least is looked for: WORK over the square of the ops, which is as long as it
+#: takes; and at least FEWEST. The answer must not hang on how busy the machine is, as a limit that is asked for because
+#: of it must be enough.
+WORK, FEWEST = 4e8, 5
+#: What is looked for within a limit is also looked for within parts of it: the answer for less may be the better one.
+PARTS = (1.0, 0.96, 0.92)
 #: By what parts of the peak less is asked for, when the least is looked for.
 STEPS = (0.1, 0.03, NEAR)
 
@@ -101,8 +104,8 @@ class Rematerialiser:
         """The quickest that was found of those whose peak is at most `limit`; None if none was."""
         if self.base.peak <= limit:
             return self.base
-        judges = (self._exactly, self._nearly)
-        found = [self._within(limit, judge, hosts) for hosts in self._ways() for judge in judges]
+        ways = [(hosts, judge) for hosts in self._ways() for judge in (self._exactly, self._nearly)]
+        found = [self._within(part * limit, judge, hosts) for part in PARTS for hosts, judge in ways]
         if not any(found):
             found.append(self._first_by_hand(limit))
         best = min((k for k in found if k is not None), key=_seconds, default=None)
@@ -235,7 +238,8 @@ class Rematerialiser:
 
     def _spent(self) -> bool:
         """Whether enough was priced for the least."""
-        return self.visited is not None and len(self.visited) * len(self.items.items) > WORK
+        most = max(FEWEST, WORK / len(self.items.items) ** 2)
+        return self.visited is not None and len(self.visited) > most
 
     # Where a copy runs depends on what else is copied. What the next solve takes for copied, by the last answer:
 
