@@ -27,6 +27,7 @@ from autopar.pipeline.plans import AXIS
 from autopar.plan import Plan
 from autopar.precision import FULL
 from autopar.programs import Kept
+from autopar.units import bytes_
 
 #: Seconds that are spent on what would fit, unless said otherwise; what is under way then is finished.
 SECONDS = 15.0
@@ -199,7 +200,7 @@ def words(fix: Fix) -> str:
     """A fix in a line."""
     part = "" if fix.share == 1 else f" for {fix.share:.3g} of the samples"
     typed = f"; {fix.command}" if fix.command else ""
-    return f"{fix.what} ({1e3 * fix.step_s:.4g} ms a step{part}, {size(fix.peak_bytes)}{typed})"
+    return f"{fix.what} ({1e3 * fix.step_s:.4g} ms a step{part}, {bytes_(fix.peak_bytes)}{typed})"
 
 
 # ---- kinds of changes ----------------------------------------------------------------------------------------------
@@ -432,14 +433,6 @@ def readable(amount: float, down: bool = False) -> str:
             count = math.floor(amount / step) if down else math.ceil(amount / step)
             return f"{count * step / factor:.10g}{unit}"
     return str(math.floor(amount) if down else math.ceil(amount))
-
-
-def size(amount: float) -> str:
-    """Bytes with three digits, in decimal units."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if amount >= factor:
-            return f"{amount / factor:.3g} {unit}"
-    return f"{amount:.0f} B"
 
 
 __all__ = ["KINDS", "SECONDS", "Candidate", "Question", "explained", "question_of", "readable", "words"]

@@ -25,7 +25,9 @@ from autopar.live_bytes import LiveBytes
 from autopar.moments import Moment, Track
 from autopar.pipeline.clock import Costs, Timeline
 from autopar.plan import Plan
-from autopar.report import bytes_, plain_table
+from autopar.report import plain_table
+from autopar.runtime.training import loss_of
+from autopar.units import bytes_
 
 #: Kinds of memory: what they are called, and their colours, from the bottom of a picture up. Others come on top, grey.
 LOOKS = {
@@ -288,6 +290,7 @@ def measured_track(
     Raises:
         PlanError: the plan is for more than this process, for an optimizer that is not known here, has some of its
             state on the host, or holds more than this machine has. BatchError: positional and named arguments together.
+        RuntimeUseError: the model gives no loss.
     """
     if plan.mesh.num_devices != 1 or plan.pipeline is not None:
         raise PlanError(
@@ -325,7 +328,7 @@ def measured_track(
         phase("forward")
         out = pm(*args, **kwargs)
         phase("backward")
-        _loss(out).backward()
+        loss_of(out).backward()
         phase("update")
         optimizer.step()
 
@@ -348,19 +351,6 @@ def measured_track(
         optimizer.zero_grad()
     assert best is not None
     return best
-
-
-def _loss(out: Any) -> torch.Tensor:
-    if isinstance(out, torch.Tensor):
-        return out
-    found = getattr(out, "loss", None)
-    if found is None and isinstance(out, dict):
-        found = out.get("loss")
-    if found is None and isinstance(out, (tuple, list)):
-        found = out[0]
-    if not isinstance(found, torch.Tensor):
-        raise PlanError("the model gives no loss to measure a step of training with; pass loss=")
-    return found
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------

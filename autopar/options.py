@@ -373,16 +373,6 @@ def batch_rows(program: Program) -> int:
     return 0
 
 
-def has_loss(program: Program) -> bool:
-    """Whether a scalar floating-point output, a loss, is among the outputs."""
-    for sink in program.sinks:
-        if sink.kind == "output" and sink.node is not None:
-            value = program.node(sink.node).meta["val"]
-            if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
-                return True
-    return False
-
-
 def arguments(example: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """An example as (args, kwargs); None stays None.
 

@@ -111,22 +111,11 @@ class Kept(Programs):
         super().__init__()
         self._known: dict[Hashable, Captured] = {}
 
-    def capture(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        loss: Callable[[Any, Any], torch.Tensor] | None = None,
-        training: bool = True,
-        precision: Precision = AS_IS,
-    ) -> Captured:
+    def capture(self, model: nn.Module, args: Any, kwargs: Any, *, loss: Any = None, **options: Any) -> Captured:
         """As `autopar.capture.capture`; of a call that has come before, the program of then."""
-        key = (input_key(model, args, kwargs, loss=loss), training, precision)
+        key = (input_key(model, args, kwargs, loss=loss), *sorted(options.items()))
         if key not in self._known:
-            self._known[key] = super().capture(
-                model, args, kwargs, loss=loss, training=training, precision=precision
-            )  # fmt: skip
+            self._known[key] = super().capture(model, args, kwargs, loss=loss, **options)
         return self._known[key]
 
     @property

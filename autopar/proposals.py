@@ -25,9 +25,8 @@ from autopar.pipeline.cut import cut
 from autopar.pipeline.plans import AXIS, outer
 from autopar.plan import Pipeline, Plan
 from autopar.rule import Choice
+from autopar.units import UNLIMITED
 
-#: Bytes that no plan needs: the limit is a stage's, and the planner sees all stages in one.
-UNLIMITED = 1 << 62
 #: Plans that hold less are made for so much of a rank's memory, if every stage held as much.
 SHARES = (1.0, 0.5)
 #: Numbers of micro-batches for which it is looked into what may be computed again: those that are quickest without a
@@ -275,4 +274,4 @@ def chains_of(proposals: Mapping[int, Proposal]) -> dict[int, stages.Chain]:
     return {micro: proposal.chain for micro, proposal in proposals.items()}
 
 
-__all__ = ["UNLIMITED", "Proposal", "best_choice", "merged", "proposals_of"]
+__all__ = ["Proposal", "best_choice", "merged", "proposals_of"]

@@ -30,11 +30,10 @@ from autopar.plan import Pipeline, Plan, Storage
 from autopar.plan import fold as fold_choices
 from autopar.recompute import original
 from autopar.rule import Choice
+from autopar.units import UNLIMITED
 
 #: Told what happens, in a few words.
 Tell = Callable[[str], None]
-#: Bytes that no plan needs.
-UNLIMITED = 1 << 62
 _ANEW = "what the backward computes again was chosen anew"
 #: Subjects of one explanation, unless all are asked for.
 MOST = 6

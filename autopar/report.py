@@ -20,6 +20,7 @@ from autopar.plan import HOST, Plan, Storage
 from autopar.recompute import OFFLOADED, RECOMPUTE
 from autopar.rule import Choice
 from autopar.spec import Spec, format_spec
+from autopar.units import bytes_
 
 _ACTIVATION = {"a": "batch", "b": "sequence", "c": "features"}
 #: What the factors of an op mean to a reader: part of the op's name -> factor -> words, most telling op first.
@@ -58,14 +59,6 @@ def seconds(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value / 1e-9:.3g} ns" if value else "0 s"
-
-
-def bytes_(value: float) -> str:
-    """`80e9` -> `80 GB` (decimal units)."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.0f} B"
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from autopar.pipeline.schedules import schedule
 from autopar.pipeline.table import Table, homes
 from autopar.pipeline.tables import table_of, timed, with_updates
 from autopar.plan import Pipeline, Plan
-from autopar.report import bytes_, kept_text, plain_table, seconds
+from autopar.report import kept_text, plain_table, seconds
+from autopar.units import bytes_
 
 
 def costs_of(plan: Plan) -> Costs:

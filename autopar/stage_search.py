@@ -31,10 +31,11 @@ from autopar.pipeline.schedules import SCHEDULES
 from autopar.pipeline.table import homes
 from autopar.pipeline.tables import micro_of, read, timed
 from autopar.plan import Pipeline, Plan, Storage
-from autopar.proposals import UNLIMITED, best_choice, proposals_of
+from autopar.proposals import best_choice, proposals_of
 from autopar.recompute import RECOMPUTE, present
 from autopar.stage_bytes import by_stage
 from autopar.together import check_together
+from autopar.units import UNLIMITED
 
 #: Numbers of micro-batches that are tried, in multiples of the number of ranks in a lane; where nothing fits the limit,
 #: more.

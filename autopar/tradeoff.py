@@ -21,12 +21,11 @@ from autopar.options import parse_bytes
 from autopar.plan import Plan
 from autopar.programs import Kept
 from autopar.recompute import OFFLOADED, RECOMPUTE
-from autopar.report import bytes_, plain_table, seconds
+from autopar.report import plain_table, seconds
+from autopar.units import UNLIMITED, bytes_
 
 #: Points of a frontier unless asked otherwise, the ends included.
 POINTS = 8
-#: Bytes that no plan needs.
-UNLIMITED = 1 << 62
 #: A difference of bytes that is told.
 _TOLD = 0.99
 

@@ -15,9 +15,10 @@ from autopar.costmodel.formula import Formula
 from autopar.costmodel.tally import Movement
 from autopar.plan import Plan, Storage
 from autopar.questions import Bill, Explanation, Opened, Rival, Subject, star_name
-from autopar.report import Layer, bytes_, choice_words, kept_text, layers, plain_table, seconds, strategy
+from autopar.report import Layer, choice_words, kept_text, layers, plain_table, seconds, strategy
 from autopar.rule import Choice
 from autopar.spec import format_spec
+from autopar.units import bytes_
 
 #: A difference below this part of a step is none.
 TIE = 1e-5

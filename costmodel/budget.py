@@ -92,7 +92,7 @@ class Budget:
         if found is None and large and self._far():
             return None
         if self.quick:
-            return found or self._keeping(self.least())
+            return found or self.keeping(self.least())
         if found is not None and not quicker(self.free, found):
             self.binding = False
             return found
@@ -109,7 +109,7 @@ class Budget:
             if found is not None and (self._late() or not quicker(base, found)):
                 continue  # what does less is not quicker than what does more
             self.progress("keeping less", 0.95)
-            kept = self._keeping(base)
+            kept = self.keeping(base)
             if kept is not None and (found is None or quicker(kept, found)):
                 found = kept
         if found is None:
@@ -131,11 +131,15 @@ class Budget:
         least = self.least()
         if not self.keeps_less or (self.limit is not None and least.peak <= self.limit):
             return least
+        return self.shrunk(least)
+
+    def shrunk(self, base: Found) -> Found:
+        """A placement with as little kept as it can be; itself where no answer to that is found."""
         try:
-            found = self._rematerialiser(least).smallest()
-        except SolverError:  # what cutting alone needs is an answer, too
-            return least
-        return replace(least, plan=found.plan, timeline=found.timeline, price=found.price)
+            found = self._rematerialiser(base).smallest()
+        except SolverError:  # what the placement alone needs is an answer, too
+            return base
+        return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
 
     def _far(self) -> bool:
         """Whether the plan of least memory, with all but what layers hand on computed again, is far above the limit."""
@@ -158,7 +162,7 @@ class Budget:
         except (ConstraintError, SolverError):
             return None
 
-    def _keeping(self, base: Found) -> Found | None:
+    def keeping(self, base: Found) -> Found | None:
         """A plan that keeps less, within the limit; None if none was found, or not in time."""
         assert self.limit is not None
         try:

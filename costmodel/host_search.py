@@ -15,16 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.costmodel.budget import RUNGS, Budget, different, quicker
-from autopar.costmodel.comm import Comm
 from autopar.costmodel.devices import machine
 from autopar.costmodel.legal import plan_specs, storage_of
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.optimizers import ELEMENT_WISE, optimizer_of
 from autopar.costmodel.price import price
-from autopar.costmodel.remat_search import Rematerialiser
 from autopar.costmodel.simulate import run
 from autopar.costmodel.sweep import Found, Search
-from autopar.errors import SolverError
 from autopar.plan import DEVICE, HOST, Plan
 
 
@@ -64,7 +61,7 @@ class HostSearch:
             for some in self._together(base, alone):
                 if found is not None and (self._late() or not quicker(some, found)):
                     continue
-                kept = self._keeping(some, limit)
+                kept = budget.keeping(some)
                 if kept is not None and (found is None or quicker(kept, found)):
                     found = kept
         return found
@@ -82,11 +79,7 @@ class HostSearch:
             there = self.measured(base, self.order(base.plan))
             found = [there]
             if budget.keeps_less:
-                try:
-                    less = self._rematerialiser(there).smallest()
-                    found.append(replace(there, plan=less.plan, timeline=less.timeline, price=less.price))
-                except SolverError:  # what goes to the host alone is an answer, too
-                    pass
+                found.append(budget.shrunk(there))
             best = min([best, *found], key=lambda f: f.peak)
         return best
 
@@ -138,7 +131,7 @@ class HostSearch:
             items, plan, budget.device, optimizer_bytes=budget.policy.optimizer_bytes, links=budget.links
         )  # fmt: skip
         where = machine(budget.device, plan.mesh, budget.links)
-        timeline = run(items, plan, plan_specs(items, plan), Compute(items, where), Comm(where), budget.policy)
+        timeline = run(items, plan, plan_specs(items, plan), Compute(items, where), budget.policy)
         return replace(base, plan=plan, price=cost, timeline=timeline)
 
     # ---- inside ------------------------------------------------------------------------------------------------
@@ -180,23 +173,6 @@ class HostSearch:
         needed = sum(name not in self.given for name in alone.plan.on_host)
         for count in sorted({round(part * needed) for part in RUNGS} - {0, needed}):
             yield self.measured(base, order[:count])
-
-    def _keeping(self, base: Found, limit: float) -> Found | None:
-        """A plan that keeps less besides; None if none was found."""
-        try:
-            found = self._rematerialiser(base).within(limit)
-        except SolverError:
-            return None
-        if found is None:
-            return None
-        return replace(base, plan=found.plan, timeline=found.timeline, price=found.price)
-
-    def _rematerialiser(self, base: Found) -> Rematerialiser:
-        b = self.budget
-        return Rematerialiser(
-            b.program, base.plan, b.device, b.links, b.policy, b.fold.items, b.fold, b.deadline, b.recompute,
-            b.offload,
-        )  # fmt: skip
 
     def _late(self) -> bool:
         return time.perf_counter() > self.budget.deadline

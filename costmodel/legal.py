@@ -141,6 +141,17 @@ def spelled_out(items: Items, plan: Plan, specs: Specs) -> Plan:
     return replace(plan, choices={**plan.choices, **{i.name: row_of(items, plan, specs, i) for i in hosted}})
 
 
+def left_to_follow(items: Items, plan: Plan) -> Plan:
+    """The plan without choices of what waits on the host that follow anyway: they go with what is edited then."""
+    hosted = [i for i in items.items if i.node is not None and i.node.target in HOSTED]
+    if not hosted:
+        return plan
+    outs = plan_specs(items, plan).outs
+    bare = replace(plan, choices={a: c for a, c in plan.choices.items() if traveller(a) is None})
+    other = {i.name: row for i in hosted if (row := plan.choice(i.name)) != _row(i, items.rule(i), bare, outs)}
+    return replace(bare, choices={**bare.choices, **other})
+
+
 def _row(item: Item, rule: BoundRule, plan: Plan, outs: Sequence[tuple[Spec, ...]]) -> tuple[Choice, ...]:
     """The choices of an op: what waits on the host lies there as it was made, unless the plan names it."""
     assert item.node is not None
@@ -148,6 +159,8 @@ def _row(item: Item, rule: BoundRule, plan: Plan, outs: Sequence[tuple[Spec, ...
         (operand,) = item.ins
         return following(rule, outs[operand.item][operand.index])
     return tuple(plan.choice(item.name))
+
+
 def adds_wide(item: Item) -> bool:
     """Whether an item is the cast of a gradient from low precision of which partial sums are added up behind it."""
     return item.kind == "op" and item.node is not None and item.node.meta.get(ADDED) == FULL

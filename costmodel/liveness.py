@@ -182,6 +182,8 @@ def _walk(
                     totals[base.kind] -= base.size
                     now -= base.size
                     break
+                if x.strided and base.size == event.outs[0].size:
+                    break  # the result has these strides, and none else
         for x in event.outs:
             base = x.base
             if base not in alive and not base.held:

@@ -16,7 +16,6 @@ from itertools import accumulate, pairwise
 from torch import fx
 
 from autopar.costmodel import liveness
-from autopar.costmodel.comm import Comm
 from autopar.costmodel.copies import Copies
 from autopar.costmodel.devices import Device, machine
 from autopar.costmodel.items import Items, Tensor, items_of
@@ -97,7 +96,7 @@ class _Pieces:
         self.nodes = {i.name: i.node for i in self.items.items if i.kind == "op"}
         compute = Compute(self.items, self.where)
         self.tasks = Tasks(self.items, plan, self.specs, compute, self.where)
-        self.timeline = run(self.items, plan, self.specs, compute, Comm(self.where), self.policy)
+        self.timeline = run(self.items, plan, self.specs, compute, self.policy)
 
     def run(self) -> Pieces:
         seconds, late = self._seconds()

@@ -22,7 +22,7 @@ from autopar.costmodel.host_search import HostSearch
 from autopar.costmodel.ilp import Solution
 from autopar.costmodel.items import Item, items_of
 from autopar.costmodel.layouts import candidates
-from autopar.costmodel.legal import check_plan, plan_specs
+from autopar.costmodel.legal import check_plan, left_to_follow, plan_specs
 from autopar.costmodel.lower import Prices
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
@@ -39,6 +39,7 @@ from autopar.plan import DEVICE, HOST, Plan, Storage
 from autopar.plan import fold as fold_choices
 from autopar.rule import Choice
 from autopar.spec import R, S, Spec, local_shape
+from autopar.units import bytes_
 
 #: Part of a limit of which what stays must be more, for it to be asked first whether anything fits.
 TIGHT = 0.6
@@ -280,7 +281,8 @@ class _Planner:
         )  # fmt: skip
         other.prepare()
         other.deadline = self.deadline
-        return other.search(self.memory_limit).run(orders)
+        found = other.search(self.memory_limit).run(orders)
+        return found and replace(found, plan=left_to_follow(other.items, found.plan))
 
     def _hosting(self) -> _Planner:
         """The same planner with the state of all parameters on the host."""
@@ -405,12 +407,12 @@ class _Planner:
     def _infeasible(self, least: Found) -> InfeasibleError:
         """What the plan of least memory needs, by kind; what would fit is looked for by whoever asked."""
         assert self.memory_limit is not None and least.price is not None
-        kinds = ", ".join(f"{k} {_gb(v)}" for k, v in least.price.memory.items() if v >= 0.5)
+        kinds = ", ".join(f"{k} {bytes_(v)}" for k, v in least.price.memory.items() if v >= 0.5)
         need = least.peak
         pinned = " under these constraints" if self.constraints else ""
         return InfeasibleError(
-            f"no plan fits {_gb(self.memory_limit)} per device on mesh {self.mesh}{pinned}; the best found needs "
-            f"{_gb(need)}, {_gb(need - self.memory_limit)} more\n  ({kinds}).{self._too_large(least.plan)}\n"
+            f"no plan fits {bytes_(self.memory_limit)} per device on mesh {self.mesh}{pinned}; the best found needs "
+            f"{bytes_(need)}, {bytes_(need - self.memory_limit)} more\n  ({kinds}).{self._too_large(least.plan)}\n"
             f"  Give at least {math.ceil(need)} bytes (memory_limit).",
             math.ceil(need),
             least.price.memory,
@@ -431,7 +433,7 @@ class _Planner:
                     most = max(most, (size, item.name))
         if most[0] <= self.memory_limit:
             return ""
-        return f"\n  {most[1]} alone makes {_gb(most[0])} on a rank, as finely as it can be cut here."
+        return f"\n  {most[1]} alone makes {bytes_(most[0])} on a rank, as finely as it can be cut here."
 
     def _inputs(self, wishes: Wishes) -> dict[str, Spec]:
         whole: Spec = (R,) * len(self.mesh.sizes)
@@ -444,14 +446,6 @@ class _Planner:
         for name, spec in (self.input_specs or {}).items():
             given[name] = tuple(spec)
         return given
-
-
-def _gb(size: float) -> str:
-    """Bytes with one decimal in the largest unit that is not below one."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size:.0f} B"
 
 
 class _Clock:

@@ -19,7 +19,7 @@ from autopar.costmodel.copies import starred
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.fold import Fold, fold
 from autopar.costmodel.items import Items, Tensor, items_of
-from autopar.costmodel.legal import plan_specs, spelled_out
+from autopar.costmodel.legal import plan_specs
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.ops import Compute
 from autopar.costmodel.pieces import candidates
@@ -35,16 +35,16 @@ from autopar.recompute import OFFLOADED, RECOMPUTE
 
 #: The layer of an op: its address up to the first number in it.
 _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
-#: Solves for one limit, and how near to it the peak of an answer ends them. Copies that are then tried without.
-ROUNDS, NEAR, TRIALS = 10, 0.01, 8
+#: Solves for one limit, and how near to it the peak of an answer ends them.
+ROUNDS, NEAR = 10, 0.01
+#: Of an answer, copies and ways to the host that are tried without; by hand, results of which one is handed on.
+SHED, TRIALS = 24, 8
 #: How many copies to and from the host may be under way, that are tried besides: more than most plans need.
 FLIGHTS = (4, 8)
 #: Plans that are priced, at most, when the least is looked for: WORK over the square of the ops, which is as long as it
 #: takes; and at least FEWEST. The answer must not hang on how busy the machine is, as a limit that is asked for because
 #: of it must be enough.
 WORK, FEWEST = 4e8, 5
-#: What is looked for within a limit is also looked for within parts of it: the answer for less may be the better one.
-PARTS = (1.0, 0.96, 0.92)
 #: By what parts of the peak less is asked for, when the least is looked for.
 STEPS = (0.1, 0.03, NEAR)
 
@@ -52,7 +52,7 @@ STEPS = (0.1, 0.03, NEAR)
 Judge = Callable[[Chosen], frozenset[int]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """A plan with what its backward computes again or fetches, priced and simulated."""
 
@@ -104,19 +104,23 @@ class Rematerialiser:
         """The quickest that was found of those whose peak is at most `limit`; None if none was."""
         if self.base.peak <= limit:
             return self.base
-        ways = [(hosts, judge) for hosts in self._ways() for judge in (self._exactly, self._nearly)]
-        found = [self._within(part * limit, judge, hosts) for part in PARTS for hosts, judge in ways]
-        if not any(found):
-            found.append(self._first_by_hand(limit))
-        best = min((k for k in found if k is not None), key=_seconds, default=None)
-        return None if best is None else self._improved(best, limit)
+        for hosts in self._ways():
+            for judge in (self._exactly, self._nearly):
+                self._look(limit, judge, hosts)
+        # Whatever has come by and fits, not only what was looked for.
+        best = min((kept for kept in self.seen.values() if kept.peak <= limit), key=_seconds, default=None)
+        starts = [best or self._first_by_hand(limit)]
+        # The program sees no further than its moments: what is done by hand is a start, too.
+        starts += [] if self._late() else [k for k in self._tried(self.narrow) if k.peak <= limit]
+        found = [self._improved(start, limit) for start in dict.fromkeys(starts) if start is not None]
+        return min(found, key=_seconds, default=None)
 
     def _ways(self) -> list[bool]:
         """Whether anything waits on the host, in the answers to look for."""
         return [hosts for hosts, allowed in ((False, self.recompute), (True, self.hosts)) if allowed]
 
-    def _within(self, limit: float, judge: Judge, hosts: bool) -> Kept | None:
-        best: Kept | None = None
+    def _look(self, limit: float, judge: Judge, hosts: bool) -> None:
+        """Measure answers to the program until one is near the limit, and within it."""
         aim, copied = limit, judge(Chosen())  # the limit that the program is given, and what it takes for copied
         self.remat.usable = USABLE
         low, high = 0.0, math.inf  # limits of which the answer has fitted, and has not
@@ -126,8 +130,6 @@ class Rematerialiser:
             answer, told = self._answer(aim, copied, hosts)
             found = self.measured(answer)
             tried = self._flown(found, limit)
-            if tried.peak <= limit:
-                best = min((k for k in (best, tried) if k is not None), key=_seconds)
             if answer.away:
                 self.remat.learn(answer, tried.timeline.exposed_s - self.base.timeline.exposed_s)
             if found.peak <= limit:
@@ -142,14 +144,15 @@ class Rematerialiser:
             if high - low < NEAR / 4 * limit:
                 break
             copied = judge(answer)
-        return best
 
     def _improved(self, best: Kept, limit: float) -> Kept:
         """Without copies, and ways to the host, that it fits without, those that take longest tried first."""
         again, away = best.chosen
-        order = sorted(again, key=lambda c: -self.remat.seconds(c) * len(self.fold.members[c]))[:TRIALS]
-        order += sorted(away, key=lambda c: -self.remat.sent(c) * len(self.fold.members[c]))[:TRIALS]
-        for cls in order if not self._late() else ():
+        order = sorted(again, key=lambda c: -self.remat.seconds(c) * len(self.fold.members[c]))[:SHED]
+        order += sorted(away, key=lambda c: -self.remat.sent(c) * len(self.fold.members[c]))[:SHED]
+        for cls in order:
+            if self._late():
+                break
             found = self.measured(Chosen(best.chosen.again - {cls}, best.chosen.away - {cls}), best.copies)
             if found.peak <= limit and _seconds(found) < _seconds(best):
                 best = found
@@ -275,8 +278,7 @@ class Rematerialiser:
             made = replace(self.plan, saved=self._saved(chosen), copies=copies)
             items = self.items if not any(chosen) else items_of(self.program, made.saved)
             specs, compute = plan_specs(items, made), Compute(items, self.where)
-            made = spelled_out(items, made, specs)
-            simulated = partial(run, items, made, specs, compute, Comm(self.where), self.policy)
+            simulated = partial(run, items, made, specs, compute, self.policy)
             cost = priced(items, made, specs, compute, self.policy)
             self.seen[chosen, copies] = Kept(made, cost, simulated, chosen, copies)
         if self.visited is not None:

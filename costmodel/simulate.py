@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from autopar.compression import BF16
-from autopar.costmodel.comm import Comm
 from autopar.costmodel.compress import append_powersgd, narrow
 from autopar.costmodel.devices import Device, Link, machine
 from autopar.costmodel.host_state import Aside, host_seconds
@@ -104,7 +103,7 @@ def simulate(
     items = program if isinstance(program, Items) else items_of(program, plan.saved)
     where = machine(device, plan.mesh, links)
     policy = policy or Policy(items.program.training, optimizer=plan.optimizer)
-    return run(items, plan, plan_specs(items, plan), Compute(items, where), Comm(where), policy, overlap, spans)
+    return run(items, plan, plan_specs(items, plan), Compute(items, where), policy, overlap, spans)
 
 
 def run(
@@ -112,13 +111,12 @@ def run(
     plan: Plan,
     specs: Specs,
     compute: Compute,
-    comm: Comm,
     policy: Policy,
     overlap: bool = True,
     spans: bool = False,
 ) -> Timeline:
     """`simulate` with everything looked up already, for callers that price as well."""
-    tasks = Tasks(items, plan, specs, compute, comm.machine)
+    tasks = Tasks(items, plan, specs, compute, compute.machine)
     clock = _Clock(tasks, spans)
     if overlap:
         bucket(tasks)

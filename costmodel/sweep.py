@@ -351,7 +351,7 @@ class Search:
         began = time.perf_counter()
         made, prices = self.make(state), self.prices
         specs = plan_specs(self.items, made, self.space.fold.like)
-        timeline = run(self.items, made, specs, prices.compute, prices.comm, prices.policy)
+        timeline = run(self.items, made, specs, prices.compute, prices.policy)
         self.clock["price"] += time.perf_counter() - began
         return Found(state, made, timeline, seed=seed)
 

@@ -3,7 +3,8 @@
 All other passes see functional graphs. What runs may reuse memory that nobody reads any more, without anybody being
 able to tell:
 
-* a sum or product is written over an operand that dies with it;
+* a sum or product is written over an operand that dies with it, if the result then has the strides that it would have
+  had: the layout of what follows (attention's result among it) hangs on them, and with it which reshapes copy;
 * an all_reduce works on its operand, if that dies with it, and not on a copy;
 * what a bucket packs is written into the bucket where it is computed: a matrix product writes its result there at once
   (`mm.out`), other values are copied there as soon as they exist, not joined by `cat` at the end;
@@ -84,6 +85,7 @@ class _Memory:
         self.position = {n: i for i, n in enumerate(gm.graph.nodes)}
         self.root: dict[fx.Node, fx.Node] = {}
         self.dense: set[fx.Node] = set()
+        self.strided: set[fx.Node] = set()
         self.joined: dict[fx.Node, fx.Node] = {}
         self.last: dict[fx.Node, int] = {}
         #: Collectives, and copies to and from the host, that read a piece of memory, with the position of their wait:
@@ -95,6 +97,8 @@ class _Memory:
             self.root[node] = root
             if self._is_dense(node):
                 self.dense.add(node)
+            if self._is_strided(node):
+                self.strided.add(node)
             for used in node.all_input_nodes:
                 self.last[self.root[used]] = self.position[node]
             if node.target in (WAIT, ARRIVED):
@@ -117,6 +121,13 @@ class _Memory:
             return False
         whole = [n for n in inputs if edit.shape(n) == edit.shape(node)]
         return bool(whole) and all(n in self.dense for n in whole)
+
+    def _is_strided(self, node: fx.Node) -> bool:
+        """Whether the tensor is a view with strides, or has those of one: of the first operand of its size."""
+        if node.target in _POINTWISE:
+            whole = [n for n in node.all_input_nodes if edit.shape(n) == edit.shape(node)]
+            return bool(whole) and whole[0] in self.strided
+        return edit.may_have_strides(node)
 
     def of(self, node: fx.Node) -> fx.Node:
         """The node whose result the memory first was."""
@@ -171,6 +182,8 @@ def _overwrite(gm: fx.GraphModule) -> None:
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or memory.of(a) is memory.of(b):
             continue
         for x, other in ((a, b), (b, a)):
+            if x is b and a in memory.strided and edit.shape(a) == edit.shape(node):
+                break
             fits = edit.shape(x) == edit.shape(node) and x.meta["val"].dtype is node.meta["val"].dtype
             if fits and memory.dies_at(x, node):
                 node.target, node.args = _OVERWRITES[node.target], (x, other)

@@ -28,8 +28,8 @@ MAX_LINES = 500
 BASE = {
     f"autopar.{m}"
     for m in (
-        "collector", "errors", "moments", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard", "tree",
-        "recompute", "offload", "compression", "precision", "together", "pipeline",
+        "collector", "errors", "units", "moments", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard",
+        "tree", "recompute", "offload", "compression", "precision", "together", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.
@@ -91,7 +91,7 @@ FRONT = {
         f"autopar.{m}"
         for m in (
             "capture", "chart", "costmodel", "driver", "given", "live_bytes", "options", "questions", "report",
-            "report_pipeline", "targets",
+            "report_pipeline", "runtime", "targets",
         )
     },
     "autopar.tradeoff": {f"autopar.{m}" for m in ("chart", "driver", "options", "programs", "report")},

@@ -121,6 +121,21 @@ def test_what_somebody_reads_is_not_written_over(why):
     assert "aten.add_.Tensor" not in ops
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_result_keeps_the_strides_it_would_have_had(first):
+    """Attention lays its result out as its query is, and a reshape of the result copies or does not."""
+    b = Builder()
+    x, w = b.input(4, 6), b.input(6, 4)
+    turned = b(aten.mul.Tensor, b(aten.permute.default, x, [1, 0]), w)  # with the strides of the view
+    y = b(aten.mm.default, w, b(aten.mm.default, x, w))
+    gm = b.done(b(aten.add.Tensor, *((turned, y) if first else (y, turned))))
+    inputs = [torch.randn(4, 6, dtype=F64), torch.randn(6, 4, dtype=F64)]
+    want = run(gm, inputs)[0]
+    after = inplace(edit.copy(gm))
+    assert run(after, inputs)[0].stride() == want.stride() == ((1, 6) if first else (4, 1))
+    assert any(n.target is aten.add_.Tensor for n in after.graph.nodes) is not first
+
+
 def test_a_chain_of_sums_keeps_track_of_its_memory():
     b = Builder()
     x, w = b.input(4, 4), b.input(4, 4)

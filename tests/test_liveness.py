@@ -27,7 +27,7 @@ from autopar.passes.bucket import BUCKET_BYTES, bucket
 from autopar.passes.overlap import TWO, overlap
 from autopar.plan import Plan
 from tests.harness import Ranks
-from tests.live_bytes import LiveBytes, peak_of_step
+from tests.live_bytes import LiveBytes, peak_of_step, peak_of_training
 from tests.zoo import ZOO
 
 STRATEGIES = ("dp:ddp", "dp:zero1", "dp:zero2", "dp:zero3", "tp:tp", "tp:tp_sp")
@@ -51,22 +51,11 @@ def planned(name: str, strategy: str, size: int = 2) -> Plan:
 
 
 def measured(name: str, text: str) -> int:
-    """On one rank: the peak of live bytes in a step of AdamW, the lowest of three: a thread may let go late."""
+    """On one rank: the peak of a step under a plan."""
     model, batch = ZOO[name](seed=0)
     plan = Plan.from_json(text)
     # Without the ranks' check of their batches: its words are more than a tiny model, before anything else is alive.
-    pm = autopar.compile(model, plan.mesh, example=batch, plan=plan, check=False)
-    optimizer = torch.optim.AdamW(pm.parameters())
-
-    def step() -> None:
-        out = pm(**batch)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    step()
-    return min(peak_of_step(pm, optimizer, batch, step) for _ in range(3))
+    return peak_of_training(autopar.compile(model, plan.mesh, example=batch, plan=plan, check=False), batch)
 
 
 @pytest.fixture(scope="module")

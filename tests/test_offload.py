@@ -25,8 +25,9 @@ from autopar.passes.insert import insert_collectives
 from autopar.plan import Plan
 from autopar.recompute import recomputed, traveller, way_of
 from tests.harness import Ranks
+from tests.live_bytes import peak_of_training
 from tests.parity import feeds, max_error, run_global, run_local
-from tests.test_recompute import PLACES, in_stages, ops, peak_of, some, traced, with_copies
+from tests.test_recompute import PLACES, in_stages, ops, some, traced, with_copies
 from tests.trained import captured_once
 from tests.widen import widen_to_float64
 from tests.zoo import ZOO
@@ -93,15 +94,11 @@ def test_random_plans(name, mesh):
         values = feeds(program, model, (), batch)
         want = run_global(program, values)
         for seed in range(3):
-            plan = replace(random_plan_of(program, mesh, seed), saved=some(program, seed, 0.6, BOTH))
+            plan = replace(planner.random_plan(program, Mesh.parse(mesh), seed), saved=some(program, seed, 0.6, BOTH))
             planner.check_plan(program, plan)
             got = run_local(insert_collectives(program, plan, rule_for), values)
             error, where = max_error(got, want)
             assert error < 1e-9, (where, seed)
-
-
-def random_plan_of(program: Program, mesh: str, seed: int) -> Plan:
-    return planner.random_plan(program, Mesh.parse(mesh), seed)
 
 
 def test_a_plan_says_so():
@@ -167,7 +164,7 @@ def test_the_peak_is_what_was_predicted(name, copies):
             saved = {a: h for a, h in some(program, 1, part, ("offload",)).items() if a in computing(program)}
             plan = replace(plain, saved=saved, copies=copies)
             pm = autopar.compile(copy.deepcopy(model), "dp=1", example=batch, plan=plan, device="cpu")
-            peak = peak_of(pm, batch)
+            peak = peak_of_training(pm, batch)
             assert planner.price(program, plan).peak_bytes == pytest.approx(peak, rel=0.01)
             assert peak < plain.predicted["peak_bytes"]
 

@@ -171,7 +171,7 @@ def test_what_cannot_fit_says_what_it_needs():
         plan(block(), Mesh.parse(2), memory_limit=1000)
     text = str(error.value)
     assert re.search(
-        r"no plan fits 1\.0 kB per device on mesh dp=2; the best found needs \d+\.\d kB, \d+\.\d kB more", text
+        r"no plan fits 1 kB per device on mesh dp=2; the best found needs \d[\d.]* kB, \d[\d.]* kB more", text
     )
     assert re.search(r"\(parameters .* optimizer .*\)\.\n  Give at least \d+ bytes \(memory_limit\)", text)
     least = int(re.search(r"at least (\d+) bytes", text)[1])

@@ -33,7 +33,7 @@ from autopar.passes.insert import insert_collectives
 from autopar.plan import Plan
 from autopar.recompute import copy_of, original, present, recomputed
 from tests.harness import Ranks
-from tests.live_bytes import peak_of_step
+from tests.live_bytes import peak_of_training
 from tests.parity import feeds, max_error, run_global, run_local
 from tests.pipeline_runs import example
 from tests.test_liveness import measured
@@ -216,20 +216,6 @@ def test_four_processes(four, name, place):
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def peak_of(pm: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes at the peak of a step of AdamW, on one process."""
-    optimizer = torch.optim.AdamW(pm.parameters())
-
-    def step() -> None:
-        out = pm(**batch)
-        (out if isinstance(out, torch.Tensor) else out[0]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    return min(peak_of_step(pm, optimizer, batch, step) for _ in range(3))
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_limit_is_held(name):
     """Of a model on one device: the peak is what was predicted, within the limit, and less memory takes more time."""
@@ -243,7 +229,7 @@ def test_a_limit_is_held(name):
             pm = autopar.compile(copy.deepcopy(model), "dp=1", example=batch, memory_limit=limit, device="cpu")
             assert pm.plan.predicted["peak_bytes"] <= limit
             assert bool(pm.plan.saved) == (part < 1)
-            peak = peak_of(pm, batch)
+            peak = peak_of_training(pm, batch)
             assert peak <= limit
             assert pm.plan.predicted["peak_bytes"] == pytest.approx(peak, rel=1e-3)
             seconds.append(pm.plan.predicted["step_s"])

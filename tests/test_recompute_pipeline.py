@@ -30,7 +30,7 @@ from autopar.plan import Plan
 from autopar.proposals import Proposal, best_choice, proposals_of
 from autopar.stage_search import Place
 from tests.harness import Ranks
-from tests.live_bytes import LiveBytes
+from tests.live_bytes import peak_of_training
 from tests.pipeline_runs import example
 from tests.trained import captured_once, train, worst
 from tests.widen import widen_to_float64
@@ -211,26 +211,12 @@ def four():
 
 
 def measured(name: str, text: str) -> int:
-    """On one rank: the peak of live bytes in a step of AdamW, the lowest of three."""
+    """On one rank: the peak of a step under a plan."""
     model, batch = model_of(name)
     plan = Plan.from_json(text)
-    pm = autopar.compile(model, plan.mesh, example=batch, plan=plan, check=False, device="cpu")
-    optimizer = torch.optim.AdamW(pm.parameters())
-
-    def step() -> None:
-        out = pm(**batch)
-        (out if isinstance(out, torch.Tensor) else out[0]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    found = []
-    for _ in range(3):
-        state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        with LiveBytes([*pm.parameters(), *pm.buffers(), *batch.values(), *state]) as live:
-            step()
-        found.append(live.peak)
-    return min(found)
+    return peak_of_training(
+        autopar.compile(model, plan.mesh, example=batch, plan=plan, check=False, device="cpu"), batch
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
