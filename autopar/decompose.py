@@ -1,11 +1,12 @@
 """Decompositions applied while capturing: what a sharding rule could not say, rewritten in ops where it can.
 
-Three ideas:
+Four ideas:
 
 * A mean is a sum divided by a count known for the whole tensor (or, for losses that ignore labels, counted over it):
   the mean of means over shards is not the mean. So `mean`, `var`, mean-reduced losses and batch statistics become sums.
 * A bias added inside a matrix product or convolution would be added once per shard of the contracted dim; it becomes an
   add of its own.
+* Batch norm is the sums that its statistics need, and the kernels for given statistics, which split along every dim.
 * Random ops become `aten.rand` / `aten.randn` of float32 (`autopar/decompose_random.py`), which clean-up turns into
   `autopar::uniform` / `normal`.
 
@@ -321,26 +322,35 @@ def _batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output, saved mean, saved 1/deviation (both empty when not training), new running mean and variance."""
     wide = _wide(x)
+    saved_mean = saved_rstd = x.new_empty((0,), dtype=wide.dtype)
     if training:
         dims = [d for d in range(x.dim()) if d != 1]
         count = _count(x, dims)
         mean = aten.div.Scalar(aten.sum.dim_IntList(wide, dims), count)
         centred = wide - _per_channel(mean, x)
         square = aten.sum.dim_IntList(centred * centred, dims)
-        rstd = torch.rsqrt(aten.div.Scalar(square, count) + eps)
-        saved_mean, saved_rstd = mean, rstd
+        var = aten.div.Scalar(square, count)
+        saved_mean, saved_rstd = mean, torch.rsqrt(var + eps)
         if running_mean is not None and running_var is not None:
             unbiased = aten.div.Scalar(square, max(count - 1, 1))
-            running_mean = (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype)
-            running_var = (running_var * (1 - momentum) + unbiased * momentum).to(running_var.dtype)
+            running_mean = _moved(running_mean, mean, momentum)
+            running_var = _moved(running_var, unbiased, momentum)
     else:
         assert running_mean is not None and running_var is not None, "batch norm in eval mode has running statistics"
-        centred = wide - _per_channel(_wide(running_mean), x)
-        rstd = torch.rsqrt(_wide(running_var) + eps)
-        saved_mean = saved_rstd = x.new_empty((0,), dtype=wide.dtype)
-    out = centred * _per_channel(rstd if weight is None else rstd * weight, x)
-    out = out if bias is None else out + _per_channel(bias, x)
+        mean, var = _wide(running_mean), _wide(running_var)
+    out = _normalised(wide, mean, var, weight, bias, eps)
     return out.to(x.dtype), saved_mean, saved_rstd, running_mean, running_var
+
+
+def _moved(running: Tensor, found: Tensor, momentum: float) -> Tensor:
+    """A running statistic, moved towards that of the batch."""
+    return aten.lerp.Scalar(_wide(running), found, momentum).to(running.dtype)
+
+
+def _normalised(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias: the kernel of batch norm with statistics that are given."""
+    weight, bias = (None if v is None else v.to(x.dtype) for v in (weight, bias))
+    return aten._native_batch_norm_legit_no_training(x, weight, bias, mean, var, 0.0, eps)[0]  # type: ignore[no-any-return]
 
 
 @decomposes(aten._native_batch_norm_legit_functional.default)
@@ -374,7 +384,14 @@ def _batch_norm_no_training(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
     momentum: float, eps: float,
 ) -> tuple[Any, ...]:  # fmt: skip
+    if _alike(x, weight, bias, running_mean, running_var):
+        return NotImplemented
     return _batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps)[:3]
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels of batch norm take the tensors as they are."""
+    return x.dtype not in _HALF and all(v is None or v.dtype is x.dtype for v in others)
 
 
 @decomposes(aten._native_batch_norm_legit.no_stats)
@@ -399,26 +416,34 @@ def _batch_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     mean: Tensor | None, rstd: Tensor | None, train: bool, eps: float, output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    dims = [d for d in range(x.dim()) if d != 1]
-    count = _count(x, dims)
+    if not train and _alike(x, grad, weight, running_mean, running_var):
+        return NotImplemented
     wide, g = _wide(x), _wide(grad)
+    weight = None if weight is None else weight.to(wide.dtype)
     if not train:
         assert running_mean is not None and running_var is not None, "batch norm in eval mode has running statistics"
-        mean, rstd = _wide(running_mean), torch.rsqrt(_wide(running_var) + eps)
+        given = _given_statistics(g, wide, weight, _wide(running_mean), _wide(running_var), eps, output_mask)
+        return given[0] if given[0] is None else given[0].to(x.dtype), given[1], given[2]
     assert mean is not None and rstd is not None, "batch norm in training mode saves its statistics"
-    normal = (wide - _per_channel(mean, x)) * _per_channel(rstd, x)
-    grad_bias = aten.sum.dim_IntList(g, dims)
-    grad_weight = aten.sum.dim_IntList(g * normal, dims)
-    grad_x = g
-    if train:
-        grad_x = g - _per_channel(aten.div.Scalar(grad_bias, count), x)
-        grad_x = grad_x - normal * _per_channel(aten.div.Scalar(grad_weight, count), x)
-    grad_x = (grad_x * _per_channel(rstd if weight is None else rstd * weight, x)).to(x.dtype)
-    return (
-        grad_x if output_mask[0] else None,
-        grad_weight if output_mask[1] else None,
-        grad_bias if output_mask[2] else None,
-    )
+    count = _count(x, [d for d in range(x.dim()) if d != 1])
+    var = rstd**-2  # as the kernels take it, without eps
+    _, grad_weight, grad_bias = _given_statistics(g, wide, weight, mean, var, 0.0, [False, True, True])
+    assert grad_weight is not None and grad_bias is not None
+    grad_x = None
+    if output_mask[0]:
+        # (g - (mean of g + normal * mean of (g * normal))) * scale
+        correction = _normalised(wide, mean, var, grad_weight, grad_bias, 0.0)
+        scale = rstd if weight is None else rstd * weight
+        grad_x = (torch.sub(g, correction, alpha=1 / count) * _per_channel(scale, x)).to(x.dtype)
+    return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
+
+
+def _given_statistics(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias, where the statistics are none of the input's."""
+    kernel = aten.native_batch_norm_backward.default
+    return kernel(grad, x, weight, mean, var, None, None, False, eps, mask)  # type: ignore[no-any-return]
 
 
 @decomposes(aten.batch_norm_backward.default)

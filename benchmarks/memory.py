@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import os
 import statistics
 import sys
@@ -339,6 +340,8 @@ def peers(
             good = False
             continue
         mine, their = [], []
+        gc.collect()
+        gc.freeze()  # what planning and tracing have left is not to be walked over in the middle of a step
         for number in range(repeats):
             for runner, into in ((own, mine), (rival, their))[:: 1 if number % 2 else -1]:
                 into.append(runner.step())

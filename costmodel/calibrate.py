@@ -262,6 +262,11 @@ def _lookup(x: torch.Tensor) -> tuple[float, Work]:
     return 2.0 * x.nbytes, lambda: nn.functional.embedding(rows, x)
 
 
+def _pool(x: torch.Tensor) -> tuple[float, Work]:
+    out, at = nn.functional.max_pool2d(x, 3, 2, 1, return_indices=True)
+    return float(x.nbytes + out.nbytes + at.nbytes), lambda: nn.functional.max_pool2d(x, 3, 2, 1, return_indices=True)
+
+
 def _updates(ruler: _Ruler, rows: Sequence[int], launch: float, often: int) -> Curve:
     """Bytes/s of a step of AdamW by bytes of one parameter: it and two moments are read and written, its gradient read.
 
@@ -296,6 +301,7 @@ TRAFFIC: dict[str, Callable[[torch.Tensor], tuple[float, Work]]] = {
     "softmax": lambda x: (2.0 * x.nbytes, lambda: x.log_softmax(-1)),
     "copy": lambda x: (2.0 * x.nbytes, lambda: x.view(-1, 8, 4, 64).transpose(1, 2).contiguous()),
     "lookup": _lookup,
+    "pool": lambda x: _pool(x.view(-1, 4, 8, 8)),
 }
 
 

@@ -29,6 +29,8 @@ SPARSE = frozenset({"aten.embedding", "aten.index.Tensor", "aten.gather", "aten.
 
 #: Parts of op names -> class of traffic, first match wins; everything else is "elementwise".
 _TRAFFIC = (
+    (("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward"), "copy"),
+    (("max_pool",), "pool"),
     (("softmax", "nll_loss", "cross_entropy"), "softmax"),
     (("_norm",), "norm"),
     (("clone", "_to_copy", "contiguous", "cat", "copy", "index_put", "constant_pad", "slice_backward"), "copy"),

@@ -175,6 +175,26 @@ def group_norm_backward(call: Call) -> str:
     return text(ins, outs, call.linear((0,)), sizes={"g": groups} if groups > 1 else None)
 
 
+def batch_norm(call: Call) -> str:
+    """_native_batch_norm_legit_no_training: of given statistics, so that every element is by itself."""
+    x = names(len(call.ins[0]))
+    return text([x, *[[x[1]]] * (len(call.ins) - 1)], [x, *[whole(s, f"e{i}") for i, s in enumerate(call.outs[1:])]])
+
+
+def batch_norm_backward(call: Call) -> str:
+    """native_batch_norm_backward with given statistics: gradients of weight and bias are partial in all but channels.
+
+    Statistics of the input itself need sums over all of it: whole but for the channels (capture leaves no such op).
+    """
+    x = names(len(call.ins[0]))
+    channels, given = x[1], not call.arg("train")
+    full = [n if n == channels else n + ("+" if given else "^") for n in x]
+    outs = [None if s is None else d for s, d in zip(call.outs, (full, [channels], [channels]))]
+    # Statistics that there are none of are empty.
+    vectors = [[channels] if s == call.ins[0][1:2] else whole(s, f"e{i}") for i, s in enumerate(call.ins[2:])]
+    return text([full, full, *vectors], outs, call.linear((0,)))
+
+
 _MEAN = 1
 
 
@@ -343,6 +363,8 @@ TABLE: dict[Any, Maker | str] = {
     **_each("native_layer_norm_backward", layer_norm_backward),
     **_each("_fused_rms_norm", rms_norm),
     **_each("_fused_rms_norm_backward", rms_norm_backward),
+    **_each("_native_batch_norm_legit_no_training", batch_norm),
+    **_each("native_batch_norm_backward", batch_norm_backward),
     **_each("native_group_norm", group_norm),
     **_each("native_group_norm_backward", group_norm_backward),
     **_each("nll_loss_forward nll_loss2d_forward", nll_forward),

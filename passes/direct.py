@@ -31,6 +31,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.relu.default: torch.relu,
     aten.sigmoid.default: torch.sigmoid,
     aten.where.self: torch.where,
+    aten.lerp.Scalar: torch.lerp,
     aten.embedding.default: torch.embedding,
     aten.cat.default: torch.cat,
     aten.clone.default: torch.clone,

@@ -2,10 +2,14 @@
 
 * A product and the bias added to it: `addmm`. (The capture takes it apart, for a bias inside a product would be added
   once per shard; here all that is settled.)
+* The gradients of batch norm, where the sums that its statistics need are this rank's alone: one kernel.
 * The sum of the gradients of two parts of a tensor (rotary embeddings): `cat`, without zeros and without a sum.
 """
 
 from __future__ import annotations
+
+import operator
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -23,6 +27,8 @@ def fuse(gm: fx.GraphModule) -> fx.GraphModule:
         if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
             _bias(gm.graph, node)
             _halves(gm.graph, node)
+        elif node.target is aten.mul.Tensor:
+            _batch_norm(gm.graph, node)
     edit.remove_dead(gm)
     gm.recompile()
     return gm
@@ -63,6 +69,57 @@ def _halves(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         out = edit.call(graph, aten.cat.default, [first.args[0], second.args[0]], dim, like=node)
     node.replace_all_uses_with(out)
+
+
+def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    """What `autopar.decompose` makes of the backward of batch norm, if no sum is another rank's too, is its kernel.
+
+    (g - normalised(x, sum of g * normal, sum of g) / count) * scale, the sums by the kernel for given statistics.
+    """
+    difference, scale = node.args
+    if not isinstance(scale, fx.Node) or scale.target not in _FLAT or not _called(difference, aten.sub.Tensor):
+        return
+    grad, correction = difference.args
+    norm = _picked(correction, aten._native_batch_norm_legit_no_training.default, 0)
+    if norm is None:
+        return
+    x, grad_weight, grad_bias, mean, var, _, eps = norm.args
+    kernel = aten.native_batch_norm_backward.default
+    sums = _picked(grad_weight, kernel, 1)
+    if sums is None or _picked(grad_bias, kernel, 2) is not sums or not _called(var, aten.pow.Tensor_Scalar):
+        return
+    rstd, weight = var.args[0], sums.args[2]
+    mine = (scale.args[0] is rstd) if weight is None else _product(scale.args[0], rstd, weight)
+    count = edit.nbytes(x) // edit.nbytes(mean)  # of one dtype
+    given = sums.args[:2] == (grad, x) and sums.args[3:5] == (mean, var) and sums.args[7] is False
+    whole = var.args[1] == -2 and eps == sums.args[8] == 0 and abs(difference.kwargs.get("alpha", 1) * count - 1) < 1e-9
+    if not (mine and given and whole):
+        return
+    with graph.inserting_before(sums):
+        fused = graph.call_function(kernel, (grad, x, weight, None, None, mean, rstd, True, 0.0, [True] * 3))
+        edit.inherit(fused, sums)
+        like = (node, grad_weight, grad_bias)
+        fused.meta["val"] = tuple(n.meta["val"] for n in like)
+        parts = [graph.call_function(operator.getitem, (fused, i)) for i in range(3)]
+    for part, old in zip(parts, like):
+        edit.inherit(part, old)
+        part.meta["val"] = old.meta["val"]
+        old.replace_all_uses_with(part)
+
+
+def _called(node: Any, target: Any) -> TypeGuard[fx.Node]:
+    return isinstance(node, fx.Node) and node.target is target
+
+
+def _picked(node: Any, target: Any, index: int) -> fx.Node | None:
+    """The call of `target` of which the node picks result `index`."""
+    if not _called(node, operator.getitem) or node.args[1] != index or not _called(node.args[0], target):
+        return None
+    return node.args[0]
+
+
+def _product(node: Any, a: Any, b: Any) -> bool:
+    return _called(node, aten.mul.Tensor) and node.args in ((a, b), (b, a))
 
 
 __all__ = ["fuse"]

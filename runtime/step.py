@@ -102,8 +102,9 @@ class Step:
         places = {s.node: s for s in program.sources}
         names = _result_names(lowered.forward)
         self._handed_back = [name in places for name in names]
-        # Buffers that the forward replaces must be kept as they were: the backward may read them, or run it again.
         self.replaced = [s.name for s in program.sinks if s.kind == "buffer" and s.node is not None]
+        # Of those, what the backward reads, or the forward if it is run again, must be kept as it was.
+        self.copied = self._read(lowered.forward)
         self._whole: Spec = (R,) * len(grid.mesh.sizes)
         self._cuts = [self._cut(s.name, data_axes) for s in program.of_kind("input")]
 
@@ -128,7 +129,7 @@ class Step:
             tensors = _Run.apply(self, feed, trainable, *(params[n] for n in trainable))
         else:
             with torch.no_grad():
-                values = self.run_forward(feed.with_copies(self.replaced)).values
+                values = self.run_forward(feed.with_copies(self.copied)).values
                 self.replace_buffers(feed, values)
                 tensors = self.outputs(values)
         at = iter(tensors)
@@ -180,9 +181,29 @@ class Step:
 
     def replace_buffers(self, feed: _Feed, values: Sequence[torch.Tensor]) -> None:
         """Write the new values of buffers."""
-        for sink, value in zip(self.values, values):
-            if sink.kind == "buffer" and sink.node is not None:
-                feed.buffers[sink.name].copy_(value)
+        new = [v for s, v in zip(self.values, values) if s.kind == "buffer" and s.node is not None]
+        if new:
+            torch._foreach_copy_([feed.buffers[name] for name in self.replaced], new)
+
+    def _read(self, forward: fx.GraphModule) -> list[str]:
+        """Of the buffers that the forward replaces, those that anything but their own new values depends on."""
+        nodes = {n.name: n for n in forward.graph.nodes}
+        saved = {self.sources[i].name for i in self.saved_inputs}
+        (results,) = nodes["output"].args
+        out = []
+        for source in self.program.of_kind("buffer"):
+            if source.name not in self.replaced:
+                continue
+            reached, todo = {nodes[source.node]}, [nodes[source.node]]
+            while todo:
+                new = [n for n in todo.pop().users if n not in reached]
+                reached.update(new)
+                todo += new
+            own = next(i for i, s in enumerate(self.values) if s.kind == "buffer" and s.name == source.name)
+            others = {n for i, n in enumerate(results) if i != own}  # type: ignore[arg-type]
+            if source.name in saved or others & reached:
+                out.append(source.name)
+        return out
 
     def outputs(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The user's tensors out of the values of the sinks."""
@@ -333,7 +354,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, feed: _Feed, names: list[str], *params: torch.Tensor) -> Any:
-        before = feed.with_copies(step.replaced)
+        before = feed.with_copies(step.copied)
         done = step.run_forward(before)
         step.replace_buffers(feed, done.values)
         outputs = step.outputs(done.values)
@@ -417,9 +438,9 @@ class _Again:
 
     def take(self) -> list[torch.Tensor]:
         """What is to be saved; not held here any more."""
-        copies = [self.feed.buffers[name] for name in self.step.replaced]
+        copies = [self.feed.buffers[name] for name in self.step.copied]
         kept = [t.clone() if t.is_inference() else t.data for t in self.feed.inputs]
-        rest = {n: b for n, b in self.feed.buffers.items() if n not in self.step.replaced}
+        rest = {n: b for n, b in self.feed.buffers.items() if n not in self.step.copied}
         self.feed = replace(self.feed, inputs=[], buffers=rest)
         return [*kept, *copies]
 
@@ -436,7 +457,7 @@ class _Again:
                 "backward is called again on the same output, but a parameter, buffer or input was changed in between "
                 "(by optimizer.step(), perhaps): call the module again, or add the losses and call backward once"
             )
-        names = self.step.replaced
+        names = self.step.copied
         mine = kept[len(kept) - len(self.seen) - len(names) :]
         copies = dict(zip(names, mine[len(self.seen) :]))
         feed = replace(self.feed, inputs=list(mine[: len(self.seen)]), buffers={**self.feed.buffers, **copies})

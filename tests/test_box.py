@@ -125,10 +125,27 @@ def test_what_the_gate_raises_comes_out_and_no_collective_is_started(kind):
 
 # ---- the step: backward twice --------------------------------------------------------------------------------------
 
+class Smoothed(nn.Module):
+    """Divides by a running size, which it moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("size", torch.ones(6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        """x over the size so far."""
+        out = x / self.size.clone()
+        self.size.lerp_(x.detach().abs().mean(0) + 0.1, 0.5)
+        self.calls.add_(1)
+        return out
+
+
 MODELS = {
     "one layer": lambda: [nn.Linear(4, 1)],
     "layers": lambda: [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)],
     "batch norm": lambda: [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)],
+    "smoothed": lambda: [nn.Linear(4, 6), Smoothed(), nn.Tanh(), nn.Linear(6, 1)],
     "dropout": lambda: [nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1)],
 }
 X = torch.linspace(-1, 2, 32, dtype=torch.float64).reshape(8, 4)
@@ -170,17 +187,25 @@ def test_a_second_backward_gives_the_same_gradients_once_more(name):
         torch.testing.assert_close(ours[n], theirs[n], rtol=1e-9, atol=1e-12)
 
 
-def test_a_second_backward_runs_on_the_buffers_of_its_own_forward():
+@pytest.mark.parametrize(("name", "buffer"), [("batch norm", "running_var"), ("smoothed", "size")])
+def test_a_second_backward_runs_on_the_buffers_of_its_own_forward(name, buffer):
     results = []
-    for module in model_of("batch norm"):
+    for module in model_of(name):
         first = module(X).square().mean()
         first.backward(retain_graph=True)
-        module(3 * X).sum()  # replaces the running statistics
+        module(3 * X).sum()  # replaces them
         first.backward()
-        results.append((grads(module), module.get_buffer("1.running_var").clone()))
+        results.append((grads(module), module.get_buffer(f"1.{buffer}").clone()))
     (plain, want), (ours, got) = results
     torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_only_buffers_that_are_read_besides_are_kept_as_they_were():
+    for name, copied in (("batch norm", []), ("smoothed", ["1.size"])):
+        _, pm = model_of(name)
+        pm(X)
+        assert pm._state.last.copied == copied and len(pm._state.last.replaced) > len(copied)
 
 
 def test_the_step_has_let_go_of_saved_activations_behind_the_backward():

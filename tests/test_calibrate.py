@@ -96,7 +96,8 @@ def test_only_rank_0_gets_the_device():
     [
         ("aten.mul.Tensor", "elementwise"), ("aten.silu", "function"), ("aten._log_softmax", "softmax"),
         ("aten.native_layer_norm_backward", "norm"), ("aten.embedding", "lookup"), ("aten.clone", "copy"),
-        ("aten.sum.dim_IntList", "reduction"),
+        ("aten.sum.dim_IntList", "reduction"), ("aten.max_pool2d_with_indices", "pool"),
+        ("aten.max_pool2d_with_indices_backward", "copy"), ("aten._adaptive_avg_pool2d", "reduction"),
     ],
 )  # fmt: skip
 def test_class_of_traffic(name, kind):

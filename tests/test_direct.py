@@ -22,6 +22,7 @@ ARGUMENTS = {
     aten.div.Tensor: [(X, X), (X, 4)],
     aten.pow.Tensor_Scalar: [(X, 2)],
     aten.where.self: [(X > 0, X, -X)],
+    aten.lerp.Scalar: [(X, 2 * X, 0.1)],
     aten.embedding.default: [(X, torch.tensor([0, 2])), (X, torch.tensor([1]), 1)],
     aten.cat.default: [([X, X],), ([X, X], 1)],
     aten.sum.dim_IntList: [(X, [0]), (X, [0, 1], True), (X, [])],

@@ -235,6 +235,48 @@ def _rotated(b: Builder, edges, sizes=(3, 8), dim=1):
     return b.done(b(aten.neg.default, b(aten.add.Tensor, *parts)))
 
 
+def batch_norm_backward(b: Builder, elsewhere: bool = False, count: int = 40, weighted: bool = True) -> fx.GraphModule:
+    """What the capture makes of the gradients of batch norm over [2, 3, 4, 5]; `elsewhere`: sums over two ranks."""
+    grad, x = b.input(2, 3, 4, 5), b.input(2, 3, 4, 5)
+    mean, rstd, weight = b.input(3), b.input(3), b.input(3) if weighted else None
+    var = b(aten.pow.Tensor_Scalar, rstd, -2)
+    kernel = aten.native_batch_norm_backward.default
+    sums = b.graph.call_function(kernel, (grad, x, weight, mean, var, None, None, False, 0.0, [False, True, True]))
+    sums.meta.update(phase=BACKWARD, val=(None, mean.meta["val"], mean.meta["val"]))
+    parts = [b.graph.call_function(operator.getitem, (sums, i)) for i in (1, 2)]
+    for part in parts:
+        part.meta.update(phase=BACKWARD, val=mean.meta["val"])
+    if elsewhere:
+        parts = [b.reduce(p) for p in parts]
+    normal = aten._native_batch_norm_legit_no_training.default
+    norm = b.graph.call_function(normal, (x, *parts, mean, var, 0.0, 0.0))
+    norm.meta.update(phase=BACKWARD, val=(x.meta["val"], *[torch.empty(0, dtype=F64, device="meta")] * 2))
+    correction = b.graph.call_function(operator.getitem, (norm, 0))
+    correction.meta.update(phase=BACKWARD, val=x.meta["val"])
+    scale = b(aten.mul.Tensor, rstd, weight) if weighted else rstd
+    difference = b(aten.sub.Tensor, grad, correction, alpha=1 / count)
+    return b.done(b(aten.mul.Tensor, difference, b(aten.view.default, scale, [1, -1, 1, 1])), *parts)
+
+
+@pytest.mark.parametrize(("changes", "fused"), [({}, True), ({"weighted": False}, True), ({"elsewhere": True}, False),
+                                                ({"count": 80}, False)])  # fmt: skip
+def test_the_backward_of_batch_norm_is_one_kernel_where_its_sums_are_our_own(changes, fused):
+    gm = batch_norm_backward(Builder(BACKWARD), **changes)
+    torch.manual_seed(0)
+    inputs = [torch.randn(n.meta["val"].shape, dtype=F64).abs() + 0.1 for n in edit.placeholders(gm)]
+    inputs[0] -= 1
+    inputs[2] = inputs[1].mean((0, 2, 3))
+    inputs[3] = (inputs[1].var((0, 2, 3), correction=0) + 0.1).rsqrt()
+    want = run(gm, inputs)
+    after = inplace(fuse(edit.copy(gm)))
+    verify(after)
+    for a, b in zip(run(after, inputs), want):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    ops = [n.target for n in after.graph.nodes if n.op == "call_function"]
+    assert (aten._native_batch_norm_legit_no_training.default not in ops) is fused
+    assert ops.count(aten.native_batch_norm_backward.default) == 1
+
+
 @pytest.mark.parametrize("edges", [((0, 3), (3, 8)), ((3, 8), (0, 3))])
 def test_gradients_of_two_halves_are_joined(edges):
     ops = check(_rotated(Builder(), edges), *((3, end - start) for start, end in edges))

@@ -154,6 +154,7 @@ def _norms() -> list[Case]:
     _, mean, rstd = aten.native_layer_norm(x, [6], gain, shift, 1e-5)
     square = num(4, 8, 3, 2)
     image, scale = num(4, 8, 3, 3), num(8)
+    picture, spread = num(4, 8, 2, 4), num(8).abs() + 0.5
     _, gmean, grstd = aten.native_group_norm(image, scale, scale, 4, 8, 9, 4, 1e-5)
     _, imean, irstd = aten.native_group_norm(image, None, None, 4, 8, 9, 8, 1e-5)
     every = [True] * 3
@@ -172,6 +173,20 @@ def _norms() -> list[Case]:
             aten.native_layer_norm_backward.default, (num(4, 8, 6), x, [6], mean, rstd, gain, None, [True, True, False])
         ),
         Case(aten._fused_rms_norm.default, (x, [6], gain, 1e-5)),
+        Case(aten._native_batch_norm_legit_no_training.default, (picture, scale, num(8), num(8), spread, 0.0, 1e-5)),
+        Case(aten._native_batch_norm_legit_no_training.default, (num(4, 8), None, None, num(8), spread, 0.0, 1e-5)),
+        Case(
+            aten.native_batch_norm_backward.default,
+            (num(4, 8, 2, 4), picture, scale, num(8), spread, None, None, False, 1e-5, every),
+        ),
+        Case(
+            aten.native_batch_norm_backward.default,
+            (num(4, 8, 2, 4), picture, None, num(8), spread, None, None, False, 1e-5, [False, True, True]),
+        ),
+        Case(
+            aten.native_batch_norm_backward.default,
+            (num(4, 8, 2, 4), picture, scale, None, None, num(8), spread, True, 1e-5, every),
+        ),
         Case(aten.native_group_norm.default, (image, scale, num(8), 4, 8, 9, 4, 1e-5)),
         Case(aten.native_group_norm.default, (image, None, None, 4, 8, 9, 8, 1e-5)),
         Case(aten.native_group_norm.default, (image, scale, num(8), 4, 8, 9, 1, 1e-5)),
