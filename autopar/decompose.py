@@ -416,34 +416,10 @@ def _batch_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     mean: Tensor | None, rstd: Tensor | None, train: bool, eps: float, output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    if not train and _alike(x, grad, weight, running_mean, running_var):
+    given = not train and mean is not None and mean.numel() > 0
+    if given and _alike(x, grad, weight, running_mean, running_var, mean, rstd):
         return NotImplemented
-    wide, g = _wide(x), _wide(grad)
-    weight = None if weight is None else weight.to(wide.dtype)
-    if not train:
-        assert running_mean is not None and running_var is not None, "batch norm in eval mode has running statistics"
-        given = _given_statistics(g, wide, weight, _wide(running_mean), _wide(running_var), eps, output_mask)
-        return given[0] if given[0] is None else given[0].to(x.dtype), given[1], given[2]
-    assert mean is not None and rstd is not None, "batch norm in training mode saves its statistics"
-    count = _count(x, [d for d in range(x.dim()) if d != 1])
-    var = rstd**-2  # as the kernels take it, without eps
-    _, grad_weight, grad_bias = _given_statistics(g, wide, weight, mean, var, 0.0, [False, True, True])
-    assert grad_weight is not None and grad_bias is not None
-    grad_x = None
-    if output_mask[0]:
-        # (g - (mean of g + normal * mean of (g * normal))) * scale
-        correction = _normalised(wide, mean, var, grad_weight, grad_bias, 0.0)
-        scale = rstd if weight is None else rstd * weight
-        grad_x = (torch.sub(g, correction, alpha=1 / count) * _per_channel(scale, x)).to(x.dtype)
-    return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
-
-
-def _given_statistics(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias, where the statistics are none of the input's."""
-    kernel = aten.native_batch_norm_backward.default
-    return kernel(grad, x, weight, mean, var, None, None, False, eps, mask)  # type: ignore[no-any-return]
+    return _batch_norm_gradients(grad, x, weight, running_mean, running_var, mean, rstd, train, eps, output_mask)
 
 
 @decomposes(aten.batch_norm_backward.default)
@@ -451,4 +427,42 @@ def _batch_norm_update_backward(
     grad: Tensor, x: Tensor, weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     mean: Tensor | None, rstd: Tensor | None, update: bool, eps: float, output_mask: Sequence[bool], reserve: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    return _batch_norm_backward(grad, x, weight, running_mean, running_var, mean, rstd, update, eps, output_mask)  # type: ignore[no-any-return]
+    return _batch_norm_gradients(grad, x, weight, running_mean, running_var, mean, rstd, update, eps, output_mask)
+
+
+def _batch_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    mean: Tensor | None, rstd: Tensor | None, train: bool, eps: float, output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    wide, g = _wide(x), _wide(grad)
+    weight = None if weight is None else weight.to(wide.dtype)
+    if not train:
+        assert running_mean is not None and running_var is not None, "batch norm in eval mode has running statistics"
+        mean, var = _wide(running_mean), _wide(running_var)
+        of_x, *others = _given_statistics(g, wide, weight, mean, var, torch.rsqrt(var + eps), eps, output_mask)
+        return None if of_x is None else of_x.to(x.dtype), *others
+    assert mean is not None and rstd is not None, "batch norm in training mode saves its statistics"
+    count = _count(x, [d for d in range(x.dim()) if d != 1])
+    var = rstd**-2  # as the kernels take it, without eps
+    weight = torch.ones_like(rstd) if weight is None else weight  # CUDA's kernel makes gradients like it
+    _, grad_weight, grad_bias = _given_statistics(g, wide, weight, mean, var, rstd, 0.0, [False, True, True])
+    assert grad_weight is not None and grad_bias is not None
+    grad_x = None
+    if output_mask[0]:
+        # (g - (mean of g + normal * mean of (g * normal))) * scale
+        correction = _normalised(wide, mean, var, grad_weight, grad_bias, 0.0)
+        scale = _per_channel(rstd * weight, x)
+        grad_x = (torch.sub(g, correction, alpha=1 / count) * scale).to(x.dtype)
+    return grad_x, grad_weight if output_mask[1] else None, grad_bias if output_mask[2] else None
+
+
+def _given_statistics(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, rstd: Tensor, eps: float,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of input, weight and bias, where the statistics are none of the input's.
+
+    They are told twice: CPUs read them as running statistics, CUDA as saved ones.
+    """
+    kernel = aten.native_batch_norm_backward.default
+    return kernel(grad, x, weight, mean, var, mean, rstd, False, eps, mask)  # type: ignore[no-any-return]

@@ -34,7 +34,7 @@ FACTORS: dict[str, dict[str, str]] = {
     "nll_loss_forward": {"k": "classes, then summed", "a": "tokens, then summed"},
     "native_layer_norm": _ACTIVATION,
     "pow": _ACTIVATION,
-    "batch_norm": _ACTIVATION,
+    "batch_norm": {"a": "batch", "b": "channels"},
     "mul": _ACTIVATION,
     "add": _ACTIVATION,
 }

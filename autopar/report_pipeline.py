@@ -125,7 +125,8 @@ def stages(plan: Plan) -> list[RenderableType]:
     parts.append(columns)
     for stage, again in enumerate(plan.solver.get("again", ())):
         text = kept_text(replace(plan, saved=again["saved"]))
-        parts.append(Text(f"stage {stage}, {seconds(again['seconds'])} of every micro-batch: {text}"))
+        more = f", {seconds(again['seconds'])} of every micro-batch" if again["seconds"] else ""
+        parts.append(Text(f"stage {stage}{more}: {text}"))
     told = plan.solver.get("stages", [])
     if isinstance(told, Sequence) and len(told) > 1:
         parts += [Text(f"chosen: {told[0]}"), Text("what else was found:"), *(Text(str(line)) for line in told[1:])]

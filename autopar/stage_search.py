@@ -110,8 +110,8 @@ class Place:
         """What `stages.choose` is told of it."""
         return {"ranks": self.ranks, "link": self.link}
 
-    def means(self, again: bool) -> Means:
-        """By what a limit may be met. again: whether by computing again."""
+    def means(self, again: bool, away: bool = False) -> Means:
+        """By what a limit may be met: by computing again, and by what waits on the host."""
 
         made: dict[tuple[int, tuple[str, ...]], list[Stage]] = {}
 
@@ -121,7 +121,10 @@ class Place:
                 made[key] = cut(program, starts)
             return held(program, plan, made[key], micro, machine(self.device, self.alone).device, self.copies)
 
-        return Means(holds, (lambda program, plan, parts: levels(program, plan, self.device, parts)) if again else None)
+        def less(program: Program, plan: Plan, parts: Sequence[float]) -> list[dict[str, str]]:
+            return levels(program, plan, self.device, parts, again, away)
+
+        return Means(holds, less if again or away else None)
 
     def pieces(self, program: Program, plan: Plan, micro: int, starts: Sequence[str] = ()) -> Pieces:
         """As `costmodel.pieces.pieces_of`."""
@@ -176,7 +179,7 @@ def plan_pipeline(
     more = more_choices(rows, counts, asked)
     while True:
         try:
-            choice = best_choice(proposals, place.limit, judged, place.means(_may_repeat(asked)))
+            choice = best_choice(proposals, place.limit, judged, place.means(_may_repeat(asked), asked.offload))
             break
         except InfeasibleError as error:
             if not more:

@@ -57,9 +57,14 @@ class HostSearch:
             return found
         # Those that come off best alone are tried together with recomputation.
         tried.sort(key=lambda pair: (pair[0] if pair[1] is None else pair[1]).timeline.step_s)
+        asked = False
         for base, alone in tried[:2]:
             for some in self._together(base, alone):
-                if found is not None and (self._late() or not quicker(some, found)):
+                if found is None:  # one is looked at however late it is
+                    asked, hopeless = True, asked and self._late()
+                else:
+                    hopeless = self._late() or not quicker(some, found)
+                if hopeless:
                     continue
                 kept = budget.keeping(some)
                 if kept is not None and (found is None or quicker(kept, found)):

@@ -1,30 +1,30 @@
 """How much less a micro-batch may keep, and what it takes: levels for the stages of a pipeline.
 
-A stage holds what it keeps of a micro-batch for all that are in flight, and what its backward computes again for the
-one that it works on. So a level is judged by what is kept between forward and backward, not by a peak: with the columns
-of `costmodel.remat`, of which those of (5) at one moment only, when the backward begins,
+A stage holds what it keeps of a micro-batch for all that are in flight, and what its backward computes again, or has
+back from the host, for the one that it works on. So a level is judged by what is kept between forward and backward, not
+by a peak: with the columns of `costmodel.remat`, of which those of (5) at one moment only, when the backward begins,
 
-    min  sum_c n s r + sum_v n d m      such that  sum_v n size k <= part of what is kept anyway,
+    min  sum_c n s r + sum_v n d m + e + f      such that  sum_v n size k <= part of what is kept anyway,
 
-for a few parts, down to all that layers do not hand on to each other. What they hand on is kept: with it, a copy in one
-layer would be wanted by all layers behind, and by the stage behind.
+for a few parts, down to all that layers do not hand on to each other. What they hand on is not computed again: with it,
+a copy in one layer would be wanted by all layers behind, and by the stage behind. It may wait on the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from autopar.costmodel.copies import starred
 from autopar.costmodel.devices import Device
 from autopar.costmodel.ilp import solve_linear
 from autopar.costmodel.memory import Policy
 from autopar.costmodel.model import Linear, Terms
-from autopar.costmodel.remat import GAP, SECONDS, Remat, Version
+from autopar.costmodel.remat import GAP, SECONDS, Chosen, Remat, Version
 from autopar.costmodel.remat_search import Rematerialiser
 from autopar.graph import Program
 from autopar.plan import Plan
-from autopar.recompute import RECOMPUTE
+from autopar.recompute import OFFLOADED, RECOMPUTE
 
 #: Parts of what can be let go of that a level keeps; and of levels between.
 PARTS, BETWEEN = (0.7, 0.4, 0.0), (0.9, 0.8, 0.55, 0.25, 0.12)
@@ -32,32 +32,52 @@ PARTS, BETWEEN = (0.7, 0.4, 0.0), (0.9, 0.8, 0.55, 0.25, 0.12)
 TIE = 1e-4
 
 
-def levels(program: Program, plan: Plan, device: str | Device, parts: Sequence[float] = PARTS) -> list[dict[str, str]]:
+def levels(
+    program: Program, plan: Plan, device: str | Device, parts: Sequence[float] = PARTS, again: bool = True,
+    away: bool = False,
+) -> list[dict[str, str]]:  # fmt: skip
     """What `Plan.saved` may say, each keeping less than the one before; the first, to keep everything, is not told.
+
+    Those that only compute again come first; then, from the start once more, those that let something wait on the host.
 
     program: of one micro-batch. plan: of it, which says nothing of that yet, on the mesh of a stage.
     parts: of what can be let go of, decreasing: what levels keep. Behind the last, one that keeps less yet.
+    again, away: whether the backward may compute again, and whether what it reads may wait on the host.
     """
     search = Rematerialiser(program, plan, device, None, Policy(program.training, optimizer=plan.optimizer))
     remat = search.remat
-    allowed = frozenset(remat.classes) - search.narrow
-    chosen = [_least(remat, allowed, part) for part in parts]
-    layer = [frozenset(remat.classes) - {z} for z in search.narrow]  # by hand: a layer keeps one of what it hands on
-    if layer:
-        chosen.append(min(layer, key=lambda classes: (kept(remat, classes), sorted(classes))))
+    allowed = frozenset(remat.classes) - search.narrow if again else frozenset()
     out: list[dict[str, str]] = []
-    before = kept(remat, frozenset())
-    for classes in chosen:
-        size = kept(remat, classes)
-        if size < before * (1 - GAP):
-            before = size
-            again = {i.name: RECOMPUTE if remat.fold.of[i.index] in classes else None for i in remat.forward}
-            out.append(starred(again))
+    if again:
+        chosen = [_least(remat, allowed, part) for part in parts]
+        layer = [Chosen(frozenset(remat.classes) - {z}) for z in search.narrow]  # by hand: it keeps one of what it gets
+        if layer:
+            chosen.append(min(layer, key=lambda c: (kept(remat, c), sorted(c.again))))
+        out += _falling(remat, chosen)
+    if away and remat.hosts:
+        sent = frozenset(c for c in remat.classes if remat.sent(c))
+        out += _falling(remat, [c for part in parts if (c := _least(remat, allowed, part, sent)).away])
     return out
 
 
-def kept(remat: Remat, copied: Collection[int]) -> float:
-    """Bytes of a micro-batch between forward and backward, if these classes are copied."""
+def _falling(remat: Remat, chosen: Iterable[Chosen]) -> list[dict[str, str]]:
+    """What plans say of these, as far as each keeps less than all before it."""
+    out: list[dict[str, str]] = []
+    before = kept(remat, Chosen())
+    for one in chosen:
+        size = kept(remat, one)
+        if size < before * (1 - GAP):
+            before = size
+            out.append(starred({i.name: _said(one, remat.fold.of[i.index]) for i in remat.forward}))
+    return out
+
+
+def _said(chosen: Chosen, cls: int) -> str | None:
+    return RECOMPUTE if cls in chosen.again else OFFLOADED if cls in chosen.away else None
+
+
+def kept(remat: Remat, chosen: Chosen) -> float:
+    """Bytes of a micro-batch on the device between forward and backward."""
     needed: set[Version] = set()
     size = 0.0
     stack = [v for v, life in remat.lives.items() if life.last >= 0]
@@ -67,24 +87,35 @@ def kept(remat: Remat, copied: Collection[int]) -> float:
             continue
         needed.add(version)
         item = remat.items.items[version.tensor.item]
-        if _again(remat, version, copied):
+        made = remat.fold.of[item.index]
+        if made in chosen.again:
             stack += remat.operands(item)
-        else:
+        elif not chosen.away.intersection(remat.sources(version.tensor)):
             size += remat.size(version)
     return size
 
 
-def _again(remat: Remat, version: Version, copied: Collection[int]) -> bool:
-    return remat.fold.of[version.tensor.item] in copied
+def _least(
+    remat: Remat, allowed: Collection[int], part: float, sent: Collection[int] = frozenset()
+) -> Chosen:  # fmt: skip
+    """What takes least seconds of all that keep no more than the part of what they can let go of.
 
-
-def _least(remat: Remat, allowed: Collection[int], part: float) -> frozenset[int]:
-    """The classes of least seconds, of those allowed, that keep no more than the part of what they can let go of."""
-    most, least = kept(remat, frozenset()), kept(remat, frozenset(allowed))
+    allowed: classes that may be computed again. sent: those that may wait on the host.
+    """
+    most, least = kept(remat, Chosen()), kept(remat, Chosen(frozenset(allowed), frozenset(sent) - frozenset(allowed)))
     linear = Linear()
     seconds = {c: remat.seconds(c) * len(remat.fold.members[c]) for c in remat.classes}
     scale = 1e3 / max(sum(seconds.values()), 1e-12)
     copy = {c: linear.column(seconds[c] * scale, binary=True) for c in sorted(allowed)}
+    away = {c: linear.column(TIE * remat.sent(c) * scale, binary=True) for c in sorted(sent)}
+    for c in away.keys() & copy.keys():
+        linear.row({copy[c]: 1.0, away[c]: 1.0}, -math.inf, 1.0)
+    if away:
+        ways = {away[c]: remat.sent(c) * len(remat.fold.members[c]) * scale for c in away}
+        more = {copy[c]: -remat.usable * seconds[c] * scale for c in copy}
+        for half, terms in zip(remat.halves(), (ways, {**ways, **more})):
+            waited = linear.column(1.0, high=math.inf)
+            linear.row({**terms, waited: -1.0}, -math.inf, remat.usable * half * scale)
     free = {c: linear.column() for c in remat.reads if c not in seconds}
     need = {v: linear.column() for v in remat.members}
     sizes = {v: remat.size(m[0]) * len(m) for v, m in remat.members.items()}
@@ -98,7 +129,7 @@ def _least(remat: Remat, allowed: Collection[int], part: float) -> frozenset[int
             assert again is not None
             linear.row({need[version]: 1.0, again: -1.0}, 0.0, math.inf)
     for version, members in remat.members.items():
-        sources = {copy[c] for c in remat.sources(members[0].tensor) if c in copy}
+        sources = {columns[c] for columns in (copy, away) for c in remat.sources(members[0].tensor) if c in columns}
         own = free.get(version.tensor.item)
         terms: Terms = {keep[version]: 1.0, need[version]: -1.0, **dict.fromkeys(sources, 1.0)}
         if own is not None:
@@ -113,7 +144,9 @@ def _least(remat: Remat, allowed: Collection[int], part: float) -> frozenset[int
     row = {keep[v]: size / max(most, 1.0) for v, size in sizes.items()}
     linear.row(row, -math.inf, limit / max(most, 1.0) * (1 + GAP))
     values = solve_linear(linear, SECONDS, GAP)
-    return frozenset(allowed) if values is None else frozenset(c for c, column in copy.items() if values[column] > 0.5)
+    if values is None:
+        return Chosen(frozenset(allowed), frozenset(sent) - frozenset(allowed))
+    return Chosen(*(frozenset(c for c, column in cols.items() if values[column] > 0.5) for cols in (copy, away)))
 
 
 __all__ = ["BETWEEN", "PARTS", "kept", "levels"]

@@ -89,9 +89,9 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     if sums is None or _picked(grad_bias, kernel, 2) is not sums or not _called(var, aten.pow.Tensor_Scalar):
         return
     rstd, weight = var.args[0], sums.args[2]
-    mine = (scale.args[0] is rstd) if weight is None else _product(scale.args[0], rstd, weight)
+    mine = _called(scale.args[0], aten.mul.Tensor) and scale.args[0].args in ((rstd, weight), (weight, rstd))
     count = edit.nbytes(x) // edit.nbytes(mean)  # of one dtype
-    given = sums.args[:2] == (grad, x) and sums.args[3:5] == (mean, var) and sums.args[7] is False
+    given = sums.args[:2] == (grad, x) and sums.args[3:8] == (mean, var, mean, rstd, False)
     whole = var.args[1] == -2 and eps == sums.args[8] == 0 and abs(difference.kwargs.get("alpha", 1) * count - 1) < 1e-9
     if not (mine and given and whole):
         return
@@ -116,10 +116,6 @@ def _picked(node: Any, target: Any, index: int) -> fx.Node | None:
     if not _called(node, operator.getitem) or node.args[1] != index or not _called(node.args[0], target):
         return None
     return node.args[0]
-
-
-def _product(node: Any, a: Any, b: Any) -> bool:
-    return _called(node, aten.mul.Tensor) and node.args in ((a, b), (b, a))
 
 
 __all__ = ["fuse"]

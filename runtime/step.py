@@ -31,6 +31,7 @@ from autopar.errors import PlanError, RuntimeUseError
 from autopar.graph import Program, Sink
 from autopar.offload import abandon, on_host
 from autopar.plan import Plan
+from autopar.runtime.buffers import read_besides
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
 from autopar.runtime.powersgd import PowerSgd, rank_of
@@ -104,7 +105,7 @@ class Step:
         self._handed_back = [name in places for name in names]
         self.replaced = [s.name for s in program.sinks if s.kind == "buffer" and s.node is not None]
         # Of those, what the backward reads, or the forward if it is run again, must be kept as it was.
-        self.copied = self._read(lowered.forward)
+        self.copied = read_besides(program)
         self._whole: Spec = (R,) * len(grid.mesh.sizes)
         self._cuts = [self._cut(s.name, data_axes) for s in program.of_kind("input")]
 
@@ -181,29 +182,9 @@ class Step:
 
     def replace_buffers(self, feed: _Feed, values: Sequence[torch.Tensor]) -> None:
         """Write the new values of buffers."""
-        new = [v for s, v in zip(self.values, values) if s.kind == "buffer" and s.node is not None]
-        if new:
-            torch._foreach_copy_([feed.buffers[name] for name in self.replaced], new)
-
-    def _read(self, forward: fx.GraphModule) -> list[str]:
-        """Of the buffers that the forward replaces, those that anything but their own new values depends on."""
-        nodes = {n.name: n for n in forward.graph.nodes}
-        saved = {self.sources[i].name for i in self.saved_inputs}
-        (results,) = nodes["output"].args
-        out = []
-        for source in self.program.of_kind("buffer"):
-            if source.name not in self.replaced:
-                continue
-            reached, todo = {nodes[source.node]}, [nodes[source.node]]
-            while todo:
-                new = [n for n in todo.pop().users if n not in reached]
-                reached.update(new)
-                todo += new
-            own = next(i for i, s in enumerate(self.values) if s.kind == "buffer" and s.name == source.name)
-            others = {n for i, n in enumerate(results) if i != own}  # type: ignore[arg-type]
-            if source.name in saved or others & reached:
-                out.append(source.name)
-        return out
+        for sink, value in zip(self.values, values):
+            if sink.kind == "buffer" and sink.node is not None:
+                feed.buffers[sink.name].copy_(value)
 
     def outputs(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The user's tensors out of the values of the sinks."""

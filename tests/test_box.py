@@ -201,6 +201,27 @@ def test_a_second_backward_runs_on_the_buffers_of_its_own_forward(name, buffer):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+class Turned(nn.Module):
+    """Turns a square buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("turned", torch.arange(36.0).reshape(6, 6))
+
+    def forward(self, x):
+        """x itself."""
+        self.turned.copy_(self.turned.t().clone())
+        return x
+
+
+def test_a_buffer_may_become_a_view_of_itself():
+    model = nn.Sequential(nn.Linear(4, 6), Turned()).double()
+    pm = autopar.compile(copy.deepcopy(model), 1, example=(X.clone(),))
+    for module in (model, pm):
+        module(X).sum().backward()
+    assert torch.equal(pm.get_buffer("1.turned"), model[1].turned)
+
+
 def test_only_buffers_that_are_read_besides_are_kept_as_they_were():
     for name, copied in (("batch norm", []), ("smoothed", ["1.size"])):
         _, pm = model_of(name)

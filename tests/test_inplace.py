@@ -235,13 +235,13 @@ def _rotated(b: Builder, edges, sizes=(3, 8), dim=1):
     return b.done(b(aten.neg.default, b(aten.add.Tensor, *parts)))
 
 
-def batch_norm_backward(b: Builder, elsewhere: bool = False, count: int = 40, weighted: bool = True) -> fx.GraphModule:
+def batch_norm_backward(b: Builder, elsewhere: bool = False, count: int = 40) -> fx.GraphModule:
     """What the capture makes of the gradients of batch norm over [2, 3, 4, 5]; `elsewhere`: sums over two ranks."""
     grad, x = b.input(2, 3, 4, 5), b.input(2, 3, 4, 5)
-    mean, rstd, weight = b.input(3), b.input(3), b.input(3) if weighted else None
+    mean, rstd, weight = b.input(3), b.input(3), b.input(3)
     var = b(aten.pow.Tensor_Scalar, rstd, -2)
     kernel = aten.native_batch_norm_backward.default
-    sums = b.graph.call_function(kernel, (grad, x, weight, mean, var, None, None, False, 0.0, [False, True, True]))
+    sums = b.graph.call_function(kernel, (grad, x, weight, mean, var, mean, rstd, False, 0.0, [False, True, True]))
     sums.meta.update(phase=BACKWARD, val=(None, mean.meta["val"], mean.meta["val"]))
     parts = [b.graph.call_function(operator.getitem, (sums, i)) for i in (1, 2)]
     for part in parts:
@@ -253,13 +253,12 @@ def batch_norm_backward(b: Builder, elsewhere: bool = False, count: int = 40, we
     norm.meta.update(phase=BACKWARD, val=(x.meta["val"], *[torch.empty(0, dtype=F64, device="meta")] * 2))
     correction = b.graph.call_function(operator.getitem, (norm, 0))
     correction.meta.update(phase=BACKWARD, val=x.meta["val"])
-    scale = b(aten.mul.Tensor, rstd, weight) if weighted else rstd
+    scale = b(aten.mul.Tensor, rstd, weight)
     difference = b(aten.sub.Tensor, grad, correction, alpha=1 / count)
     return b.done(b(aten.mul.Tensor, difference, b(aten.view.default, scale, [1, -1, 1, 1])), *parts)
 
 
-@pytest.mark.parametrize(("changes", "fused"), [({}, True), ({"weighted": False}, True), ({"elsewhere": True}, False),
-                                                ({"count": 80}, False)])  # fmt: skip
+@pytest.mark.parametrize(("changes", "fused"), [({}, True), ({"elsewhere": True}, False), ({"count": 80}, False)])
 def test_the_backward_of_batch_norm_is_one_kernel_where_its_sums_are_our_own(changes, fused):
     gm = batch_norm_backward(Builder(BACKWARD), **changes)
     torch.manual_seed(0)

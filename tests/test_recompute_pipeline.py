@@ -98,6 +98,35 @@ def test_levels_keep_less_and_take_longer(name):
     assert found[-1].saved_bytes < 0.2 * found[0].saved_bytes
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("again", [True, False])
+def test_levels_that_use_the_host_keep_less_for_less(name, again):
+    """Beside those that only compute again: what waits on the host is not kept, and takes what cannot be hidden."""
+    program = program_of(name)
+    device = machine("h100", Mesh.parse("dp=1")).device
+    plan = planner.plan(program, Mesh.parse("dp=1"), recompute=False, offload=False, device="h100")
+    base = pieces_of(program, plan, "h100", stages=4, micro=MICRO)
+    alone = levels(program, plan, "h100", again=again) if again else []
+    both = levels(program, plan, "h100", again=again, away=True)
+    assert both[: len(alone)] == alone
+    found = []
+    for saved in ({}, *alone, *both[len(alone) :]):
+        pieces = pieces_of(program, replace(plan, saved=saved), "h100", stages=4, micro=MICRO, starts=base.starts)
+        (option,) = pieces.chain.options(0, pieces.chain.pieces)
+        (one,) = held(program, replace(plan, saved=saved), cut(program, ()), MICRO, device)
+        assert option.saved_bytes == pytest.approx(one.saved, rel=0.02, abs=6000)
+        found.append(option)
+    hosted = found[1 + len(alone) :]
+    ways = [set(saved.values()) for saved in both[len(alone) :]]
+    assert hosted and all("offload" in way for way in ways) and (again or all("recompute" not in way for way in ways))
+    for less, more in itertools.pairwise([found[0], *hosted]):
+        assert more.saved_bytes < less.saved_bytes and more.work > less.work
+    assert hosted[-1].saved_bytes < 0.2 * found[0].saved_bytes
+    # Somewhere it is the better way: less is kept than by computing again that takes longer.
+    assert not again or any(a.saved_bytes < b.saved_bytes and a.work < b.work for a in hosted for b in found[1:-2])
+    assert not levels(program, plan, "cpu", again=False, away=True)  # the device is its own host
+
+
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +304,28 @@ def test_the_same_numbers(four, name, options):
         kept, less = (held(program, inner(plan), stages, 2, device) for plan in (free, tight))
     assert all(b.saved < a.saved for a, b in zip(kept, less))
     for failures in four.run(trains, name, [tight.to_json(), free.to_json()], options):
+        assert not failures
+
+
+@pytest.mark.parametrize(
+    ("schedule", "part"), [("1f1b", 0.6), pytest.param("zb-h1", 0.64, marks=pytest.mark.slow)]
+)
+def test_the_same_numbers_with_what_waits_on_the_host(four, schedule, part):
+    """Chosen under a limit, by the figures of a GPU; and whatever can wait on the host does."""
+    model, batch = example("gpt2")
+    asked: dict[str, Any] = {**FIXED, "schedule": schedule, "micro_batches": 4, "device": "h100"}
+    asked["constraints"] = {"dp": "zero3"}
+    with widen_to_float64(), captured_once():
+        free = autopar.plan(copy.deepcopy(model), "pp=2,dp=2", example=batch, **asked)
+        limit = part * free.predicted["peak_bytes"]
+        chosen = autopar.plan(
+            copy.deepcopy(model), "pp=2,dp=2", example=batch, memory_limit=limit, recompute=False, **asked
+        )
+        program = micro_program(model, (), batch, None, 4)
+        deep = replace(free, saved=levels(program, inner(free), "h100", again=False, away=True)[-1])
+    assert set(chosen.saved.values()) == {"offload"} and chosen.predicted["peak_bytes"] <= limit
+    assert any("waits on the host" in str(line) for line in report_pipeline.stages(chosen))
+    for failures in four.run(trains, "gpt2", [deep.to_json(), chosen.to_json(), free.to_json()], {}):
         assert not failures
 
 

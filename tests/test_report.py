@@ -124,6 +124,7 @@ def test_storage_words(storage, words):
 def test_units():
     assert [report.seconds(x) for x in (0, 2.5, 0.0123, 4e-6, 5e-9)] == ["0 s", "2.5 s", "12.3 ms", "4 us", "5 ns"]
     assert [report.bytes_(x) for x in (0, 512, 80e9, 1.5e12, 3.2e6)] == ["0 B", "512 B", "80 GB", "1.5 TB", "3.2 MB"]
+    assert [report.bytes_(x) for x in (999, 999_499_999, 999_600_000)] == ["999 B", "999 MB", "1 GB"]
 
 
 def test_glossary_names_factors_of_the_rule_table():

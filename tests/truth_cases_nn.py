@@ -177,7 +177,7 @@ def _norms() -> list[Case]:
         Case(aten._native_batch_norm_legit_no_training.default, (num(4, 8), None, None, num(8), spread, 0.0, 1e-5)),
         Case(
             aten.native_batch_norm_backward.default,
-            (num(4, 8, 2, 4), picture, scale, num(8), spread, None, None, False, 1e-5, every),
+            (num(4, 8, 2, 4), picture, scale, num(8), spread, num(8), spread.rsqrt(), False, 1e-5, every),
         ),
         Case(
             aten.native_batch_norm_backward.default,
