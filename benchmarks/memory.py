@@ -71,14 +71,14 @@ Batch = dict[str, torch.Tensor]
 def llama(size: int) -> tuple[nn.Module, Batch, str]:
     config = hf.LlamaConfig(
         vocab_size=512, hidden_size=64 * size, intermediate_size=176 * size, num_hidden_layers=2 * size,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, use_cache=False,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, use_cache=False,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config), tokens(512, 64 * size), "model.layers"
 
 
 def gpt2(size: int) -> tuple[nn.Module, Batch, str]:
     config = hf.GPT2Config(
-        vocab_size=512, n_embd=64 * size, n_layer=2 * size, n_head=4, n_positions=128, use_cache=False, resid_pdrop=0.0,
+        vocab_size=512, n_embd=64 * size, n_layer=2 * size, n_head=4, n_positions=256, use_cache=False, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = hf.GPT2LMHeadModel(config)

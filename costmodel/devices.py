@@ -32,10 +32,12 @@ class Host:
     Attributes:
         link: to it, each way and in both at once.
         bandwidth: bytes/s of its memory, read and written together: this device's share, if all are busy.
+        memory: bytes of it that may be filled for this device: its share, if all do.
     """
 
     link: Link
     bandwidth: float
+    memory: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -170,22 +172,23 @@ _LINK, _FAST_S, _SLOW_S = 0.8, 5e-6, 12e-6
 
 #: Hosts. Links: what copies of pinned memory reach each way of a PCIe x16 slot (`bandwidthTest` of the CUDA samples and
 #: `nvbandwidth` show 24 to 26 GB/s of generation 4's 31.5, and 52 to 57 of generation 5's 63), 10 us a copy. Memory: of
-#: all channels of the node's two sockets, an eighth for each GPU, of which a stream reaches 0.8.
-_COPY_S, _STREAM = 10e-6, 0.8
+#: all channels of the node's two sockets, an eighth for each GPU, of which a stream reaches 0.8. Likewise an eighth of
+#: the bytes, but for a tenth that the system, data loaders and the programs themselves take.
+_COPY_S, _STREAM, _FREE = 10e-6, 0.8, 0.9
 
 
-def _host(link: float, sockets: float) -> Host:
-    return Host(Link(link, _COPY_S), sockets / 8 * _STREAM)
+def _host(link: float, sockets: float, memory: float) -> Host:
+    return Host(Link(link, _COPY_S), sockets / 8 * _STREAM, memory / 8 * _FREE)
 
 
-#: DGX A100: two EPYC 7742, each 8 channels of DDR4-3200 (AMD data sheet: 204.8 GB/s).
-_A100 = _host(25e9, 2 * 204.8e9)
-#: DGX H100 and H200: two Xeon 8480C, each 8 channels of DDR5-4800 (Intel: 307.2 GB/s).
-_H100 = _host(55e9, 2 * 307.2e9)
-#: DGX B200: two Xeon 8570, each 8 channels of DDR5-5600 (Intel: 358.4 GB/s).
-_B200 = _host(55e9, 2 * 358.4e9)
-#: AMD's reference nodes for MI300X: two EPYC 9004, each 12 channels of DDR5-4800 (AMD data sheet: 460.8 GB/s).
-_MI300X = _host(55e9, 2 * 460.8e9)
+#: DGX A100 (80 GB): two EPYC 7742, each 8 channels of DDR4-3200 (AMD data sheet: 204.8 GB/s), 2 TB.
+_A100 = _host(25e9, 2 * 204.8e9, 2e12)
+#: DGX H100 and H200: two Xeon 8480C, each 8 channels of DDR5-4800 (Intel: 307.2 GB/s), 2 TB.
+_H100 = _host(55e9, 2 * 307.2e9, 2e12)
+#: DGX B200: two Xeon 8570, each 8 channels of DDR5-5600 (Intel: 358.4 GB/s), 2 TB unless extended.
+_B200 = _host(55e9, 2 * 358.4e9, 2e12)
+#: AMD's nodes for MI300X: two EPYC 9004, each 12 channels of DDR5-4800 (AMD data sheet: 460.8 GB/s) of 96 GB.
+_MI300X = _host(55e9, 2 * 460.8e9, 24 * 96e9)
 
 
 def _gpu(

@@ -10,9 +10,11 @@ between that and all that was found without.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from autopar.costmodel.budget import RUNGS, Budget, different, quicker
 from autopar.costmodel.devices import machine
@@ -109,20 +111,25 @@ class HostSearch:
     def order(self, plan: Plan) -> list[str]:
         """Parameters in the order in which they go to the host: late ones first, whose copies are hidden by the most.
 
-        Last those that the link takes longer to begin with than to carry.
+        Last those that the link takes longer to begin with than to carry. No more than the host has room for.
         """
         policy, sizes, host = self.budget.policy, plan.mesh.sizes, self.budget.device.host
         small = 0.0 if host is None else host.link.latency * host.link.bandwidth
+        room = math.inf if host is None else host.memory
         found = []
         for item in self.budget.fold.items.items:
-            if item.kind != "param" or item.name in self.given:
+            if item.kind != "param":
                 continue
             spec = storage_of(plan, item).spec
+            if item.name in self.given:
+                room -= sum(policy.hosted(item, spec, sizes).values()) if storage_of(plan, item).state == HOST else 0.0
+                continue
             cut = any(p.kind != "R" and n > 1 for p, n in zip(spec, sizes))
             held = policy.hosted(item, spec, sizes)
             if held["gradients"] and not (cut and not self._apart):
-                found.append((held["gradients"] < small, -item.index, item.name))
-        return [name for *_, name in sorted(found)]
+                found.append((held["gradients"] < small, -item.index, item.name, sum(held.values())))
+        there = accumulate(size for *_, size in sorted(found))
+        return [name for (*_, name, _), size in zip(sorted(found), there) if size <= room]
 
     def measured(self, base: Found, names: Sequence[str]) -> Found:
         """The placement with these parameters on the host, and no others but those `given`, priced and simulated."""

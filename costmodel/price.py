@@ -45,6 +45,11 @@ class Price:
     host: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def host_bytes(self) -> float:
+        """Bytes on the host."""
+        return sum(self.host.values())
+
+    @property
     def step_s(self) -> float:
         """Seconds of one step."""
         return self.compute_s + self.comm_s + self.update_s

@@ -107,6 +107,8 @@ def to_json(device: Device, made_on: Mapping[str, Any] | None = None) -> str:
     del data["inside"], data["beside"]  # what `part` and `shared_by` find for one mesh
     if device.host is None:
         del data["host"]
+    elif math.isinf(device.host.memory):
+        del data["host"]["memory"]
     return json.dumps(data, indent=1) + "\n"
 
 
@@ -214,7 +216,8 @@ def _link(value: Any) -> Link:
 
 
 def _host(value: Any) -> Host:
-    return Host(_link(value["link"]), _above_zero(value["bandwidth"]))
+    memory = _above_zero(value["memory"]) if "memory" in value else math.inf
+    return Host(_link(value["link"]), _above_zero(value["bandwidth"]), memory)
 
 
 def _curve(value: Any) -> Curve:

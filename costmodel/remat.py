@@ -12,6 +12,7 @@ bringing a value to a spec, w of a way to or from the host, and F and B seconds 
     (5)  fixed(t) + sum_v size (a0(t) + (a1(t) - a0(t)) k + (a2(t) - a0(t)) (need - k)) <= limit    at every moment t
     (6)  r[c] + h[c] <= 1
     (7)  e >= sum_c n w h - u F,  f >= sum_c n w h - u (B + sum_c n s r)    what is waited for
+    (8)  sum_c n b h <= host                                          b: bytes that wait there, of each member
     min  sum_c n s r + sum_v n d m + e + f
 
 Moves (views, casts) cost nothing: they are made again from what they read, or kept where that takes less. The moments
@@ -99,7 +100,7 @@ class Remat:
 
     Attributes:
         classes: those of the forward that compute: what may be copied, or wait on the host.
-        hosts: whether anything may wait there. usable: u of (7).
+        hosts: whether anything may wait there. usable: u of (7). room: bytes on the host.
     """
 
     def __init__(self, items: Items, folded: Fold, plan: Plan, specs: Specs, compute: Compute, comm: Comm, tape: Tape):
@@ -107,6 +108,7 @@ class Remat:
         self.compute, self.comm, self.tape = compute, comm, tape
         self.hosts = compute.machine.device.host is not None
         self.usable = USABLE
+        self.room = math.inf
         self.sizes = plan.mesh.sizes
         self.walk = Steps(tape)
         self.totals: list[float] = []
@@ -285,12 +287,16 @@ class Remat:
         row = tuple(c if n > 1 else WHOLE for c, n in zip(self.plan.choice(item.name), self.sizes))
         return self.compute.seconds(item, row)
 
+    def waiting(self, cls: int) -> list[float]:
+        """Bytes of each tensor that a member of a class makes for the backward: what would wait on the host."""
+        mine = [m[0] for v, m in self.members.items() if v.tensor.item == cls and v.spec == self.home(m[0].tensor)]
+        return [self.size(v) for v in mine if self.lives[v].last >= 0]
+
     def sent(self, cls: int) -> float:
         """Seconds of one way between device and host of what a member of a class makes for the backward."""
         host = self.compute.machine.device.host
         assert host is not None
-        mine = [m[0] for v, m in self.members.items() if v.tensor.item == cls and v.spec == self.home(m[0].tensor)]
-        return sum(host.link.latency + self.size(v) / host.link.bandwidth for v in mine if self.lives[v].last >= 0)
+        return sum(host.link.latency + size / host.link.bandwidth for size in self.waiting(cls))
 
     def halves(self) -> tuple[float, float]:
         """Seconds of computation of forward and backward."""
@@ -387,14 +393,16 @@ class _Program:
         self._moments(remat.spans(copied), remat.likely)
 
     def _hosted(self) -> None:
-        """(6) and (7)."""
+        """(6), (7) and (8)."""
         remat, row = self.remat, self.linear.row
         ways: dict[int, float] = {}
+        bytes_: dict[int, float] = {}
         for cls, copy in self.copy.items():
             seconds = remat.sent(cls) * len(remat.fold.members[cls]) * self.scale
             if seconds:
                 away = self.away[cls] = self.linear.column(TIE * seconds, binary=True)
                 ways[away] = seconds
+                bytes_[away] = sum(remat.waiting(cls)) * len(remat.fold.members[cls])
                 row({copy: 1.0, away: 1.0}, -math.inf, 1.0)
         forward, backward = (remat.usable * seconds * self.scale for seconds in remat.halves())
         again = {
@@ -404,6 +412,8 @@ class _Program:
         for hidden, terms in ((forward, ways), (backward, {**ways, **again})):
             exposed = self.linear.column(1.0, high=math.inf)
             row({**terms, exposed: -1.0}, -math.inf, hidden)
+        if sum(bytes_.values()) > remat.room:
+            row({column: size / max(remat.room, 1.0) for column, size in bytes_.items()}, -math.inf, 1.0)
 
     def _needs(self) -> None:
         """(1) and (2)."""

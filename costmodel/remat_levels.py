@@ -28,6 +28,9 @@ from autopar.recompute import OFFLOADED, RECOMPUTE
 
 #: Parts of what can be let go of that a level keeps; and of levels between.
 PARTS, BETWEEN = (0.7, 0.4, 0.0), (0.9, 0.8, 0.55, 0.25, 0.12)
+#: Whole micro-batches on the host of one rank, at most: it has as many in flight as there are stages, or about twice as
+#: many, each of its own stage's layers.
+_FLIGHTS = 2
 #: Prices of a byte where two answers take as long, in shares of all seconds.
 TIE = 1e-4
 
@@ -56,7 +59,8 @@ def levels(
         out += _falling(remat, chosen)
     if away and remat.hosts:
         sent = frozenset(c for c in remat.classes if remat.sent(c))
-        out += _falling(remat, [c for part in parts if (c := _least(remat, allowed, part, sent)).away])
+        found = [c for part in parts if (c := _least(remat, allowed, part, sent)).away]
+        out += _falling(remat, [c for c in found if _FLIGHTS * _hosted(remat, c) <= search.room])
     return out
 
 
@@ -70,6 +74,11 @@ def _falling(remat: Remat, chosen: Iterable[Chosen]) -> list[dict[str, str]]:
             before = size
             out.append(starred({i.name: _said(one, remat.fold.of[i.index]) for i in remat.forward}))
     return out
+
+
+def _hosted(remat: Remat, chosen: Chosen) -> float:
+    """Bytes of a micro-batch on the host."""
+    return sum(sum(remat.waiting(c)) * len(remat.fold.members[c]) for c in chosen.away)
 
 
 def _said(chosen: Chosen, cls: int) -> str | None:

@@ -27,7 +27,7 @@ from autopar.costmodel.price import Price, priced
 from autopar.costmodel.remat import USABLE, Chosen, Remat
 from autopar.costmodel.simulate import Timeline, run
 from autopar.costmodel.tape import record
-from autopar.graph import Program
+from autopar.graph import Program, pattern
 from autopar.offload import COPIES
 from autopar.pipeline.regions import nbytes, regions_of
 from autopar.plan import Plan
@@ -61,6 +61,7 @@ class Kept:
     simulated: Callable[[], Timeline]
     chosen: Chosen
     copies: int = COPIES
+    room: float = math.inf  # bytes on the host
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -69,8 +70,8 @@ class Kept:
 
     @property
     def peak(self) -> float:
-        """Bytes per rank."""
-        return self.price.peak_bytes
+        """Bytes per rank; of what the host has no room for, no device is enough."""
+        return self.price.peak_bytes if self.price.host_bytes <= self.room else math.inf
 
 
 class Rematerialiser:
@@ -96,9 +97,12 @@ class Rematerialiser:
         tape = record(self.items, plan, specs, self.where.device.gloo, self.where.device.weights_from)
         self.remat = Remat(self.items, self.fold, plan, specs, compute, comm, tape)
         self.hosts = offload and self.remat.hosts
+        self.room = math.inf if self.where.device.host is None else self.where.device.host.memory
         self.narrow = self._narrow()
+        self.handed = self._handed()
         self.remat.narrow(self.narrow)
         self.base = self.measured(Chosen())
+        self.remat.room = max(0.0, self.room - self.base.price.host_bytes)  # beside what lies there anyway
 
     def within(self, limit: float) -> Kept | None:
         """The quickest that was found of those whose peak is at most `limit`; None if none was."""
@@ -111,7 +115,7 @@ class Rematerialiser:
         best = min((kept for kept in self.seen.values() if kept.peak <= limit), key=_seconds, default=None)
         starts = [best or self._first_by_hand(limit)]
         # The program sees no further than its moments: what is done by hand is a start, too.
-        starts += [] if self._late() else [k for k in self._tried(self.narrow) if k.peak <= limit]
+        starts += [] if self._late() else [k for k in self._tried(self.handed) if k.peak <= limit]
         found = [self._improved(start, limit) for start in dict.fromkeys(starts) if start is not None]
         return min(found, key=_seconds, default=None)
 
@@ -208,7 +212,7 @@ class Rematerialiser:
 
     def by_hand(self) -> Kept:
         """What layers hand on is kept, or waits on the host; all else is computed again, or waits there."""
-        return min(self._tried(self.narrow), key=lambda kept: kept.peak)
+        return min(self._tried(self.handed), key=lambda kept: kept.peak)
 
     def _tried(self, handed: frozenset[int]) -> Iterator[Kept]:
         every = frozenset(self.remat.classes)
@@ -218,17 +222,21 @@ class Rematerialiser:
         return (self.measured(chosen, 1) for chosen in tried)
 
     def _by_hand(self) -> Iterator[Kept]:
-        """What is done by hand: all of a layer but what it hands on, or but one of that."""
-        yield from self._tried(self.narrow)
-        for one in sorted(self.narrow)[:TRIALS]:
+        """What is done by hand: all of a layer but what it hands on, or but one of that, in all layers or in some."""
+        yield from self._tried(self.handed)
+        stars = {z: pattern(self.fold.first(z).name) for z in self.handed}
+        alone = frozenset(z for z, star in stars.items() if "*" not in star)  # of no layer
+        layers = dict.fromkeys(star for z, star in sorted(stars.items()) if z not in alone)
+        groups = [alone.union(z for z in stars if stars[z] == star) for star in layers]
+        for handed in [*groups, *(frozenset({one}) for one in sorted(self.narrow))][:TRIALS]:
             if self._spent():
                 break
-            yield from self._tried(frozenset({one}))
+            yield from self._tried(handed)
 
     def _first_by_hand(self, limit: float) -> Kept | None:
         """The quickest of what is done by hand that fits; if it is late already, the first of what is done mostly."""
         best: Kept | None = None
-        for kept in self._tried(self.narrow) if self._late() else self._by_hand():
+        for kept in self._tried(self.handed) if self._late() else self._by_hand():
             if kept.peak <= limit and (best is None or _seconds(kept) < _seconds(best)):
                 best = kept
             if best is not None and self._late():
@@ -271,6 +279,11 @@ class Rematerialiser:
         versions = (v for t in tensors for v in remat.roots(t, remat.home(t)))
         return frozenset(self.fold.of[v.tensor.item] for v in versions)
 
+    def _handed(self) -> frozenset[int]:
+        """These in all layers alike: the last one, behind which there is no gap of their kind, hands on to the head."""
+        stars = {pattern(self.fold.first(z).name) for z in self.narrow}
+        return frozenset(self.fold.of[i.index] for i in self.remat.forward if pattern(i.name) in stars)
+
     def measured(self, chosen: Chosen, copies: int = COPIES) -> Kept:
         """The plan that does not keep this, with so many copies to and from the host under way."""
         copies = copies if chosen.away else COPIES
@@ -280,7 +293,7 @@ class Rematerialiser:
             specs, compute = plan_specs(items, made), Compute(items, self.where)
             simulated = partial(run, items, made, specs, compute, self.policy)
             cost = priced(items, made, specs, compute, self.policy)
-            self.seen[chosen, copies] = Kept(made, cost, simulated, chosen, copies)
+            self.seen[chosen, copies] = Kept(made, cost, simulated, chosen, copies, self.room)
         if self.visited is not None:
             self.visited[chosen, copies] = self.seen[chosen, copies]
         return self.seen[chosen, copies]

@@ -232,9 +232,11 @@ class _Recorder:
                     ins[i] = Buffer(x.size, (x,), free=True)
                     events.append(Event((x,), (ins[i],)))
         apart = target is aten.mm.default and ins[0].strided and self._by_onednn(item)
+        given: tuple[Buffer, ...] = ()
         if apart:
-            ins[0] = Buffer(ins[0].size, (ins[0],))
-            events.append(Event(ins[0].ins, (ins[0],)))
+            given = (ins[0],)  # by the caller, until the product is there
+            ins[0] = Buffer(ins[0].size, given)
+            events.append(Event(given, (ins[0],)))
         view = target in VIEWS or (target in MAYBE and bool(ins) and not ins[0].strided)
         vals = item.node.meta["val"]
         vals = vals if isinstance(vals, (tuple, list)) else (vals,)
@@ -258,7 +260,7 @@ class _Recorder:
             if free and ins and all(x in self.stored for x in ins):
                 self.stored.add(out)
         cuts, down, up = bool(ins) and target in _CUTS, target is OFFLOAD, target is FETCH
-        events.append(Event(tuple(ins), tuple(outs), down=down, up=up, over=target in _OVER, cuts=cuts))
+        events.append(Event((*ins, *given), tuple(outs), down=down, up=up, over=target in _OVER, cuts=cuts))
 
     def _by_onednn(self, item: Item) -> bool:
         """Whether a gradient of a weight is (as `passes/products.py`): of a copy of its operand, and not in place."""

@@ -11,7 +11,7 @@ import torch
 
 from autopar.costmodel import profile
 from autopar.costmodel.curve import Curve, curve
-from autopar.costmodel.devices import DEVICES, Crowd, Device, Link, Measured, machine
+from autopar.costmodel.devices import DEVICES, Crowd, Device, Host, Link, Measured, machine
 from autopar.errors import ProfileError
 from autopar.mesh import Mesh
 from autopar.options import ask, detect_device
@@ -59,7 +59,10 @@ def test_bad_curves(points):
         Curve(points)
 
 
-@pytest.mark.parametrize("device", [*DEVICES.values(), MEASURED], ids=lambda d: d.name)
+ROOMY = replace(MEASURED, name="roomy host", host=Host(Link(1e9, 1e-5), 1e10))
+
+
+@pytest.mark.parametrize("device", [*DEVICES.values(), MEASURED, ROOMY], ids=lambda d: d.name)
 def test_json_round_trip(device):
     again, made = profile.from_json(profile.to_json(device, {"cores": 2}))
     assert again == device and made == {"cores": 2}

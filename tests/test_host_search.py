@@ -77,6 +77,22 @@ def test_what_cannot_be_had_otherwise_is_had_on_the_host():
     assert plan.on_host == tuple(list(plan.storage)[-len(plan.on_host) :])
 
 
+def test_no_more_lies_on_the_host_than_it_has_room_for():
+    size, h100 = parts(64), DEVICES["h100"]
+    limit = round(size["parameters"] + size["gradients"] + 0.3 * size["optimizer"])
+    options: dict[str, Any] = {"memory_limit": limit, "host_state": True, **ALONE}
+    wide = planner.plan(program(64), ONE, device=h100, **options)
+    held = sum(wide.predicted["host"].values())
+    assert h100.host is not None
+    enough, scarce = (replace(h100, host=replace(h100.host, memory=part * held)) for part in (1.0, 0.9))
+    assert planner.plan(program(64), ONE, device=enough, **options).on_host == wide.on_host
+    with pytest.raises(InfeasibleError) as caught:
+        planner.plan(program(64), ONE, device=scarce, **options)
+    least = caught.value.least
+    plan = planner.plan(program(64), ONE, device=scarce, **{**options, "memory_limit": least})
+    assert plan.predicted["peak_bytes"] <= least and sum(plan.predicted["host"].values()) <= 0.9 * held
+
+
 def test_the_least_that_is_told_is_enough():
     with pytest.raises(InfeasibleError) as caught:
         planner.plan(program(64), ONE, device="h100", memory_limit=1, host_state=True, offload=False)

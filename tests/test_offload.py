@@ -18,7 +18,7 @@ from autopar.costmodel.devices import DEVICES
 from autopar.costmodel.explain import Bench
 from autopar.costmodel.rules import rule_for
 from autopar.costmodel.simulate import simulate
-from autopar.errors import PlanError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.graph import BACKWARD, FORWARD, MOVES, Program, is_op
 from autopar.mesh import Mesh
 from autopar.passes.insert import insert_collectives
@@ -222,6 +222,23 @@ def test_it_is_chosen_where_it_is_quicker(large, part):
     assert both.predicted["step_s"] < 0.99 * again.predicted["step_s"]
     alone = wide(large, memory_limit=limit, recompute=False)
     assert set(alone.saved.values()) <= {"offload", "keep"} and alone.predicted["peak_bytes"] <= limit
+
+
+def test_no_more_waits_than_the_host_has_room_for():
+    program = traced("llama")[0]
+    h100, one = DEVICES["h100"], Mesh.parse("dp=1")
+    free = planner.plan(program, one, device=h100)
+    options: dict[str, Any] = {"memory_limit": round(0.88 * free.predicted["peak_bytes"])}
+    wide_ = planner.plan(program, one, device=h100, recompute=False, **options)
+    size = sum(wide_.predicted["host"].values())
+    for part in (0.5, 0.2):
+        assert h100.host is not None
+        device = replace(h100, host=replace(h100.host, memory=part * size))
+        plan = planner.plan(program, one, device=device, **options)
+        assert sum(plan.predicted.get("host", {}).values()) <= part * size
+        assert plan.predicted["peak_bytes"] <= options["memory_limit"] and "recompute" in plan.saved.values()
+    with pytest.raises(InfeasibleError):
+        planner.plan(program, one, device=device, recompute=False, **options)
 
 
 def test_a_cpu_has_no_host():
