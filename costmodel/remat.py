@@ -29,9 +29,7 @@ order, so that a copy has one place, and the program does not grow with the squa
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -43,6 +41,7 @@ from autopar.costmodel.legal import Specs
 from autopar.costmodel.liveness import Steps
 from autopar.costmodel.model import Linear, Terms
 from autopar.costmodel.ops import Compute
+from autopar.costmodel.remat_terms import Chosen, Life, Spans, Version
 from autopar.costmodel.tape import MAYBE, Buffer, Event, Tape
 from autopar.graph import BACKWARD, FORWARD, MOVES, VIEWS
 from autopar.plan import Plan
@@ -60,39 +59,6 @@ ENDS = (0.0, 0.5, 1.0)
 #: Part of the computation of a half of the step that ways to and from the host can hide behind, until a simulation has
 #: shown it: they begin late, end early, and come in bursts.
 USABLE, LEAST_USABLE = 0.8, 0.3
-
-
-class Chosen(NamedTuple):
-    """Classes of ops: those of which the backward has copies, and those whose results wait on the host."""
-
-    again: frozenset[int] = frozenset()
-    away: frozenset[int] = frozenset()
-
-
-class Version(NamedTuple):
-    """A tensor in a spec."""
-
-    tensor: Tensor
-    spec: Spec
-
-
-#: First and last moment of the backward at which a version is read.
-Spans = Mapping[Version, tuple[float, float]]
-
-
-@dataclass
-class _Life:
-    """When a version is alive, in moments of a step that keeps everything.
-
-    made: where. read: its last reader in the forward. first, last: readers in the backward. by: ops of the forward
-    that read it.
-    """
-
-    made: int
-    read: int = -1
-    first: float = math.inf
-    last: float = -1.0
-    by: list[int] = field(default_factory=list)
 
 
 class Remat:
@@ -234,12 +200,12 @@ class Remat:
             found += self.roots(tensor, spec)
         return found
 
-    def _lives(self) -> dict[Version, _Life]:
-        lives: dict[Version, _Life] = {}
+    def _lives(self) -> dict[Version, Life]:
+        lives: dict[Version, Life] = {}
 
-        def of(version: Version) -> _Life:
+        def of(version: Version) -> Life:
             if version not in lives:
-                lives[version] = _Life(self.at.get(version.tensor.item, 0))
+                lives[version] = Life(self.at.get(version.tensor.item, 0))
             return lives[version]
 
         for item in self.forward:

@@ -87,6 +87,7 @@ def test_hugging_face_models_are_traced_once_a_layer(monkeypatch, made):
     assert compared(monkeypatch, made().train(), {"input_ids": ids, "labels": ids})
 
 
+@pytest.mark.slow
 def test_with_the_batch_as_a_symbol(monkeypatch):
     ids = torch.zeros(4, 6, dtype=torch.long)
     model = LlamaForCausalLM(LlamaConfig(**GROUPED)).train()

@@ -231,12 +231,11 @@ def test_no_more_waits_than_the_host_has_room_for():
     options: dict[str, Any] = {"memory_limit": round(0.88 * free.predicted["peak_bytes"])}
     wide_ = planner.plan(program, one, device=h100, recompute=False, **options)
     size = sum(wide_.predicted["host"].values())
-    for part in (0.5, 0.2):
-        assert h100.host is not None
-        device = replace(h100, host=replace(h100.host, memory=part * size))
-        plan = planner.plan(program, one, device=device, **options)
-        assert sum(plan.predicted.get("host", {}).values()) <= part * size
-        assert plan.predicted["peak_bytes"] <= options["memory_limit"] and "recompute" in plan.saved.values()
+    assert h100.host is not None
+    device = replace(h100, host=replace(h100.host, memory=size / 3))
+    plan = planner.plan(program, one, device=device, **options)
+    assert sum(plan.predicted.get("host", {}).values()) <= size / 3
+    assert plan.predicted["peak_bytes"] <= options["memory_limit"] and "recompute" in plan.saved.values()
     with pytest.raises(InfeasibleError):
         planner.plan(program, one, device=device, recompute=False, **options)
 

@@ -223,6 +223,7 @@ def _local(sizes: list[int]) -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
+@pytest.mark.slow
 def test_local_batches_of_changing_size_with_evaluations_between():
     with Ranks(2, timeout=300) as ranks:
         for got, want in ranks.run(_local, [4, 2, 3, 1, 4]):
