@@ -439,8 +439,9 @@ def _batch_norm_gradients(
     if not train:
         assert running_mean is not None and running_var is not None, "batch norm in eval mode has running statistics"
         mean, var = _wide(running_mean), _wide(running_var)
-        of_x, *others = _given_statistics(g, wide, weight, mean, var, torch.rsqrt(var + eps), eps, output_mask)
-        return None if of_x is None else of_x.to(x.dtype), *others
+        rstd = torch.rsqrt(var + eps)
+        of_x, of_weight, of_bias = _given_statistics(g, wide, weight, mean, var, rstd, eps, output_mask)
+        return None if of_x is None else of_x.to(x.dtype), of_weight, of_bias
     assert mean is not None and rstd is not None, "batch norm in training mode saves its statistics"
     count = _count(x, [d for d in range(x.dim()) if d != 1])
     var = rstd**-2  # as the kernels take it, without eps

@@ -122,9 +122,9 @@ def _least(
     if away:
         ways = {away[c]: remat.sent(c) * len(remat.fold.members[c]) * scale for c in away}
         more = {copy[c]: -remat.usable * seconds[c] * scale for c in copy}
-        for half, terms in zip(remat.halves(), (ways, {**ways, **more})):
+        for half, busy in zip(remat.halves(), (ways, {**ways, **more})):
             waited = linear.column(1.0, high=math.inf)
-            linear.row({**terms, waited: -1.0}, -math.inf, remat.usable * half * scale)
+            linear.row({**busy, waited: -1.0}, -math.inf, remat.usable * half * scale)
     free = {c: linear.column() for c in remat.reads if c not in seconds}
     need = {v: linear.column() for v in remat.members}
     sizes = {v: remat.size(m[0]) * len(m) for v, m in remat.members.items()}

@@ -178,7 +178,8 @@ def group_norm_backward(call: Call) -> str:
 def batch_norm(call: Call) -> str:
     """_native_batch_norm_legit_no_training: of given statistics, so that every element is by itself."""
     x = names(len(call.ins[0]))
-    return text([x, *[[x[1]]] * (len(call.ins) - 1)], [x, *[whole(s, f"e{i}") for i, s in enumerate(call.outs[1:])]])
+    rest = [None if s is None else whole(s, f"e{i}") for i, s in enumerate(call.outs[1:])]
+    return text([x, *[[x[1]]] * (len(call.ins) - 1)], [x, *rest])
 
 
 def batch_norm_backward(call: Call) -> str:

@@ -79,11 +79,14 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     difference, scale = node.args
     if not isinstance(scale, fx.Node) or scale.target not in _FLAT or not _called(difference, aten.sub.Tensor):
         return
+    grad: Any
+    correction: Any
     grad, correction = difference.args
     norm = _picked(correction, aten._native_batch_norm_legit_no_training.default, 0)
     if norm is None:
         return
-    x, grad_weight, grad_bias, mean, var, _, eps = norm.args
+    of_norm: tuple[Any, ...] = norm.args
+    x, grad_weight, grad_bias, mean, var, _, eps = of_norm
     kernel = aten.native_batch_norm_backward.default
     sums = _picked(grad_weight, kernel, 1)
     if sums is None or _picked(grad_bias, kernel, 2) is not sums or not _called(var, aten.pow.Tensor_Scalar):
@@ -92,7 +95,8 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     mine = _called(scale.args[0], aten.mul.Tensor) and scale.args[0].args in ((rstd, weight), (weight, rstd))
     count = edit.nbytes(x) // edit.nbytes(mean)  # of one dtype
     given = sums.args[:2] == (grad, x) and sums.args[3:8] == (mean, var, mean, rstd, False)
-    whole = var.args[1] == -2 and eps == sums.args[8] == 0 and abs(difference.kwargs.get("alpha", 1) * count - 1) < 1e-9
+    part: Any = difference.kwargs.get("alpha", 1)
+    whole = var.args[1] == -2 and eps == sums.args[8] == 0 and abs(part * count - 1) < 1e-9
     if not (mine and given and whole):
         return
     with graph.inserting_before(sums):
@@ -101,10 +105,10 @@ def _batch_norm(graph: fx.Graph, node: fx.Node) -> None:
         like = (node, grad_weight, grad_bias)
         fused.meta["val"] = tuple(n.meta["val"] for n in like)
         parts = [graph.call_function(operator.getitem, (fused, i)) for i in range(3)]
-    for part, old in zip(parts, like):
-        edit.inherit(part, old)
-        part.meta["val"] = old.meta["val"]
-        old.replace_all_uses_with(part)
+    for new, old in zip(parts, like):
+        edit.inherit(new, old)
+        new.meta["val"] = old.meta["val"]
+        old.replace_all_uses_with(new)
 
 
 def _called(node: Any, target: Any) -> TypeGuard[fx.Node]:
