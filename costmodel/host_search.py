@@ -59,15 +59,11 @@ class HostSearch:
             return found
         # Those that come off best alone are tried together with recomputation.
         tried.sort(key=lambda pair: (pair[0] if pair[1] is None else pair[1]).timeline.step_s)
-        asked = False
-        for base, alone in tried[:2]:
-            for some in self._together(base, alone):
-                if found is None:  # one is looked at however late it is
-                    asked, hopeless = True, asked and self._late()
-                else:
-                    hopeless = self._late() or not quicker(some, found)
-                if hopeless:
-                    continue
+        together = (some for base, alone in tried[:2] for some in self._together(base, alone))
+        for number, some in enumerate(together):
+            if self._late() and (number or found is not None):
+                break  # where nothing fits yet, one is looked at however late it is
+            if found is None or quicker(some, found):
                 kept = budget.keeping(some)
                 if kept is not None and (found is None or quicker(kept, found)):
                     found = kept

@@ -130,7 +130,8 @@ class Steps:
             if buffer.kind == "transient":
                 buffer.kind = "activations"
         held = {b for b in saved | outputs if not b.held}
-        best = _walk(self.forward, (), held, look)
+        written = {b.base for b in self.tape.written if not b.base.held}
+        best = _walk(self.forward, (), held | written, look)
         if self.tape.backward:
             late = _walk(self.backward, held, grads | {b for b in outputs if not b.held}, look)
             best = max(best, late, key=lambda m: sum(m.values()))
@@ -142,7 +143,7 @@ class Steps:
         """Of a stage of a pipeline: bytes that a micro-batch keeps between forward and backward, and at most while its
         forward and its backward run, with what is kept. What was given to it is not counted."""
         saved = {b.base for b in self.saved}
-        outputs = {b.base for b in self.tape.outputs if not b.base.held}
+        outputs = {b.base for b in (*self.tape.outputs, *self.tape.written) if not b.base.held}
         early = _walk(self.forward, (), saved | outputs)
         ends = {b.base for b in (*self.tape.grads, *self.tape.sent_back) if not b.base.held}
         late = _walk(self.backward, saved, ends)

@@ -152,26 +152,27 @@ class _Pieces:
     def _seconds(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """Seconds by address, with what the op waits for; and of what only outputs read: per micro-batch, per step.
 
-        Gathers may overlap with computation: so that all adds up to the simulated step, all is scaled alike.
+        Of what runs beside computation only a part is waited for: the one by which all adds up to the simulated step.
         """
         addresses = {i.name for i in self.items.items if i.kind == "op"}
+        alone = sum(task.seconds for task in self.tasks.all if task.stream < 0)
+        beside = sum(task.seconds for task in self.tasks.all if task.stream >= 0)
+        simulated = self.timeline.step_s - self.timeline.update_s
+        part = min(1.0, max(0.0, simulated - alone) / beside) if beside else 0.0
         seconds: dict[str, float] = {}
         late: dict[str, tuple[float, float]] = {}
         waiting: list[tuple[str, str, float]] = []
-        total = 0.0
         for task in self.tasks.all:
             if task.stream < 0 and task.name in addresses:
                 seconds[task.name] = seconds.get(task.name, 0.0) + task.seconds + sum(s for *_, s in waiting)
                 waiting.clear()
             else:
-                waiting.append((task.kind, task.name.split(" ", 1)[-1], task.seconds))
-            total += task.seconds
+                value = task.seconds if task.stream < 0 else part * task.seconds
+                waiting.append((task.kind, task.name.split(" ", 1)[-1], value))
         for kind, name, value in waiting:  # gradients on their way home
             each, once = late.get(name, (0.0, 0.0))
             late[name] = (each, once + value) if kind == "all_reduce" else (each + value, once)
-        simulated = self.timeline.step_s - self.timeline.update_s
-        scale = min(1.0, simulated / total) if total else 1.0
-        return {k: v * scale for k, v in seconds.items()}, late
+        return seconds, late
 
     # ---- pieces ------------------------------------------------------------------------------------------------
 

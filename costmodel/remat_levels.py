@@ -2,7 +2,7 @@
 
 A stage holds what it keeps of a micro-batch for all that are in flight, and what its backward computes again, or has
 back from the host, for the one that it works on. So a level is judged by what is kept between forward and backward, not
-by a peak: with the columns of `costmodel.remat`, of which those of (5) at one moment only, when the backward begins,
+by a peak: with the columns of `costmodel.remat_program`, and (5) at one moment only, when the backward begins,
 
     min  sum_c n s r + sum_v n d m + e + f      such that  sum_v n size k <= part of what is kept anyway,
 
@@ -19,8 +19,8 @@ from autopar.costmodel.copies import starred
 from autopar.costmodel.devices import Device
 from autopar.costmodel.ilp import solve_linear
 from autopar.costmodel.memory import Policy
-from autopar.costmodel.model import Linear, Terms
-from autopar.costmodel.remat import GAP, SECONDS, Chosen, Remat, Version
+from autopar.costmodel.remat import Chosen, Remat, Version
+from autopar.costmodel.remat_program import GAP, SECONDS, Columns
 from autopar.costmodel.remat_search import Rematerialiser
 from autopar.graph import Program
 from autopar.plan import Plan
@@ -31,8 +31,8 @@ PARTS, BETWEEN = (0.7, 0.4, 0.0), (0.9, 0.8, 0.55, 0.25, 0.12)
 #: Whole micro-batches on the host of one rank, at most: it has as many in flight as there are stages, or about twice as
 #: many, each of its own stage's layers.
 _FLIGHTS = 2
-#: Prices of a byte where two answers take as long, in shares of all seconds.
-TIE = 1e-4
+#: What keeping everything costs where two answers take as long; seconds of all ops are 1000.
+TIE = 0.1
 
 
 def levels(
@@ -52,33 +52,30 @@ def levels(
     allowed = frozenset(remat.classes) - search.narrow if again else frozenset()
     out: list[dict[str, str]] = []
     if again:
-        chosen = [_least(remat, allowed, part) for part in parts]
+        chosen = [_least(remat, allowed, part, False) for part in parts]
         layer = [Chosen(frozenset(remat.classes) - {z}) for z in search.narrow]  # by hand: it keeps one of what it gets
         if layer:
             chosen.append(min(layer, key=lambda c: (kept(remat, c), sorted(c.again))))
         out += _falling(remat, chosen)
     if away and remat.hosts:
-        sent = frozenset(c for c in remat.classes if remat.sent(c))
-        found = [c for part in parts if (c := _least(remat, allowed, part, sent)).away]
-        out += _falling(remat, [c for c in found if _FLIGHTS * _hosted(remat, c) <= search.room])
+        remat.room /= _FLIGHTS
+        hosted = [_least(remat, allowed, part, True) for part in parts]
+        out += _falling(remat, [c for c in hosted if c and c.away])
     return out
 
 
-def _falling(remat: Remat, chosen: Iterable[Chosen]) -> list[dict[str, str]]:
+def _falling(remat: Remat, chosen: Iterable[Chosen | None]) -> list[dict[str, str]]:
     """What plans say of these, as far as each keeps less than all before it."""
     out: list[dict[str, str]] = []
     before = kept(remat, Chosen())
     for one in chosen:
+        if one is None:
+            continue
         size = kept(remat, one)
         if size < before * (1 - GAP):
             before = size
             out.append(starred({i.name: _said(one, remat.fold.of[i.index]) for i in remat.forward}))
     return out
-
-
-def _hosted(remat: Remat, chosen: Chosen) -> float:
-    """Bytes of a micro-batch on the host."""
-    return sum(sum(remat.waiting(c)) * len(remat.fold.members[c]) for c in chosen.away)
 
 
 def _said(chosen: Chosen, cls: int) -> str | None:
@@ -104,58 +101,19 @@ def kept(remat: Remat, chosen: Chosen) -> float:
     return size
 
 
-def _least(
-    remat: Remat, allowed: Collection[int], part: float, sent: Collection[int] = frozenset()
-) -> Chosen:  # fmt: skip
-    """What takes least seconds of all that keep no more than the part of what they can let go of.
+def _least(remat: Remat, allowed: Collection[int], part: float, hosts: bool) -> Chosen | None:
+    """What takes least seconds of all that keep no more than the part of what they can let go of; None if nothing does.
 
-    allowed: classes that may be computed again. sent: those that may wait on the host.
+    allowed: classes that may be computed again. hosts: whether anything may wait there.
     """
-    most, least = kept(remat, Chosen()), kept(remat, Chosen(frozenset(allowed), frozenset(sent) - frozenset(allowed)))
-    linear = Linear()
-    seconds = {c: remat.seconds(c) * len(remat.fold.members[c]) for c in remat.classes}
-    scale = 1e3 / max(sum(seconds.values()), 1e-12)
-    copy = {c: linear.column(seconds[c] * scale, binary=True) for c in sorted(allowed)}
-    away = {c: linear.column(TIE * remat.sent(c) * scale, binary=True) for c in sorted(sent)}
-    for c in away.keys() & copy.keys():
-        linear.row({copy[c]: 1.0, away[c]: 1.0}, -math.inf, 1.0)
-    if away:
-        ways = {away[c]: remat.sent(c) * len(remat.fold.members[c]) * scale for c in away}
-        more = {copy[c]: -remat.usable * seconds[c] * scale for c in copy}
-        for half, busy in zip(remat.halves(), (ways, {**ways, **more})):
-            waited = linear.column(1.0, high=math.inf)
-            linear.row({**busy, waited: -1.0}, -math.inf, remat.usable * half * scale)
-    free = {c: linear.column() for c in remat.reads if c not in seconds}
-    need = {v: linear.column() for v in remat.members}
-    sizes = {v: remat.size(m[0]) * len(m) for v, m in remat.members.items()}
-    keep = {v: linear.column(1e3 * TIE * size / max(most, 1.0)) for v, size in sizes.items()}
-    for version, members in remat.members.items():
-        if any(remat.lives[m].last >= 0 for m in members):
-            linear.row({need[version]: 1.0}, 1.0, 1.0)
-    for cls, reads in remat.reads.items():
-        again = copy.get(cls, free.get(cls))
-        for version in reads if again is not None else ():
-            assert again is not None
-            linear.row({need[version]: 1.0, again: -1.0}, 0.0, math.inf)
-    for version, members in remat.members.items():
-        sources = {columns[c] for columns in (copy, away) for c in remat.sources(members[0].tensor) if c in columns}
-        own = free.get(version.tensor.item)
-        terms: Terms = {keep[version]: 1.0, need[version]: -1.0, **dict.fromkeys(sources, 1.0)}
-        if own is not None:
-            terms[own] = 1.0
-        linear.row(terms, 0.0, math.inf)
-        each = remat.moved(members[0])
-        if each is not None:
-            moved = linear.column(each * len(members) * scale)
-            for source in sources:
-                linear.row({moved: 1.0, need[version]: -1.0, source: -1.0}, -1.0, math.inf)
+    sent = frozenset(c for c in remat.classes if hosts and c not in allowed and remat.sent(c))
+    most, least = kept(remat, Chosen()), kept(remat, Chosen(frozenset(allowed), sent))
+    program = Columns(remat, allowed, hosts, TIE / max(most, 1.0))
     limit = least + part * (most - least)
-    row = {keep[v]: size / max(most, 1.0) for v, size in sizes.items()}
-    linear.row(row, -math.inf, limit / max(most, 1.0) * (1 + GAP))
-    values = solve_linear(linear, SECONDS, GAP)
-    if values is None:
-        return Chosen(frozenset(allowed), frozenset(sent) - frozenset(allowed))
-    return Chosen(*(frozenset(c for c, column in cols.items() if values[column] > 0.5) for cols in (copy, away)))
+    row = {program.keep[v]: size / max(most, 1.0) for v, size in program.sizes.items()}
+    program.linear.row(row, -math.inf, limit / max(most, 1.0) * (1 + GAP))
+    values = solve_linear(program.linear, SECONDS, GAP)
+    return None if values is None else program.chosen(values)
 
 
 __all__ = ["BETWEEN", "PARTS", "kept", "levels"]

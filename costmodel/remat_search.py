@@ -1,7 +1,7 @@
 """A plan that keeps less: what the backward does again and what waits on the host, so that the peak is within a limit.
 
-`costmodel.remat` is solved, its answer made into a program, and that program's peak and step taken as those of any
-other. What the answer missed by is taken off the limit, and where its copies run is told to the next solve.
+`costmodel.remat_program` is solved, its answer made into a program, and that program's peak and step taken as those of
+any other. What the answer missed by is taken off the limit, and where its copies run is told to the next solve.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from autopar.costmodel.ops import Compute
 from autopar.costmodel.pieces import candidates
 from autopar.costmodel.price import Price, priced
 from autopar.costmodel.remat import USABLE, Chosen, Remat
+from autopar.costmodel.remat_program import solve
 from autopar.costmodel.simulate import Timeline, run
 from autopar.costmodel.tape import record
 from autopar.graph import Program, pattern
@@ -179,8 +180,8 @@ class Rematerialiser:
     def _answer(self, limit: float | None, copied: Collection[int], hosts: bool) -> tuple[Chosen, float]:
         """What not to keep for a limit, and the peak that the program tells; if none meets it, what comes nearest."""
         part, rest = self._room()
-        found = None if limit is None else self.remat.solve(limit / part - rest, copied, self.recompute, hosts)
-        found = found or self.remat.solve(None, copied, self.recompute, hosts)
+        found = None if limit is None else solve(self.remat, limit / part - rest, copied, self.recompute, hosts)
+        found = found or solve(self.remat, None, copied, self.recompute, hosts)
         assert found is not None  # without a limit there is always one
         return found[0], (found[1] + rest) * part
 

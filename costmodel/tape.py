@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from autopar.buffers import read_besides
 from autopar.compression import BF16
 from autopar.costmodel.items import Item, Items, Meta, Tensor
 from autopar.costmodel.legal import Specs, storage_of
@@ -133,6 +134,8 @@ class Tape:
         copies: as of the plan.
         owner: the number of the op for which an event is there.
         made: what holds a tensor where it is made. brought: and where it has been brought, by spec and phase.
+        outputs: what the forward hands out, and, for as long, new values of buffers whose old ones are kept. written:
+            other new values of buffers, which are let go of when they have been written there.
         sent_back: of a stage of a pipeline: gradients that the stage before waits for.
     """
 
@@ -140,6 +143,7 @@ class Tape:
     backward: list[Event | Travel] = field(default_factory=list)
     placeholders: list[Buffer] = field(default_factory=list)
     outputs: list[Buffer] = field(default_factory=list)
+    written: list[Buffer] = field(default_factory=list)
     sent_back: list[Buffer] = field(default_factory=list)
     grads: list[Buffer] = field(default_factory=list)
     owner: dict[Event | Travel, int] = field(default_factory=dict)
@@ -169,6 +173,7 @@ class _Recorder:
         self.again: set[int] = set()  # parameters that are gathered for each phase
         self.stored: set[Buffer] = set()  # what comes out of placeholders by moves and gathers
         self._bytes: dict[tuple[Meta, Spec], float] = {}
+        self.read = set(read_besides(items.program))
         self.sinks: dict[int, list[Item]] = {}
         for item in items.items:
             if item.kind in ("grad", "output", "buffer_new"):
@@ -274,8 +279,9 @@ class _Recorder:
     def _sink(self, item: Item) -> None:
         tensor, spec = item.ins[0], self.specs.ins[item.index][0]
         if item.kind != "grad":
-            sent = self._bring(tensor, spec, item.phase)
-            (self.tape.sent_back if item.phase == BACKWARD else self.tape.outputs).append(sent)
+            sent, tape = self._bring(tensor, spec, item.phase), self.tape
+            kept = tape.written if item.kind == "buffer_new" and item.name not in self.read else tape.outputs
+            (tape.sent_back if item.phase == BACKWARD else kept).append(sent)
             return
         param = self.items.items[self.items.param[item.name]]
         if storage_of(self.plan, param).reduce == "all_reduce" and not any(p.kind == "P" for p in spec):

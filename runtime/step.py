@@ -27,11 +27,11 @@ from torch import fx
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from autopar.buffers import read_besides
 from autopar.errors import PlanError, RuntimeUseError
 from autopar.graph import Program, Sink
 from autopar.offload import abandon, on_host
 from autopar.plan import Plan
-from autopar.runtime.buffers import read_besides
 from autopar.runtime.groups import Grid
 from autopar.runtime.handshake import answered
 from autopar.runtime.powersgd import PowerSgd, rank_of

@@ -125,6 +125,7 @@ def test_what_the_gate_raises_comes_out_and_no_collective_is_started(kind):
 
 # ---- the step: backward twice --------------------------------------------------------------------------------------
 
+
 class Smoothed(nn.Module):
     """Divides by a running size, which it moves."""
 

@@ -28,8 +28,8 @@ MAX_LINES = 500
 BASE = {
     f"autopar.{m}"
     for m in (
-        "collector", "errors", "units", "moments", "mesh", "spec", "rule", "graph", "plan", "ops", "linear", "reshard",
-        "tree", "recompute", "offload", "compression", "precision", "together", "pipeline",
+        "buffers", "collector", "errors", "units", "moments", "mesh", "spec", "rule", "graph", "plan", "ops", "linear",
+        "reshard", "tree", "recompute", "offload", "compression", "precision", "together", "pipeline",
     )
 }  # fmt: skip
 #: Capture and its parts.
