@@ -116,6 +116,19 @@ def test_verify_proves_a_plan_with_stages(capsys, tmp_path, how):
     assert "equal to one device" in out and "pp=2" in out
 
 
+@pytest.mark.slow
+def test_verify_compares_batch_norms_that_train_with_the_same_micro_batches(capsys, tmp_path):
+    """The plain model's see the whole batch, and move their statistics by it."""
+    path = tmp_path / "plan.json"
+    small = ("embedding_size=16", "hidden_sizes=[16,32,32,32]", "depths=[1,1,1,1]", "layer_type=basic")
+    how = ("--batch", "8", "--mesh", "pp=2", "--micro-batches", "2", "--schedule", "1f1b")
+    assert cli.main(["plan", "hf:resnet", *(x for s in small for x in ("--set", s)), *how, "-o", str(path)]) == 0
+    capsys.readouterr()
+    code, out, err = call(capsys, "verify", path)
+    assert code == 0, out + err
+    assert "batch norms see micro-batches" in out and "equal to one device" in out
+
+
 def test_verify_refuses_what_no_plan_can_prove(capsys, tmp_path):
     path = tmp_path / "plan.json"
     how = ("--mesh", "pp=2", "--schedule", "paci", "--micro-batches", "4")
