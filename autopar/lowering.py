@@ -37,18 +37,23 @@ def lower(
     title = "-".join(map(str, coordinates))
     place = (plan.mesh, coordinates, group_names)
     forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target, plan.copies)
+    alone = forward.meta.get(passes.ALONE, frozenset())
     forward = passes.boxed(forward, gated=True) if eager else forward
     compiler = None if eager else compiled
     if not program.training:
-        return Lowered(program, plan, forward, None, compiler=compiler)
+        return Lowered(program, plan, forward, None, compiler=compiler, alone=(alone, frozenset()))
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target, plan.copies)
+    of_backward = backward.meta.get(passes.ALONE, frozenset())
     hosted = {s.name for s in program.sinks if s.kind == "grad" and plan.stored(s.name).state == HOST}
     if eager:
         names = [s.name for s in program.sinks if s.kind == "grad"]
         backward = passes.boxed(backward, taken={i: name for i, name in enumerate(names) if name in hosted})
     homes = {s.name: spec for s, spec in zip(local.program.sinks, local.sink_specs) if s.kind == "grad" and s.node}
     left = left_of(plan, homes)
-    return Lowered(program, plan, forward, backward, parts.saved_inputs, compiler, left=left, hosted=frozenset(hosted))
+    return Lowered(
+        program, plan, forward, backward, parts.saved_inputs, compiler, left=left, hosted=frozenset(hosted),
+        alone=(alone, of_backward),
+    )  # fmt: skip
 
 
 def quicker(device: str | Device) -> tuple[float | None, float | None]:

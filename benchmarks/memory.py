@@ -6,8 +6,8 @@
 
 One process, one device (the CPU), float32, AdamW. Peaks are of live bytes, counted at the dispatcher, op by op.
 
-* sweep: 12 budgets from the least that is feasible to none: the true peak is within the budget, peak and predicted time
-  are monotone in it, and the predicted peak is within 3 % of the measured one.
+* sweep: `autopar.frontier`, 12 budgets from the least that is feasible to none, each plan run: the true peak is within
+  the budget, peak and predicted time are monotone in it, and the predicted peak is within 3 % of the measured one.
 * peers: `activation_memory_budget` of PyTorch's partitioner (torch.compile, its graphs run op by op as ours are) at
   several budgets, and full checkpointing of every layer. Each is measured, then a plan of ours is made for its true
   peak. Seconds of both take turns; what is printed is ours over theirs, at most 1.0 each.
@@ -47,10 +47,8 @@ from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar.cli_calibrate import measure
-from autopar.costmodel import planner
 from autopar.costmodel.devices import Device
 from autopar.errors import InfeasibleError
-from autopar.programs import capture
 from tests.live_bytes import LiveBytes
 from tests.trained import captured_once
 
@@ -226,11 +224,9 @@ def checkpointed(model: nn.Module, pattern: str) -> nn.Module:
     return model
 
 
-def ours(model: nn.Module, batch: Batch, device: Device, limit: float | None) -> tuple[Any, Runner]:
-    """Our plan for a limit, and the module."""
-    pm = autopar.compile(
-        copy.deepcopy(model), "dp=1", example=batch, device=device, memory_limit=limit, check=False
-    )  # fmt: skip
+def ours(model: nn.Module, batch: Batch, device: Device, **how: Any) -> tuple[Any, Runner]:
+    """Our plan, for `memory_limit` bytes or a given one, and the module."""
+    pm = autopar.compile(copy.deepcopy(model), "dp=1", example=batch, device=device, check=False, **how)
     return pm.plan, Runner(pm, batch)
 
 
@@ -238,41 +234,29 @@ def ours(model: nn.Module, batch: Batch, device: Device, limit: float | None) ->
 
 
 def sweep(name: str, model: nn.Module, batch: Batch, device: Device, console: Console) -> bool:
-    """Budgets from the least to none. Whether all bars are met."""
-    free, runner = ours(model, batch, device, None)
-    high = runner.peak()
-    low = least(model, batch, device)
+    """The frontier, from the least budget to none, run. Whether all bars are met."""
+    found = autopar.frontier(copy.deepcopy(model), "dp=1", points=POINTS, example=batch, device=device)
     table = Table(box=box.SIMPLE_HEAD, title=f"{name}: budgets", title_justify="left")
     for head in ("budget MB", "predicted MB", "measured MB", "off", "predicted ms", "done again", "held"):
         table.add_column(head, justify="right")
-    good, before = True, (0.0, float("inf"))
-    for point in range(POINTS):
-        budget = None if point == POINTS - 1 else low * (free.predicted["peak_bytes"] / low) ** (point / (POINTS - 2))
-        plan, runner = (free, runner) if budget is None else ours(model, batch, device, budget)
-        peak, told, seconds = runner.peak(), plan.predicted["peak_bytes"], plan.predicted["step_s"]
+    good, before = len(found.points) == POINTS, (0.0, float("inf"))
+    for point in found.points:
+        _, runner = ours(model, batch, device, plan=point.plan)
+        peak, told, seconds, budget = runner.peak(), point.peak_bytes, point.step_s, point.limit
         off = told / peak - 1
         held = (budget is None or peak <= budget) and abs(off) <= MEMORY
-        monotone = told >= before[0] * (1 - 1e-9) and seconds <= before[1] * (1 + 1e-9)
+        monotone = told >= before[0] and seconds <= before[1]
         good &= held and monotone
         before = told, seconds
         table.add_row(
             "none" if budget is None else f"{budget / 1e6:.2f}", f"{told / 1e6:.2f}", f"{peak / 1e6:.2f}",
-            f"{off:+.1%}", f"{1e3 * seconds:.2f}", str(len(plan.saved)),
+            f"{off:+.1%}", f"{1e3 * seconds:.2f}", str(len(point.plan.saved)),
             "yes" if held and monotone else "not monotone" if held else "NO",
         )  # fmt: skip
     console.print(table)
-    console.print(f"{name}: {'good' if good else 'MISSED'}; unlimited {high / 1e6:.2f} MB, least {low / 1e6:.2f} MB\n")
+    ends = f"least {found.points[0].peak_bytes / 1e6:.2f} MB, unlimited {peak / 1e6:.2f} MB"
+    console.print(f"{name}: {'good' if good else 'MISSED'}; {ends}\n")
     return good
-
-
-def least(model: nn.Module, batch: Batch, device: Device) -> float:
-    """The least budget that is feasible, as the error says."""
-    program = capture(copy.deepcopy(model), (), batch)
-    try:
-        planner.plan(program, autopar.Mesh.parse("dp=1"), device=device, memory_limit=1)
-    except InfeasibleError as error:
-        return float(error.least)
-    raise AssertionError("one byte is not enough for anything")
 
 
 # ---- a deep budget -------------------------------------------------------------------------------------------------
@@ -334,7 +318,7 @@ def peers(
     for way, rival in rivals:
         peak = rival.peak()
         try:
-            _, own = ours(model, batch, device, peak)
+            _, own = ours(model, batch, device, memory_limit=peak)
         except InfeasibleError as error:
             table.add_row(way, f"{peak / 1e6:.2f}", f"least {error.least / 1e6:.2f}", "", "", "MISSED")
             good = False

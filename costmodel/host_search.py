@@ -10,7 +10,6 @@ between that and all that was found without.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,8 +109,8 @@ class HostSearch:
         Last those that the link takes longer to begin with than to carry. No more than the host has room for.
         """
         policy, sizes, host = self.budget.policy, plan.mesh.sizes, self.budget.device.host
-        small = 0.0 if host is None else host.link.latency * host.link.bandwidth
-        room = math.inf if host is None else host.memory
+        assert host is not None
+        small, room = host.link.latency * host.link.bandwidth, host.memory
         found = []
         for item in self.budget.fold.items.items:
             if item.kind != "param":
@@ -146,7 +145,9 @@ class HostSearch:
 
     @property
     def _open(self) -> bool:
-        """Whether there is a parameter of which it is still to be said where its state lies."""
+        """Whether there is a parameter of which it is still to be said where its state lies, and that makes room."""
+        if self.budget.device.host is None:
+            return False  # the device is the host: it is the same memory
         return any(i.kind == "param" and i.name not in self.given for i in self.budget.fold.items.items)
 
     @property

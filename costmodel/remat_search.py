@@ -38,13 +38,14 @@ from autopar.recompute import OFFLOADED, RECOMPUTE
 _LAYER = re.compile(r"[^/]*?[.]\d+(?=[./])")
 #: Solves for one limit, and how near to it the peak of an answer ends them.
 ROUNDS, NEAR = 10, 0.01
-#: Of an answer, copies and ways to the host that are tried without; by hand, results of which one is handed on.
-SHED, TRIALS = 24, 8
+#: Of an answer, copies and ways to the host that are tried without, and exchanges of one copy for another that are
+#: tried; by hand, results of which one is handed on.
+SHED, EXCHANGES, TRIALS = 24, 48, 8
 #: How many copies to and from the host may be under way, that are tried besides: more than most plans need.
 FLIGHTS = (4, 8)
-#: Plans that are priced, at most, when the least is looked for: WORK over the square of the ops, which is as long as it
-#: takes; and at least FEWEST. The answer must not hang on how busy the machine is, as a limit that is asked for because
-#: of it must be enough.
+#: Plans that are priced, at most, when the least is looked for or exchanges are tried: WORK over the square of the ops,
+#: which is as long as it takes; for the least FEWEST anyway. The answer must not hang on how busy the machine is, as a
+#: limit that is asked for because of it must be enough.
 WORK, FEWEST = 4e8, 5
 #: By what parts of the peak less is asked for, when the least is looked for.
 STEPS = (0.1, 0.03, NEAR)
@@ -118,7 +119,8 @@ class Rematerialiser:
         # The program sees no further than its moments: what is done by hand is a start, too.
         starts += [] if self._late() else [k for k in self._tried(self.handed) if k.peak <= limit]
         found = [self._improved(start, limit) for start in dict.fromkeys(starts) if start is not None]
-        return min(found, key=_seconds, default=None)
+        best = min(found, key=_seconds, default=None)
+        return best if best is None or self.visited is not None else self._exchanged(best, limit)
 
     def _ways(self) -> list[bool]:
         """Whether anything waits on the host, in the answers to look for."""
@@ -143,12 +145,14 @@ class Rematerialiser:
                     break
             else:
                 high = min(high, aim)
-            aim = limit - (found.peak - told)
+            asked, aim = aim, limit - (found.peak - told)
             if not low < aim < high:  # it has been there, or what runs where has changed
                 aim = (low + high) / 2 if high < math.inf else low * (1 + NEAR)
             if high - low < NEAR / 4 * limit:
                 break
-            copied = judge(answer)
+            before, copied = copied, judge(answer)
+            if told > (1 + NEAR / 4) * asked and copied == before:  # as few as can be, and it would be again
+                break
 
     def _improved(self, best: Kept, limit: float) -> Kept:
         """Without copies, and ways to the host, that it fits without, those that take longest tried first."""
@@ -162,6 +166,32 @@ class Rematerialiser:
             if found.peak <= limit and _seconds(found) < _seconds(best):
                 best = found
         return best
+
+    def _exchanged(self, best: Kept, limit: float) -> Kept:
+        """With a quicker copy in the place of one, while that fits: the longest first, for what is quickest."""
+        left = min(EXCHANGES, int(self._most()))
+        while True:
+            for chosen in self._exchanges(best.chosen, limit - best.peak):
+                if self._late() or not left:
+                    return best
+                left -= (chosen, best.copies) not in self.seen
+                found = self.measured(chosen, best.copies)
+                if found.peak <= limit and _seconds(found) < _seconds(best):
+                    best = found
+                    break
+            else:
+                return best
+
+    def _exchanges(self, chosen: Chosen, room: float) -> Iterator[Chosen]:
+        """One copy for another that is quicker and lets go of as many bytes, but for those there is room for."""
+        again, away = chosen
+        others = set(self.remat.classes) - again - away
+        seconds = {c: self.remat.seconds(c) * len(self.fold.members[c]) for c in again | others}
+        size = {c: sum(self.remat.waiting(c)) * len(self.fold.members[c]) for c in seconds}
+        for one in sorted(again, key=lambda c: -seconds[c]):
+            for other in sorted(others, key=lambda c: seconds[c]):
+                if seconds[other] < seconds[one] and size[other] > 0 and size[other] >= size[one] - room:
+                    yield Chosen(again - {one} | {other}, away)
 
     def _flown(self, kept: Kept, limit: float) -> Kept:
         """With more copies under way while that is quicker and fits; with fewer, if only that fits."""
@@ -250,8 +280,11 @@ class Rematerialiser:
 
     def _spent(self) -> bool:
         """Whether enough was priced for the least."""
-        most = max(FEWEST, WORK / len(self.items.items) ** 2)
-        return self.visited is not None and len(self.visited) > most
+        return self.visited is not None and len(self.visited) > max(FEWEST, self._most())
+
+    def _most(self) -> float:
+        """Plans of this size that are priced in about WORK."""
+        return WORK / len(self.items.items) ** 2
 
     # Where a copy runs depends on what else is copied. What the next solve takes for copied, by the last answer:
 

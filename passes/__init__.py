@@ -21,6 +21,7 @@ from autopar.compression import BF16
 from autopar.graph import Program
 from autopar.mesh import Mesh
 from autopar.offload import COPIES
+from autopar.passes.alone import ALONE, alone
 from autopar.passes.attention import keep_strides
 from autopar.passes.bind import bind
 from autopar.passes.box import boxed
@@ -133,10 +134,13 @@ def finish(
     if target.staged or target.device.type == "cpu":  # so that collectives are gloo's
         steps = (*steps, partial(exchange, mesh=mesh, group_names=groups))
     out, report = run(gm, steps, mesh=mesh, title=title)
-    return finished(direct(out) if eager else out), report
+    if eager:
+        out.meta[ALONE] = alone(out)  # before overloads go
+        out = direct(out)
+    return finished(out), report
 
 
 __all__ = [
-    "HOST", "Halves", "LocalProgram", "Parts", "Reduction", "Report", "Target", "boxed", "close", "cut", "finish",
-    "halves", "lower",
+    "ALONE", "HOST", "Halves", "LocalProgram", "Parts", "Reduction", "Report", "Target", "boxed", "close", "cut",
+    "finish", "halves", "lower",
 ]  # fmt: skip

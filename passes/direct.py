@@ -23,6 +23,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.sub.Tensor: torch.sub,
     aten.mul.Tensor: torch.mul,
     aten.div.Tensor: torch.div,
+    aten.mul.Scalar: torch.mul,  # as the kernel of a tensor and a number does itself
+    aten.div.Scalar: torch.div,
     aten.pow.Tensor_Scalar: torch.pow,
     aten.neg.default: torch.neg,
     aten.rsqrt.default: torch.rsqrt,
@@ -33,6 +35,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.where.self: torch.where,
     aten.lerp.Scalar: torch.lerp,
     aten.embedding.default: torch.embedding,
+    aten.convolution.default: torch.convolution,
+    aten.native_layer_norm.default: torch.native_layer_norm,
     aten.cat.default: torch.cat,
     aten.clone.default: torch.clone,
     aten.sum.dim_IntList: torch.sum,

@@ -92,7 +92,7 @@ class _Memory:
         #: until then they may still read.
         self.flights: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for node in gm.graph.nodes:
-            base = _aliased(node)
+            base = aliased(node)
             root = node if base is None else self.root[base]
             self.root[node] = root
             if self._is_dense(node):
@@ -156,7 +156,7 @@ class _Memory:
         return all(start is reader or wait < here for start, wait in self.flights.get(root, ()))
 
 
-def _aliased(node: fx.Node) -> fx.Node | None:
+def aliased(node: fx.Node) -> fx.Node | None:
     """The operand whose memory the result may share."""
     if node.op != "call_function" or not node.all_input_nodes:
         return None
@@ -344,4 +344,4 @@ def _gather_into(gm: fx.GraphModule) -> None:
             node.target, node.kwargs = GATHER_INTO, {"out": out}
 
 
-__all__ = ["inplace"]
+__all__ = ["aliased", "inplace"]

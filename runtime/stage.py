@@ -18,7 +18,8 @@ from autopar.errors import PipelineError, RuntimeUseError
 from autopar.graph import BACKWARD, FORWARD
 from autopar.pipeline.cut import Stage
 from autopar.plan import Plan
-from autopar.runtime.step import Compiled, Compiler, Taken, local_of
+from autopar.runtime.step import Compiled, Compiler, local_of
+from autopar.runtime.taken import Taken
 from autopar.runtime.work import Form, Forms
 
 

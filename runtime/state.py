@@ -139,7 +139,8 @@ class State:
                 [(join(at, k) if at else k, m._buffers, k) for at, m in shells for k in m._buffers],
             )
         params, buffers = (
-            {name: held[key] for name, held, key in places if held.get(key) is not None} for places in self.holders
+            {name: value for name, held, key in places if (value := held.get(key)) is not None}
+            for places in self.holders
         )
         return params, buffers
 

@@ -37,6 +37,7 @@ from autopar.runtime.handshake import answered
 from autopar.runtime.powersgd import PowerSgd, rank_of
 from autopar.runtime.scaler import LossScaler
 from autopar.runtime.storage import as_dtensor, rewrap, whole
+from autopar.runtime.taken import Taken, memory_of
 from autopar.spec import R, Spec, shard
 
 BACKENDS = ("eager", "inductor")
@@ -58,7 +59,8 @@ class Lowered:
     standing for the arguments that made it necessary; or nothing. `left`: gradients that are still sums over some axes
     when the backward is done, for PowerSGD.
     standing for the arguments that made it necessary; or nothing. `hosted`: parameters whose gradients the backward
-    hands over as they are made (`boxed(taken=)`; a compiled one returns them).
+    hands over as they are made (`boxed(taken=)`; a compiled one returns them). `alone`: positions of results of both
+    graphs that are known to lie in memory of their own.
     """
 
     program: Program
@@ -70,6 +72,7 @@ class Lowered:
     news: str = ""
     left: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hosted: frozenset[str] = frozenset()
+    alone: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
 
 class Step:
@@ -103,7 +106,14 @@ class Step:
         places = {s.node: s for s in program.sources}
         names = _result_names(lowered.forward)
         self._handed_back = [name in places for name in names]
-        self.replaced = [s.name for s in program.sinks if s.kind == "buffer" and s.node is not None]
+        # Of what the backward needs of the forward, and of gradients, those of which it must be looked up who else has
+        # their memory.
+        before, first = len(lowered.saved_inputs), len(self.values)
+        forward, backward = lowered.alone
+        self.unsure = [before + i - first for i in range(first, len(names)) if i not in forward]
+        self.grads_apart = [i in backward for i in range(len(self.grads))]
+        self.renewed = [(i, s.name) for i, s in enumerate(self.values) if s.kind == "buffer" and s.node is not None]
+        self.replaced = [name for _, name in self.renewed]
         # Of those, what the backward reads, or the forward if it is run again, must be kept as it was.
         self.copied = read_besides(program)
         self._whole: Spec = (R,) * len(grid.mesh.sizes)
@@ -175,16 +185,20 @@ class Step:
             else:
                 flat.append(next(inputs))
         saved = [flat[1 + i] for i in self.saved_inputs]
-        given = {_memory(t) for t in flat[1:]}
+        foreign = {memory_of(t) for t in flat[1:]} if self.unsure else set()
         results = list(self._run(self.forward, flat))
         count = len(self.values)
-        return _Done(results[:count], saved + results[count:], given)
+        values, shared = results[:count], list(range(len(saved)))
+        saved += results[count:]
+        if self.unsure:
+            foreign.update(memory_of(t) for t in values if t is not None)
+            shared += [i for i in self.unsure if memory_of(saved[i]) in foreign]
+        return _Done(values, saved, shared)
 
     def replace_buffers(self, feed: _Feed, values: Sequence[torch.Tensor]) -> None:
         """Write the new values of buffers."""
-        for sink, value in zip(self.values, values):
-            if sink.kind == "buffer" and sink.node is not None:
-                feed.buffers[sink.name].copy_(value)
+        for at, name in self.renewed:
+            feed.buffers[name].copy_(values[at])
 
     def outputs(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The user's tensors out of the values of the sinks."""
@@ -222,17 +236,17 @@ class Step:
                 given = whole(given, self.grid)
             given = given.to(want.dtype).contiguous()
             tangents.append(given if factor == 1.0 else given * factor)
-        taken = Taken([*held, *tangents])
+        taken = Taken([] if all(self.grads_apart) else [*held, *tangents])
         saved += tangents
         if self.hands_over:
             saved.insert(0, take)
         results = self._run(self.backward, saved)
         local = {}
-        for name, grad in zip(self.grads, results):
+        for name, apart, grad in zip(self.grads, self.grads_apart, results):
             if grad is not None and take is not None and name in self.hosted:
                 take(name, grad)
             elif grad is not None:
-                local[name] = taken.own(grad)
+                local[name] = grad.contiguous() if apart else taken.own(grad)
         if self.left:
             with answered(self.grid):
                 self.powersgd.reduce(local, self.left, rank_of(self.plan), self.grid)
@@ -276,12 +290,12 @@ class _Feed:
 class _Done:
     """What a forward has made: values of the output and buffer sinks, and what the backward needs.
 
-    `given`: the memory of what the forward was given.
+    `shared`: which of `saved` lie in memory that the forward was given, or that a value lies in.
     """
 
     values: list[torch.Tensor]
     saved: list[torch.Tensor]
-    given: set[int]
+    shared: list[int]
 
 
 def _open() -> None:
@@ -388,19 +402,15 @@ class _Run(torch.autograd.Function):
 
 def _divide(done: _Done) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
     """What the backward needs, None standing for what others hold too; and that, in order."""
-    foreign = done.given | {_memory(t) for t in done.values if t is not None}
-    own = [None if _memory(t) in foreign else t for t in done.saved]
-    return own, [t for t, mine in zip(done.saved, own) if mine is None]
+    own: list[torch.Tensor | None] = list(done.saved)
+    for at in done.shared:
+        own[at] = None
+    return own, [done.saved[at] for at in done.shared]
 
 
 def _distinct(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of tensors, those at one address once."""
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Which memory a tensor lies in."""
-    return tensor.untyped_storage().data_ptr()
 
 
 class _Again:
@@ -449,34 +459,6 @@ class _Again:
 def _version(tensor: torch.Tensor) -> int:
     """How often a tensor has been changed, where torch counts that."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-class Taken:
-    """Memory that belongs to others: a gradient is added to in place later, so that it must not share any."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.foreign = {_memory(t) for t in tensors}
-        self.spans: dict[int, list[tuple[int, int]]] = {}
-
-    def also(self, tensors: Sequence[torch.Tensor]) -> Taken:
-        """This, with the memory of more tensors."""
-        self.foreign.update(_memory(t) for t in tensors)
-        return self
-
-    def apart(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, copied if it lies in the memory of others."""
-        return tensor.clone() if _memory(tensor) in self.foreign else tensor
-
-    def own(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient, copied if it overlaps memory handed out before; disjoint pieces of a bucket are not."""
-        grad = grad.contiguous()
-        store, start = _memory(grad), grad.data_ptr()
-        end = start + grad.nbytes
-        spans = self.spans.setdefault(store, [])
-        if store in self.foreign or (spans and any(start < b and a < end for a, b in spans)):
-            return grad.clone()
-        spans.append((start, end))
-        return grad
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,17 @@ def test_the_least_that_is_told_is_enough():
     assert plan.predicted["peak_bytes"] <= least
 
 
+def test_a_device_that_is_the_host_gains_nothing_there():
+    """It is the same memory: the least is what it is without."""
+    least = []
+    for there in (True, False):
+        with pytest.raises(InfeasibleError) as caught:
+            planner.plan(program(64), ONE, device="cpu", memory_limit=1, host_state=there)
+        least.append(caught.value.least)
+    assert least[0] == least[1]
+    assert not planner.plan(program(64), ONE, device="cpu", memory_limit=least[0], host_state=True).on_host
+
+
 def test_nothing_goes_to_the_host_where_the_limit_is_no_matter():
     for limit in (None, parts()["peak"]):
         plan = planner.plan(program(), ONE, device="h100", memory_limit=limit, host_state=True, offload=False)
@@ -242,7 +253,7 @@ def test_a_limit_is_held_by_the_module_that_is_asked_for_it():
     """Planned and run, on this machine; without optimizer= nothing may go to the host."""
     torch.manual_seed(0)
     model, x = Mlp(width=32).double(), torch.randn(8, 32, dtype=torch.float64)
-    options: dict[str, Any] = {"example": (x,), "device": "cpu"}
+    options: dict[str, Any] = {"example": (x,), "device": replace(DEVICES["cpu"], host=Host(Link(1e10, 1e-6), 1e10))}
     adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
     size = sum(p.nbytes for p in model.parameters())
     options["memory_limit"] = round(2.8 * size)  # parameters and optimizer state are 3

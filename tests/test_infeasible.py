@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import autopar
 from autopar import cli, fixes
+from autopar.costmodel.devices import DEVICES, Host, Link
 from autopar.errors import Fix, InfeasibleError
 from tests.test_cli import MLP
 from tests.zoo import ZOO
@@ -46,12 +48,9 @@ class Wide(nn.Module):
 def refused(
     model: nn.Module, mesh: str, limit: float, rows: int = 64, width: int = 16, quick: bool = True, **options: Any
 ) -> Any:
-    """The error, and how to plan again with a fix; quick: for a plan that fits, which need not be the quickest.
-
-    Of optimizer state on the host so much could be had that little would be refused.
-    """
+    """The error, and how to plan again with a fix; quick: for a plan that fits, which need not be the quickest."""
     example = {"x": torch.randn(rows, width)}
-    asked = {"mesh": mesh, "example": example, "memory_limit": limit, "device": "cpu", "host_state": False, **options}
+    asked = {"mesh": mesh, "example": example, "memory_limit": limit, "device": "cpu", **options}
     with pytest.raises(InfeasibleError) as caught:
         autopar.plan(model, **{"fixes": 300.0, **asked})
 
@@ -130,7 +129,7 @@ def test_gradients_that_are_added_up_leave_room_for_themselves(few):
 def test_gradients_that_are_added_up_keep_optimizer_state_here(monkeypatch):
     """With it on the host every backward is a step: that is for smaller batches only."""
     monkeypatch.setattr(fixes, "KINDS", {"a smaller batch": fixes.smaller_batches})
-    error, again = refused(Net(), "dp=1", 22_000, host_state=None)
+    error, again = refused(Net(), "dp=1", 22_000, device=replace(DEVICES["cpu"], host=Host(Link(1e10, 1e-6), 1e10)))
     check(error, again, 22_000)
     (smaller,) = [fix for fix in error.fixes if "a batch of" in fix.what]
     (parts,) = [fix for fix in error.fixes if "added up" in fix.what]
