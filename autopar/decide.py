@@ -65,7 +65,8 @@ def plan_model(
 
     Args: as `compile`. With a number as `mesh` the plan is the best of all shapes of so many devices, the others are in
         `solver["meshes"]`; with `micro_batches` or `schedule` it is the best pipeline of so many.
-        host_state: whether gradients and optimizer state may lie on the host; default: as `offload`.
+        host_state: whether gradients and optimizer state may lie on the host of a device that has one; default: as
+            `offload`.
         training: with the backward. target: how `autopar verify` rebuilds the model; kept in the plan.
         progress: called with what is being done and the part done, 0 to 1.
         fixes: seconds to look for what would fit, if nothing does (`InfeasibleError.fixes`). quick: as of

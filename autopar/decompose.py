@@ -1,12 +1,13 @@
 """Decompositions applied while capturing: what a sharding rule could not say, rewritten in ops where it can.
 
-Four ideas:
+Five ideas:
 
 * A mean is a sum divided by a count known for the whole tensor (or, for losses that ignore labels, counted over it):
   the mean of means over shards is not the mean. So `mean`, `var`, mean-reduced losses and batch statistics become sums.
 * A bias added inside a matrix product or convolution would be added once per shard of the contracted dim; it becomes an
   add of its own.
 * Batch norm is the sums that its statistics need, and the kernels for given statistics, which split along every dim.
+* Views are told as views: what torch calls an unsafe split shares memory with its operand, but its schema hides it.
 * Random ops become `aten.rand` / `aten.randn` of float32 (`autopar/decompose_random.py`), which clean-up turns into
   `autopar::uniform` / `normal`.
 
@@ -114,6 +115,19 @@ def _std_mean(
 ) -> tuple[Tensor, Tensor]:
     var, mean = _variance(x, dim, correction, keepdim)
     return torch.sqrt(var), mean
+
+
+# ---- views ---------------------------------------------------------------------------------------------------------
+
+
+@decomposes(aten.unsafe_split.Tensor)
+def _unsafe_split(x: Tensor, split_size: int, dim: int = 0) -> list[Tensor]:
+    return aten.split.Tensor(x, split_size, dim)  # type: ignore[no-any-return]
+
+
+@decomposes(aten.unsafe_split_with_sizes.default)
+def _unsafe_split_with_sizes(x: Tensor, split_sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    return aten.split_with_sizes.default(x, split_sizes, dim)  # type: ignore[no-any-return]
 
 
 # ---- products with a bias ------------------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ def lower(
     title = "-".join(map(str, coordinates))
     place = (plan.mesh, coordinates, group_names)
     forward, _ = passes.finish(parts.forward, *place, f"forward-{title}", eager, target, plan.copies)
-    alone = forward.meta.get(passes.ALONE, frozenset())
+    of_forward = forward.meta.get(passes.ALONE, frozenset())
     forward = passes.boxed(forward, gated=True) if eager else forward
     compiler = None if eager else compiled
     if not program.training:
-        return Lowered(program, plan, forward, None, compiler=compiler, alone=(alone, frozenset()))
+        return Lowered(program, plan, forward, None, compiler=compiler, alone=(of_forward, frozenset()))
     backward, _ = passes.finish(parts.backward, *place, f"backward-{title}", eager, target, plan.copies)
     of_backward = backward.meta.get(passes.ALONE, frozenset())
     hosted = {s.name for s in program.sinks if s.kind == "grad" and plan.stored(s.name).state == HOST}
@@ -52,7 +52,7 @@ def lower(
     left = left_of(plan, homes)
     return Lowered(
         program, plan, forward, backward, parts.saved_inputs, compiler, left=left, hosted=frozenset(hosted),
-        alone=(alone, of_backward),
+        alone=(of_forward, of_backward),
     )  # fmt: skip
 
 

@@ -92,8 +92,8 @@ def plan(
         recompute: whether the backward may compute again what the forward need not keep then, where that takes less
             time than cutting more; False: nothing is computed twice.
         offload: whether what the backward reads may wait on the host, likewise, on a device that has one.
-        host_state: whether gradients and optimizer state may lie on the host, where that takes less time than what else
-            makes it fit: the module must step the optimizer itself then (`train_step`).
+        host_state: whether gradients and optimizer state may lie on the host of a device that has one, where that takes
+            less time than what else makes it fit: the module must step the optimizer itself then (`train_step`).
         compression: of gradients that are reduced, as text (`autopar.compression`).
         quick: one order of the axes, no experts' plans, and no ladder of limits: a plan that fits, near the quickest;
             and where none does, no search for the least.

@@ -151,8 +151,8 @@ class Rematerialiser:
             if high - low < NEAR / 4 * limit:
                 break
             before, copied = copied, judge(answer)
-            if told > (1 + NEAR / 4) * asked and copied == before:  # as few as can be, and it would be again
-                break
+            if found.peak > limit and told > (1 + NEAR / 4) * asked and copied == before and not answer.away:
+                break  # as few as can be, and it would be again: of ways to the host the next solve knows more
 
     def _improved(self, best: Kept, limit: float) -> Kept:
         """Without copies, and ways to the host, that it fits without, those that take longest tried first."""

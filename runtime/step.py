@@ -57,9 +57,8 @@ class Lowered:
     those that take their arguments one by one, and `compiler` for them. `backward` is None for a forward-only program;
     `saved_inputs` are positions among the sources. `news` is what to tell a user who waited for it, `{changes}`
     standing for the arguments that made it necessary; or nothing. `left`: gradients that are still sums over some axes
-    when the backward is done, for PowerSGD.
-    standing for the arguments that made it necessary; or nothing. `hosted`: parameters whose gradients the backward
-    hands over as they are made (`boxed(taken=)`; a compiled one returns them). `alone`: positions of results of both
+    when the backward is done, for PowerSGD. `hosted`: parameters whose gradients the backward hands over as they are
+    made (`boxed(taken=)`; a compiled one returns them). `alone`: positions of results of both
     graphs that are known to lie in memory of their own.
     """
 

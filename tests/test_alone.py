@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import autopar
 from autopar.passes.alone import alone
@@ -41,7 +42,7 @@ def test_a_view_of_what_is_made_is_unless_both_are_results():
     assert positions(build) == [0]
 
 
-def test_what_is_written_over_is_thatmemory_of():
+def test_what_is_written_over_is_that_memory():
     def build(call, x):
         made = call(aten.relu.default, (x,))
         return [call(aten.add_.Tensor, (made, x)), call(aten.mul_.Tensor, (x, 2.0)), call(aten.neg.default, (made,))]
@@ -74,7 +75,7 @@ def test_of_collectives_and_ops_of_ours_nothing_is_known():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "resnet", "t5"])
-def test_no_result_of_a_model_that_is_alone_shares_itsmemory_of(name, monkeypatch):
+def test_no_result_of_a_model_that_is_alone_shares_its_memory(name, monkeypatch):
     """Whatever is there while a graph runs: what it was given, and what it returns."""
     model, batch = ZOO[name](seed=0)
     real, make, claims, seen = Step._run, Step.__init__, [], []
@@ -99,3 +100,40 @@ def test_no_result_of_a_model_that_is_alone_shares_itsmemory_of(name, monkeypatc
     out = pm(**batch)
     (out if isinstance(out, torch.Tensor) else out.loss).backward()
     assert len(seen) == 2 and min(seen) > 0.5
+
+
+class Pieces(nn.Module):
+    """Reads pieces of a tensor behind its last reader; pieces of the gradient are the gradients."""
+
+    class Cat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            return torch.cat([a, b])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return tuple(torch.unsafe_split(grad, 4))
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        z = x @ self.w
+        a, b = torch.unsafe_chunk(z, 2, 1)
+        return z + self.b + torch.cat([a * b, a], 1), Pieces.Cat.apply(self.b, self.w[:4])
+
+
+def test_pieces_that_torch_calls_unsafe_are_views():
+    """Their schemas do not say so: nothing is written over while they are read, and nobody's memory is added to."""
+    model, x = Pieces().double(), torch.randn(4, 8, dtype=torch.float64)
+    pm = autopar.compile(copy.deepcopy(model), "dp=1", example={"x": x}, device="cpu", check=False)
+    given = [torch.ones(4, 8, dtype=torch.float64), torch.ones(8, 8, dtype=torch.float64)]
+    for _ in range(3):
+        torch.autograd.backward(list(pm(x=x)), given)
+    grads = torch.autograd.grad(model(x), list(model.parameters()), given)
+    for mine, plain in zip(pm.parameters(), grads):
+        torch.testing.assert_close(mine.grad, 3 * plain, rtol=1e-12, atol=1e-12)
+    assert all(bool((g == 1).all()) for g in given)
+    for mine, plain in zip(pm(x=x), model(x)):
+        torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)

@@ -358,6 +358,8 @@ LOSSES = {
     "addmm": lambda x, y: torch.addmm(y[:, :1], x, x.t() @ y, beta=0.5, alpha=2.0).tanh().sum(),
     "baddbmm": lambda x, y: torch.baddbmm(y.view(2, 4, 6), x.view(2, 4, 6), y.view(2, 4, 6).mT @ x.view(2, 4, 6)).sum(),
     "addcmul": lambda x, y: (torch.addcmul(x, x, y, value=0.3) + torch.addcdiv(x, x, y.abs() + 1, value=2.0)).sum(),
+    "unsafe_split": lambda x, y: (torch.unsafe_chunk(x, 2)[1] * y[:4]).sum() + torch.unsafe_split(x, 4, 1)[0].max(),
+    "unsafe_split_with_sizes": lambda x, y: (torch.unsafe_split_with_sizes(x, [2, 4], 1)[1] * y[:, 2:]).sum(),
     "mv": lambda x, y: (x @ y[0]).tanh().sum() + torch.dot(x[0], y[1]) + torch.outer(x[0], y[0]).sum(),
 }
 
