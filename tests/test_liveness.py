@@ -85,7 +85,7 @@ def test_other_models_within_five_percent(ranks, name, strategy):
 
 
 @pytest.mark.parametrize("strategies", ["dp:zero3 tp:tp_sp", "dp:zero2 tp:tp_sp", "dp:zero3 tp:tp"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_two_axes_within_five_percent(four, name, strategies):
     """Gathers over one axis behind gathers over the other, in buckets."""
     wishes = dict(text.split(":") for text in strategies.split())

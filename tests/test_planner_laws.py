@@ -150,7 +150,7 @@ class Deep(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+@pytest.mark.parametrize("mesh", ["dp=2", pytest.param("dp=2,tp=2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("constraints", [None, {"dp": "ddp"}])
 def test_the_bytes_that_the_error_asks_for_are_enough(mesh, constraints):
     program = capture(Deep(), (torch.zeros(16, 16),))

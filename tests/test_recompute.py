@@ -204,8 +204,15 @@ def with_copies(
     return [f"{where} {error:.2g}" for error, where in found if error > 1e-9]
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "resnet", "gpt2"])
-@pytest.mark.parametrize("place", list(PLACES))
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *(("gpt2", place) for place in PLACES),
+        ("resnet", "ddp"),
+        *(pytest.param("resnet", place, marks=pytest.mark.slow) for place in PLACES if place != "ddp"),
+        *(pytest.param("llama", place, marks=pytest.mark.slow) for place in PLACES),
+    ],
+)
 def test_four_processes(four, name, place):
     mesh, constraints = PLACES[place]
     options = {"dropout": 0.2} if name == "gpt2" else {}
@@ -236,7 +243,8 @@ def test_a_limit_is_held(name):
     assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_least_that_is_told_is_enough(name):
     """Asked for a byte: what the error says is needed is less than without copies, and a plan for that is found."""
     program = traced(name)[0]
@@ -372,7 +380,7 @@ def test_newer_weights_are_refused(four):
         assert "again in the backward, and with paci the weights may have changed since the forward" in said
 
 
-@pytest.mark.parametrize("part", [0.9, 0.8])
+@pytest.mark.parametrize("part", [pytest.param(0.9, marks=pytest.mark.slow), 0.8])
 def test_a_limit_on_a_mesh(part):
     """Cutting and computing again, together: never slower than cutting alone, and within the limit."""
     program = traced("gpt2")[0]

@@ -307,9 +307,8 @@ def test_the_same_numbers(four, name, options):
         assert not failures
 
 
-@pytest.mark.parametrize(
-    ("schedule", "part"), [("1f1b", 0.6), pytest.param("zb-h1", 0.64, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "part"), [("1f1b", 0.6), ("zb-h1", 0.64)])
 def test_the_same_numbers_with_what_waits_on_the_host(four, schedule, part):
     """Chosen under a limit, by the figures of a GPU; and whatever can wait on the host does."""
     model, batch = example("gpt2")

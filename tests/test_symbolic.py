@@ -182,6 +182,7 @@ def _train(sizes: list[int], constraints: dict[str, str]) -> tuple[list[float], 
     return found[0], found[1], [str(w.message) for w in caught if "captured" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_training_with_changing_batches_equals_one_process_and_is_told_once():
     with Ranks(4, timeout=300) as ranks:
         for got, want, notes in ranks.run(_train, [8, 4, 12, 8, 6, 2], {"dp": "zero3", "tp": "tp"}):

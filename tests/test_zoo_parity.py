@@ -74,7 +74,7 @@ def _case(name: str, strategies: list[str], widen: bool, options: dict[str, Any]
 
 
 @BOTH
-@pytest.mark.parametrize("name", list(zoo.ZOO))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "mixtral" else n for n in zoo.ZOO])
 def test_strategies_equal_one_process(four, name, of):
     found = four.run(_case, name, of(name), True, {})
     assert not any(found), found
