@@ -233,6 +233,10 @@ class Remat:
         row = tuple(c if n > 1 else WHOLE for c, n in zip(self.plan.choice(item.name), self.sizes))
         return self.compute.seconds(item, row)
 
+    def total(self, cls: int) -> float:
+        """Seconds of all ops of a class."""
+        return self.seconds(cls) * len(self.fold.members[cls])
+
     def waiting(self, cls: int) -> list[float]:
         """Bytes of each tensor that a member of a class makes for the backward: what would wait on the host."""
         mine = [m[0] for v, m in self.members.items() if v.tensor.item == cls and v.spec == self.home(m[0].tensor)]
@@ -247,17 +251,17 @@ class Remat:
     def halves(self) -> tuple[float, float]:
         """Seconds of computation of forward and backward."""
         found = [0.0, 0.0]
-        for cls, members in enumerate(self.fold.members):
+        for cls in range(len(self.fold.members)):
             item = self.fold.first(cls)
             if item.kind == "op":
-                found[item.phase == BACKWARD] += self.seconds(cls) * len(members)
+                found[item.phase == BACKWARD] += self.total(cls)
         return found[0], found[1]
 
     def learn(self, chosen: Chosen, exposed: float) -> None:
         """Fit `usable` so that the program's seconds of waiting for the host are those that were simulated."""
         ways = sum(self.sent(c) * len(self.fold.members[c]) for c in chosen.away)
         forward, backward = self.halves()
-        backward += sum(self.seconds(c) * len(self.fold.members[c]) for c in chosen.again)
+        backward += sum(map(self.total, chosen.again))
 
         def told(usable: float) -> float:
             return max(0.0, ways - usable * forward) + max(0.0, ways - usable * backward)

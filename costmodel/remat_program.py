@@ -77,11 +77,8 @@ class Columns:
         """copies: classes that may be copied. hosts: whether anything may wait there. tie: the price of a byte kept."""
         self.remat = remat
         self.linear = Linear()
-        self.scale = 1e3 / max(sum(remat.seconds(c) * len(remat.fold.members[c]) for c in remat.classes), 1e-12)
-        self.copy = {
-            c: self.linear.column(remat.seconds(c) * len(remat.fold.members[c]) * self.scale, binary=True)
-            for c in remat.classes
-        }
+        self.scale = 1e3 / max(sum(map(remat.total, remat.classes)), 1e-12)
+        self.copy = {c: self.linear.column(remat.total(c) * self.scale, binary=True) for c in remat.classes}
         self.away: dict[int, int] = {}
         self.decided = self.copy, self.away
         if hosts and remat.hosts:
@@ -113,10 +110,7 @@ class Columns:
                 bytes_[away] = sum(remat.waiting(cls)) * len(remat.fold.members[cls])
                 row({copy: 1.0, away: 1.0}, -math.inf, 1.0)
         forward, backward = (remat.usable * seconds * self.scale for seconds in remat.halves())
-        again = {
-            column: -remat.usable * remat.seconds(c) * len(remat.fold.members[c]) * self.scale
-            for c, column in self.copy.items()
-        }
+        again = {column: -remat.usable * remat.total(c) * self.scale for c, column in self.copy.items()}
         for hidden, terms in ((forward, ways), (backward, {**ways, **again})):
             exposed = self.linear.column(1.0, high=math.inf)
             row({**terms, exposed: -1.0}, -math.inf, hidden)

@@ -120,7 +120,9 @@ class Rematerialiser:
         starts += [] if self._late() else [k for k in self._tried(self.handed) if k.peak <= limit]
         found = [self._improved(start, limit) for start in dict.fromkeys(starts) if start is not None]
         best = min(found, key=_seconds, default=None)
-        return best if best is None or self.visited is not None else self._exchanged(best, limit)
+        if best is None or self.visited is not None:  # for the least it is no matter how quick it is
+            return best
+        return self._exchanged(best, limit)
 
     def _ways(self) -> list[bool]:
         """Whether anything waits on the host, in the answers to look for."""
@@ -134,7 +136,7 @@ class Rematerialiser:
         for _ in range(ROUNDS):
             if self._late():
                 break
-            answer, told = self._answer(aim, copied, hosts)
+            answer, told, met = self._answer(aim, copied, hosts)
             found = self.measured(answer)
             tried = self._flown(found, limit)
             if answer.away:
@@ -145,19 +147,19 @@ class Rematerialiser:
                     break
             else:
                 high = min(high, aim)
-            asked, aim = aim, limit - (found.peak - told)
+            aim = limit - (found.peak - told)
             if not low < aim < high:  # it has been there, or what runs where has changed
                 aim = (low + high) / 2 if high < math.inf else low * (1 + NEAR)
             if high - low < NEAR / 4 * limit:
                 break
             before, copied = copied, judge(answer)
-            if found.peak > limit and told > (1 + NEAR / 4) * asked and copied == before and not answer.away:
-                break  # as few as can be, and it would be again: of ways to the host the next solve knows more
+            if not met and found.peak > limit and copied == before and not answer.away:
+                break  # the next answer, too, would be what comes nearest (of ways to the host it would know more)
 
     def _improved(self, best: Kept, limit: float) -> Kept:
         """Without copies, and ways to the host, that it fits without, those that take longest tried first."""
         again, away = best.chosen
-        order = sorted(again, key=lambda c: -self.remat.seconds(c) * len(self.fold.members[c]))[:SHED]
+        order = sorted(again, key=lambda c: -self.remat.total(c))[:SHED]
         order += sorted(away, key=lambda c: -self.remat.sent(c) * len(self.fold.members[c]))[:SHED]
         for cls in order:
             if self._late():
@@ -186,7 +188,7 @@ class Rematerialiser:
         """One copy for another that is quicker and lets go of as many bytes, but for those there is room for."""
         again, away = chosen
         others = set(self.remat.classes) - again - away
-        seconds = {c: self.remat.seconds(c) * len(self.fold.members[c]) for c in again | others}
+        seconds = {c: self.remat.total(c) for c in again | others}
         size = {c: sum(self.remat.waiting(c)) * len(self.fold.members[c]) for c in seconds}
         for one in sorted(again, key=lambda c: -seconds[c]):
             for other in sorted(others, key=lambda c: seconds[c]):
@@ -207,13 +209,14 @@ class Rematerialiser:
             kept = more
         return kept
 
-    def _answer(self, limit: float | None, copied: Collection[int], hosts: bool) -> tuple[Chosen, float]:
-        """What not to keep for a limit, and the peak that the program tells; if none meets it, what comes nearest."""
+    def _answer(self, limit: float | None, copied: Collection[int], hosts: bool) -> tuple[Chosen, float, bool]:
+        """What not to keep for a limit, or what comes nearest; the peak that the program tells; whether it is met."""
         part, rest = self._room()
         found = None if limit is None else solve(self.remat, limit / part - rest, copied, self.recompute, hosts)
+        met = found is not None
         found = found or solve(self.remat, None, copied, self.recompute, hosts)
         assert found is not None  # without a limit there is always one
-        return found[0], (found[1] + rest) * part
+        return found[0], (found[1] + rest) * part, met
 
     def smallest(self) -> Kept:
         """The answer of least peak: all that need not be kept, as far as that takes less. However late it is."""
@@ -230,7 +233,7 @@ class Rematerialiser:
         for judge in (self._exactly, self._nearly):
             copied = judge(Chosen())
             for _ in range(ROUNDS):
-                answer, _ = self._answer(None, copied, self.hosts)
+                answer, *_ = self._answer(None, copied, self.hosts)
                 if (answer, 1 if answer.away else COPIES) in self.visited or self._late():
                     break
                 self.measured(answer, 1)

@@ -6,6 +6,7 @@ of ours returns, of which the schema does not tell.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ ALONE = "alone"
 def alone(gm: fx.GraphModule) -> frozenset[int]:
     """Positions of results that kernels of torch make, and that share memory with no operand and no other result."""
     (results,) = edit.output_node(gm).args
-    memory = [_memory(r) if isinstance(r, fx.Node) else None for r in results]  # type: ignore[union-attr]
-    return frozenset(i for i, m in enumerate(memory) if m is not None and _made(m[0]) and memory.count(m) == 1)
+    memory = {i: _memory(r) for i, r in enumerate(results) if isinstance(r, fx.Node)}  # type: ignore[arg-type]
+    shared = Counter(memory.values())
+    return frozenset(i for i, m in memory.items() if _made(m[0]) and shared[m] == 1)
 
 
 def _memory(node: fx.Node) -> tuple[fx.Node, Any]:

@@ -58,8 +58,8 @@ class Lowered:
     `saved_inputs` are positions among the sources. `news` is what to tell a user who waited for it, `{changes}`
     standing for the arguments that made it necessary; or nothing. `left`: gradients that are still sums over some axes
     when the backward is done, for PowerSGD. `hosted`: parameters whose gradients the backward hands over as they are
-    made (`boxed(taken=)`; a compiled one returns them). `alone`: positions of results of both
-    graphs that are known to lie in memory of their own.
+    made (`boxed(taken=)`; a compiled one returns them). `alone`: of both graphs, positions of results that are known to
+    lie in memory of their own.
     """
 
     program: Program

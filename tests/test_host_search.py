@@ -25,6 +25,8 @@ ONE = Mesh.parse("dp=1")
 #: Nothing is given up but optimizer state.
 ALONE: Any = {"recompute": False, "offload": False}
 WIDE, ROWS = 2048, 4096
+#: This machine as a device with a host beside it: what is planned for it runs here.
+HOSTED = replace(DEVICES["cpu"], host=Host(Link(1e10, 1e-6), 1e10))
 
 
 class Mlp(nn.Module):
@@ -253,7 +255,7 @@ def test_a_limit_is_held_by_the_module_that_is_asked_for_it():
     """Planned and run, on this machine; without optimizer= nothing may go to the host."""
     torch.manual_seed(0)
     model, x = Mlp(width=32).double(), torch.randn(8, 32, dtype=torch.float64)
-    options: dict[str, Any] = {"example": (x,), "device": replace(DEVICES["cpu"], host=Host(Link(1e10, 1e-6), 1e10))}
+    options: dict[str, Any] = {"example": (x,), "device": HOSTED}
     adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
     size = sum(p.nbytes for p in model.parameters())
     options["memory_limit"] = round(2.8 * size)  # parameters and optimizer state are 3

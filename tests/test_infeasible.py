@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from torch import nn
 
 import autopar
 from autopar import cli, fixes
-from autopar.costmodel.devices import DEVICES, Host, Link
 from autopar.errors import Fix, InfeasibleError
 from tests.test_cli import MLP
+from tests.test_host_search import HOSTED
 from tests.zoo import ZOO
 
 
@@ -129,7 +128,7 @@ def test_gradients_that_are_added_up_leave_room_for_themselves(few):
 def test_gradients_that_are_added_up_keep_optimizer_state_here(monkeypatch):
     """With it on the host every backward is a step: that is for smaller batches only."""
     monkeypatch.setattr(fixes, "KINDS", {"a smaller batch": fixes.smaller_batches})
-    error, again = refused(Net(), "dp=1", 22_000, device=replace(DEVICES["cpu"], host=Host(Link(1e10, 1e-6), 1e10)))
+    error, again = refused(Net(), "dp=1", 22_000, device=HOSTED)
     check(error, again, 22_000)
     (smaller,) = [fix for fix in error.fixes if "a batch of" in fix.what]
     (parts,) = [fix for fix in error.fixes if "added up" in fix.what]

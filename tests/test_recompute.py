@@ -16,7 +16,7 @@ from torch import nn
 import autopar
 from autopar import report
 from autopar.capture import capture
-from autopar.costmodel import planner
+from autopar.costmodel import planner, remat_search
 from autopar.costmodel.items import items_of
 from autopar.costmodel.legal import plan_specs
 from autopar.costmodel.liveness import Steps
@@ -323,6 +323,16 @@ def test_exchanges_make_it_quicker_within_the_limit(every):
         assert found is start or found.timeline.step_s < start.timeline.step_s
         gained += found is not start
     assert gained
+
+
+def test_no_more_exchanges_are_tried_than_may_be(chain, monkeypatch):
+    monkeypatch.setattr(remat_search, "EXCHANGES", 1)
+    search = chain()
+    slowest = sorted(search.remat.classes, key=search.remat.total)[-2:]
+    start = search.measured(Chosen(frozenset(slowest)))
+    known = len(search.seen)
+    search._exchanged(start, 2 * search.base.peak)
+    assert len(search.seen) == known + 1
 
 
 def test_layers_are_folded():
